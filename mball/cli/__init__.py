@@ -1,0 +1,48 @@
+"""The command `mball`: `demo` and `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mball.errors import MballError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line `arguments` (default: the process's) and returns the exit status.
+
+    0 is success, 1 a check that failed (a demo with two answers, a doctor who found a mandatory part missing),
+    2 an error of mball's or a wrong command line, 130 Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(prog="mball", description="Runs PyTorch models in less memory than they need.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="a language model answers under a memory budget far below its size")
+    demo.add_argument("--budget", default="80MiB", help="memory for weights, KV cache and activations (default 80MiB)")
+    demo.add_argument("--prompt", default="Why is the sky blue?", help="the question (default: %(default)s)")
+    demo.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="length of the answer, at most")
+    doctor = commands.add_parser("doctor", help="what this machine has, lacks, and what to do about it")
+    doctor.add_argument("--directory", default=".", help="where checkpoints lie: its disk is measured (default: here)")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args(arguments)
+    try:
+        # Each command loads what it needs: `--help` and the doctor must work where half of it is missing.
+        if options.command == "demo":
+            from mball.cli.demo import run_demo
+
+            return run_demo(budget=options.budget, prompt=options.prompt, max_new_tokens=options.max_new_tokens)
+        from mball.cli.doctor import run_doctor
+
+        return run_doctor(directory=options.directory, as_json=options.json)
+    except MballError as error:
+        print(f"mball {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number

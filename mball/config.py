@@ -1,0 +1,81 @@
+"""Settings, parsed and checked once; the only place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, Self
+
+from mball.errors import ConfigError
+from mball.units import format_bytes, parse_bytes
+
+
+class Capture(Enum):
+    """How mball learns what the model will read.
+
+    GRAPHS captures the model through torch.compile and knows every pass before it runs.
+    OPERATORS watches operators as they run: the first pass is read on demand, later ones by what the last one did.
+    """
+
+    GRAPHS = "graphs"
+    OPERATORS = "operators"
+
+
+class Io(Enum):
+    """How homes are read: AUTO tries O_DIRECT and falls back to buffered reads, once, with a log line."""
+
+    AUTO = "auto"
+    BUFFERED = "buffered"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings of `mball.wrap`; the same names work there as keyword arguments.
+
+    Attributes:
+        budget_bytes: hard cap on weights, buffers and activations on the compute device.
+        swap_dir: directory of the swap file; default the variable MBALL_SWAP_DIR, else the system's directory for
+            temporary files.
+        capture: how mball learns what the model will read.
+        io: how homes are read.
+        io_threads: threads that read.
+    """
+
+    budget_bytes: int
+    swap_dir: Path
+    capture: Capture = Capture.GRAPHS
+    io: Io = Io.AUTO
+    io_threads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.budget_bytes <= 0:
+            raise ConfigError(f"budget is {format_bytes(self.budget_bytes)}; it must be more than zero")
+        if not 1 <= self.io_threads <= 64:
+            raise ConfigError(f"io_threads is {self.io_threads}; give 1 to 64 threads")
+
+    @classmethod
+    def of(cls, *, budget: int | str, **settings: Any) -> Self:
+        """Returns a Config from what a user writes: sizes as text, enums by value, paths as text.
+
+        Raises:
+            ConfigError: a setting is unknown or cannot be read.
+        """
+        known = {field.name for field in fields(cls)} - {"budget_bytes"}
+        if unknown := settings.keys() - known:
+            raise ConfigError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
+        directory = settings.pop("swap_dir", None) or os.environ.get("MBALL_SWAP_DIR") or tempfile.gettempdir()
+        for name, kind in (("capture", Capture), ("io", Io)):
+            if name in settings:
+                settings[name] = _choice(kind, settings[name], name)
+        return cls(budget_bytes=parse_bytes(budget, what="budget"), swap_dir=Path(directory), **settings)
+
+
+def _choice(kind: type[Enum], value: object, name: str) -> Enum:
+    try:
+        return kind(value)
+    except ValueError:
+        choices = ", ".join(repr(option.value) for option in kind)
+        raise ConfigError(f"{name} is {value!r}; choose one of {choices}") from None

@@ -1,0 +1,108 @@
+"""The arena: one address range on the device whose backed size follows the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from mball.errors import DeviceError
+from mball.memory.region import Region
+from mball.memory.virtual import VirtualMemory
+from mball.units import format_bytes, round_up
+
+POISON_BYTE = 0xFF  # all bits set is NaN in every floating-point dtype, 8-bit ones included
+
+
+class Arena:
+    """`[0, backed_bytes)` of a reserved address range is memory; resizing moves no byte.
+
+    Offsets are bytes from the arena's start. Not thread-safe: one thread resizes. Tensors and views
+    hold the addresses: they stay readable after `close`, and the memory goes when the last of them goes.
+    """
+
+    def __init__(self, memory: VirtualMemory, reserve_bytes: int) -> None:
+        """Reserves addresses for `reserve_bytes`; backs none. Raises DeviceError."""
+        self._memory = memory
+        self._reservation = memory.reserve(reserve_bytes)
+        release = partial(memory.release, self._reservation)
+        self._region = Region(self._reservation.address, self._reservation.size_bytes, release, what="arena")
+        self._backed_bytes = 0
+
+    @property
+    def backed_bytes(self) -> int:
+        """Bytes of memory that the arena occupies now."""
+        return self._backed_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """How far the arena can grow."""
+        return self._reservation.size_bytes
+
+    @property
+    def address(self) -> int:
+        """The address of offset 0; it never changes."""
+        return self._reservation.address
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._region.closed
+
+    def resize(self, num_bytes: int) -> None:
+        """Grows or shrinks to `num_bytes`, rounded up to the page. Blocks while pages are faulted in.
+
+        Shrinking loses the content above the new size; nothing may use tensors there any more (on the host
+        such a use would quietly take memory again). New memory has undefined content.
+
+        Raises:
+            DeviceError: closed, more than was reserved, or not enough memory; the size is then as before.
+        """
+        if self.closed:
+            raise DeviceError(f"cannot resize a closed arena to {format_bytes(num_bytes)}; make a new one")
+        size = round_up(num_bytes, self._memory.page_bytes)
+        if not 0 <= size <= self.reserved_bytes:
+            raise DeviceError(
+                f"cannot resize the arena to {size} bytes: {self.reserved_bytes} bytes of addresses were reserved; "
+                "reserve the largest budget that will be asked for"
+            )
+        if size < self._backed_bytes:
+            self._memory.trim(self._reservation, size, self._backed_bytes)
+        elif size > self._backed_bytes:
+            try:
+                self._memory.back(self._reservation, self._backed_bytes, size)
+            except BaseException:
+                self._memory.trim(self._reservation, self._backed_bytes, size)
+                raise
+        self._backed_bytes = size
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """Returns `size` bytes from `offset`, writable, format "B". Raises DeviceError if not all are backed."""
+        self._check_backed(offset, size)
+        return self._region.view(offset, size)
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        """Returns a contiguous tensor over the bytes from `offset`; see `Region.tensor`.
+
+        Raises DeviceError if not all of its bytes are backed.
+        """
+        tensor = self._region.tensor(offset, dtype, shape)
+        self._check_backed(offset, tensor.numel() * dtype.itemsize)
+        return tensor
+
+    def poison(self, offset: int, size: int) -> None:
+        """Fills the range with bytes that read as NaN. Raises DeviceError if not all are backed."""
+        self._check_backed(offset, size)
+        self._region.fill(offset, size, POISON_BYTE)
+
+    def close(self) -> None:
+        """Gives the arena up; addresses and pages go once no tensor or view is left. Idempotent."""
+        self._region.close()
+
+    def _check_backed(self, offset: int, size: int) -> None:
+        if offset + size > self._backed_bytes and not self.closed:
+            raise DeviceError(
+                f"bytes [{offset}, {offset + size}) of the arena are used, but only [0, {self._backed_bytes}) is "
+                "backed; resize the arena first"
+            )

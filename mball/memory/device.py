@@ -1,0 +1,133 @@
+"""The device seam: all that the engine asks of a device. Nothing above it asks which device it is.
+
+[Note: order] Copies and compute run beside each other on a real device, so order exists only where an event
+makes it. A copy into memory that earlier compute still reads waits for that compute: `copy(reads, after=record())`.
+Compute that reads what a copy brings waits for it: `wait(event of the copy)`. Nothing else is ordered:
+two copies may land in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from mball.memory.arena import Arena
+from mball.memory.virtual import HostMemory, VirtualMemory
+
+
+class Event(Protocol):
+    """A point in the work of a device, which is reached once."""
+
+    def done(self) -> bool:
+        """Returns whether the point is reached (or the work failed). Does not block."""
+
+    def wait(self) -> None:
+        """Blocks the calling thread until it is reached. Raises the error of the work, every time."""
+
+
+class ArenaRead(Protocol):
+    """A read of a file into an arena. What else it holds is between the engine and the `CopySource`."""
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes to bring."""
+
+    @property
+    def destination(self) -> memoryview:
+        """Where to: at least `size_bytes` of `Arena.view`."""
+
+
+class CopySource(Protocol):
+    """What brings bytes from storage into host memory, in the background."""
+
+    def submit(self, reads: Sequence[Any]) -> Event:
+        """Starts the reads, which are of the source's own type, without blocking."""
+
+    def drain(self) -> None:
+        """Blocks until nothing that was submitted writes to memory any more. Errors stay with their events."""
+
+    def close(self) -> None:
+        """Drains and stops. Idempotent."""
+
+
+class Device(Protocol):
+    """Where steps run: memory, copies into it, and the order of copies and compute."""
+
+    def arena(self, reserve_bytes: int) -> Arena:
+        """Makes the device's one arena, which can grow to `reserve_bytes`. The caller closes it.
+
+        Raises DeviceError when there are not so many addresses.
+        """
+
+    def copy(self, reads: Sequence[ArenaRead], after: Event | None) -> Event:
+        """Starts reading into the arena once `after` has completed; the event completes when all bytes are there.
+
+        Destinations are backed, and nothing else writes them until the event completes. A device with
+        streams does not block; the CPU blocks until `after` is complete, and raises its error.
+        """
+
+    def record(self) -> Event:
+        """Returns the event that completes when all compute issued so far has finished. Does not block."""
+
+    def wait(self, event: Event) -> None:
+        """Makes compute that is issued from now on wait for `event`.
+
+        The CPU blocks, and raises the error of the copy (a StorageError that names file and offset).
+        """
+
+    def discard(self, offset: int, size: int) -> None:
+        """Says that this range of the arena is not needed once the compute issued so far has finished.
+
+        A hint: devices do nothing, adaptors for tests destroy the content.
+        """
+
+    def synchronize(self) -> None:
+        """Blocks until no copy writes to the arena any more. Raises no error of a copy: it stays with its event."""
+
+    def close(self) -> None:
+        """Ends copies for good; the arena stays. Idempotent."""
+
+
+class _Complete:
+    """An event that is in the past."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return None
+
+
+COMPLETE: Event = _Complete()
+
+
+class CpuDevice:
+    """Host memory. Compute is over when its call returns, so only copies are ever waited for."""
+
+    def __init__(self, source: CopySource, memory: VirtualMemory | None = None) -> None:
+        """`source` is the device's own from now on: `close` closes it."""
+        self._source = source
+        self._memory: VirtualMemory = memory if memory is not None else HostMemory()
+
+    def arena(self, reserve_bytes: int) -> Arena:
+        return Arena(self._memory, reserve_bytes)
+
+    def copy(self, reads: Sequence[ArenaRead], after: Event | None) -> Event:
+        if after is not None:
+            after.wait()
+        return self._source.submit(reads)
+
+    def record(self) -> Event:
+        return COMPLETE
+
+    def wait(self, event: Event) -> None:
+        event.wait()
+
+    def discard(self, offset: int, size: int) -> None:
+        """Does nothing."""
+
+    def synchronize(self) -> None:
+        self._source.drain()
+
+    def close(self) -> None:
+        self._source.close()

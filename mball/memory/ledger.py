@@ -1,0 +1,89 @@
+"""The ledger: every byte of the budget, by what it is for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from mball.errors import DeviceError
+from mball.units import format_bytes
+
+
+class Kind(Enum):
+    """What bytes are for."""
+
+    BUFFERS = "buffers"
+    ARENA = "arena"
+    ACTIVATIONS = "activations"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """Bytes now, and the most there ever were."""
+
+    current_bytes: int
+    peak_bytes: int
+
+
+class Ledger:
+    """Counts bytes by `Kind` and never lets the total pass the budget. Thread-safe."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget_bytes = budget_bytes
+        self._current = dict.fromkeys(Kind, 0)
+        self._peak = dict.fromkeys(Kind, 0)
+        self._total_peak = 0
+        self._lock = threading.Lock()
+
+    @property
+    def budget_bytes(self) -> int:
+        """The cap on the total."""
+        return self._budget_bytes
+
+    def set(self, kind: Kind, num_bytes: int) -> None:
+        """Enters that `kind` now takes `num_bytes` (not negative). Call it before the memory is taken.
+
+        Raises:
+            DeviceError: the total would exceed the budget; nothing is entered then. Giving back is never refused.
+        """
+        assert num_bytes >= 0, num_bytes
+        with self._lock:
+            total = sum(self._current.values()) - self._current[kind] + num_bytes
+            if total > self._budget_bytes and num_bytes > self._current[kind]:
+                others = ", ".join(f"{other.value} {self._current[other]} bytes" for other in Kind if other is not kind)
+                raise DeviceError(
+                    f"{kind.value} need {format_bytes(num_bytes)} ({num_bytes} bytes), which makes {total} bytes of a "
+                    f"budget of {self._budget_bytes} bytes ({others}); raise the budget by "
+                    f"{total - self._budget_bytes} bytes"
+                )
+            self._current[kind] = num_bytes
+            self._peak[kind] = max(self._peak[kind], num_bytes)
+            self._total_peak = max(self._total_peak, total)
+
+    def account(self, kind: Kind) -> Account:
+        """Returns the account of one kind."""
+        with self._lock:
+            return Account(current_bytes=self._current[kind], peak_bytes=self._peak[kind])
+
+    @property
+    def current_bytes(self) -> int:
+        """All kinds together, now."""
+        with self._lock:
+            return sum(self._current.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest total there ever was, which is not the sum of the kinds' peaks."""
+        with self._lock:
+            return self._total_peak
+
+    def snapshot(self) -> Mapping[str, Account]:
+        """Returns every account by name, and ``"total"``, all of the same moment."""
+        with self._lock:
+            accounts = {
+                kind.value: Account(current_bytes=self._current[kind], peak_bytes=self._peak[kind]) for kind in Kind
+            }
+            accounts["total"] = Account(current_bytes=sum(self._current.values()), peak_bytes=self._total_peak)
+            return accounts

@@ -1,0 +1,59 @@
+"""The four memory calls of the C library that Python does not offer at a chosen address."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+from mball.units import MIB
+
+PAGE_BYTES = mmap.PAGESIZE
+HUGE_PAGE_BYTES = 2 * MIB
+
+READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+MAP_PRIVATE = mmap.MAP_PRIVATE
+MAP_ANONYMOUS = mmap.MAP_ANONYMOUS
+MAP_FIXED = 0x10
+MAP_NORESERVE = 0x4000
+DONTNEED = mmap.MADV_DONTNEED
+HUGEPAGE = mmap.MADV_HUGEPAGE
+NOHUGEPAGE = mmap.MADV_NOHUGEPAGE
+POPULATE_WRITE = 23  # Linux 5.14; not in every supported Python's mmap module
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def map_memory(address: int | None, size_bytes: int, flags: int, fd: int = -1, offset_bytes: int = 0) -> int:
+    """Maps readable and writable memory and returns its address. Raises OSError."""
+    result: int | None = _libc.mmap(address, size_bytes, READ_WRITE, flags, fd, offset_bytes)
+    if result is None or result == _MAP_FAILED:
+        raise _os_error()
+    return result
+
+
+def unmap(address: int, size_bytes: int) -> None:
+    """Unmaps `[address, address + size_bytes)`. Raises OSError."""
+    if _libc.munmap(address, size_bytes):
+        raise _os_error()
+
+
+def advise(address: int, size_bytes: int, advice: int) -> None:
+    """Calls madvise; a range of no bytes is fine. Raises OSError."""
+    if size_bytes and _libc.madvise(address, size_bytes, advice):
+        raise _os_error()
+
+
+def as_bytes(address: int, size_bytes: int) -> ctypes.Array[ctypes.c_char]:
+    """Returns the bytes at `address` as a buffer, which does not keep them mapped."""
+    return (ctypes.c_char * size_bytes).from_address(address)
+
+
+def _os_error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))

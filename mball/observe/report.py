@@ -1,0 +1,96 @@
+"""What a wrapped model holds, moves and takes, as numbers and as text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mball.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A snapshot of one engine. Sizes are bytes, times seconds; "last pass" is the last that ended well.
+
+    Attributes:
+        peak_bytes: the most that weights, buffers and predicted activations took together.
+        streamed_bytes_per_pass: what the plan brings in each pass.
+        bytes_read: all bytes read so far; `bytes_read_last_pass` those of the last pass.
+        roofline_s: the larger of the compute time and the streamed bytes at the measured speed of the link.
+        measured_over_roofline: the last pass over the roofline; None before the first.
+        in_place_bytes: weights read in place, outside the budget, in the last pass; 0 unless something passed mball by.
+        not_counted: what the budget does not cover.
+    """
+
+    budget_bytes: int
+    peak_bytes: int
+    buffer_bytes: int
+    activation_bytes: int
+    arena_bytes: int
+    weight_bytes: int
+    resident_bytes: int
+    streamed_bytes_per_pass: int
+    bytes_read: int
+    bytes_read_last_pass: int
+    passes: int
+    pass_s: float
+    compute_s: float
+    stall_s: float
+    roofline_s: float
+    measured_over_roofline: float | None
+    link_bytes_per_s: float
+    io_path: str
+    weights_managed: int
+    weights_owned: int
+    weights_read: int
+    graphs: int
+    steps: int
+    unplanned_fetches: int
+    in_place_bytes: int
+    swap_bytes: int
+    not_counted: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the fields by name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        ratio = "-" if self.measured_over_roofline is None else f"{self.measured_over_roofline:.2f}"
+        rows = (
+            ("budget", f"{format_bytes(self.budget_bytes)}, peak {format_bytes(self.peak_bytes)}"),
+            (
+                "in it",
+                f"arena {format_bytes(self.arena_bytes)}, activations {format_bytes(self.activation_bytes)}, "
+                f"buffers {format_bytes(self.buffer_bytes)}",
+            ),
+            (
+                "weights",
+                f"{format_bytes(self.weight_bytes)}: {format_bytes(self.resident_bytes)} resident, "
+                f"{format_bytes(self.streamed_bytes_per_pass)} streamed a pass",
+            ),
+            (
+                "managed",
+                f"{self.weights_managed} of {self.weights_owned} weights, {self.weights_read} read so far, "
+                f"{self.graphs} graphs, {self.steps} steps",
+            ),
+            (
+                "read",
+                f"{format_bytes(self.bytes_read_last_pass)} in the last pass, {format_bytes(self.bytes_read)} in "
+                f"{self.passes} passes, through {self.io_path}",
+            ),
+            (
+                "last pass",
+                f"{self.pass_s * 1e3:.1f} ms: compute {self.compute_s * 1e3:.1f} ms, stall {self.stall_s * 1e3:.1f} ms",
+            ),
+            (
+                "roofline",
+                f"{self.roofline_s * 1e3:.1f} ms at {self.link_bytes_per_s / 1e9:.2f} GB/s; "
+                f"measured / roofline {ratio}",
+            ),
+            ("swap file", format_bytes(self.swap_bytes)),
+            (
+                "outside",
+                f"{format_bytes(self.in_place_bytes)} read in place; not counted: {', '.join(self.not_counted)}",
+            ),
+        )
+        return "\n".join(f"{name:>10}  {text}" for name, text in rows)

@@ -1,0 +1,18 @@
+"""Plans memory: pure functions from a `Trace`, a `Machine` and a budget to a `Plan`. No torch, no clock."""
+
+from mball.plan.bundles import lay_out_bundle
+from mball.plan.planner import make_plan
+from mball.plan.simulate import Simulation, StepTiming, simulate
+from mball.plan.smallest import SmallestBudget, smallest_budget
+from mball.plan.validate import validate
+
+__all__ = [
+    "Simulation",
+    "SmallestBudget",
+    "StepTiming",
+    "lay_out_bundle",
+    "make_plan",
+    "simulate",
+    "smallest_budget",
+    "validate",
+]

@@ -1,0 +1,164 @@
+"""Which weights move together, and where their bytes lie in a slot and on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from mball.schema import Bundle, Extent, Machine, Trace, Weight
+from mball.units import KIB, round_down, round_up
+
+# Reading a gap this small costs less than a request of its own.
+MERGED_GAP_BYTES = 64 * KIB
+# Norms and biases: a request for one costs latency, not bandwidth, so they are pooled and kept.
+TINY_WEIGHT_BYTES = 64 * KIB
+# Operators outside any graph share a bundle only when at most this many steps lie between them.
+EAGER_REACH_STEPS = 8
+
+
+def lay_out_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bundle:
+    """Returns the bundle of these weights (indices into `trace.weights`), in the order of their files.
+
+    Bytes go from disk to the slot as they lie: an extent over-reads outward to the alignment, and a weight
+    begins at ``extent.slot_offset_bytes + (weight.offset_bytes - extent.offset_bytes)``. Neighbours share an
+    extent when the gap between them is at most 64 KiB. Every extent begins on a page of the slot. A weight
+    without bytes needs no extent and has offset 0.
+    """
+
+    def home(index: int) -> tuple[str, int, int]:
+        weight = trace.weights[index]
+        return weight.file, weight.offset_bytes, index
+
+    ordered = sorted(weights, key=home)
+    extents: list[Extent] = []
+    for file, start, end in _aligned_reads((trace.weights[index] for index in ordered), machine.alignment_bytes):
+        slot_offset = 0
+        if extents:
+            slot_offset = round_up(extents[-1].slot_offset_bytes + extents[-1].size_bytes, machine.page_bytes)
+        extents.append(Extent(file=file, offset_bytes=start, size_bytes=end - start, slot_offset_bytes=slot_offset))
+    offsets, current = [], 0
+    for index in ordered:
+        weight = trace.weights[index]
+        if weight.size_bytes == 0:
+            offsets.append(0)
+            continue
+        # Both lists are in the order of the files, so the extent is this one or a later one.
+        while not _holds(extents[current], weight):
+            current += 1
+        extent = extents[current]
+        offsets.append(extent.slot_offset_bytes + weight.offset_bytes - extent.offset_bytes)
+    used = extents[-1].slot_offset_bytes + extents[-1].size_bytes if extents else 0
+    return Bundle(
+        weights=tuple(ordered),
+        offsets_bytes=tuple(offsets),
+        extents=tuple(extents),
+        size_bytes=round_up(used, machine.page_bytes),
+    )
+
+
+def weight_uses(trace: Trace) -> list[list[int]]:
+    """Returns for each weight the trace steps that read it, ascending."""
+    uses: list[list[int]] = [[] for _ in trace.weights]
+    for number, step in enumerate(trace.steps):
+        for index in step.reads:
+            uses[index].append(number)
+    return uses
+
+
+def group_weights(trace: Trace, machine: Machine, target_bytes: int) -> tuple[list[Bundle], frozenset[int]]:
+    """Returns a partition of the weights into bundles of about `target_bytes`, and which of them pool tiny weights.
+
+    Weights share a bundle when they are used equally often, each time near each other: in one graph, or by
+    operators a few steps apart. Bundles of read weights come first, in the order of first use.
+    """
+    uses = weight_uses(trace)
+    first_used = list(dict.fromkeys(index for step in trace.steps for index in step.reads))
+    tiny = [index for index in first_used if trace.weights[index].size_bytes <= TINY_WEIGHT_BYTES]
+    large = [index for index in first_used if trace.weights[index].size_bytes > TINY_WEIGHT_BYTES]
+    unread = [index for index in range(len(trace.weights)) if not uses[index]]
+
+    groups: list[list[int]] = []
+    filled_bytes = 0
+    for index in large:
+        size = trace.weights[index].size_bytes
+        if groups and filled_bytes + size <= target_bytes and _used_alike(trace, uses[groups[-1][-1]], uses[index]):
+            groups[-1].append(index)
+            filled_bytes += size
+        else:
+            groups.append([index])
+            filled_bytes = size
+    pools = _chunk(trace, tiny, target_bytes)
+    pooled = frozenset(range(len(groups), len(groups) + len(pools)))
+    groups += pools + _chunk(trace, unread, target_bytes)
+    return [lay_out_bundle(group, trace, machine) for group in groups], pooled
+
+
+def finest_bundles(trace: Trace, machine: Machine) -> list[Bundle]:
+    """Returns the partition that needs the least space in every step: it defines the smallest budget.
+
+    A weight a bundle, except that weights read by exactly the same steps share one where that is no larger
+    (a norm's weight and bias on one page).
+    """
+    uses = weight_uses(trace)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index in dict.fromkeys(index for step in trace.steps for index in step.reads):
+        alike.setdefault(tuple(uses[index]), []).append(index)
+    bundles: list[Bundle] = []
+    for group in alike.values():
+        singles = [lay_out_bundle([index], trace, machine) for index in group]
+        together = lay_out_bundle(group, trace, machine)
+        for extent in together.extents:
+            parts = [one for one in singles if any(_holds(extent, trace.weights[index]) for index in one.weights)]
+            parts = [one for one in parts if one.size_bytes]
+            joined = lay_out_bundle([index for one in parts for index in one.weights], trace, machine)
+            bundles += [joined] if joined.size_bytes <= sum(one.size_bytes for one in parts) else parts
+        bundles += [one for one in singles if not one.size_bytes]
+    bundles += [lay_out_bundle([index], trace, machine) for index, steps in enumerate(uses) if not steps]
+    return bundles
+
+
+def _aligned_reads(weights: Iterable[Weight], alignment_bytes: int) -> list[tuple[str, int, int]]:
+    reads: list[tuple[str, int, int]] = []
+    for weight in weights:
+        if weight.size_bytes == 0:
+            continue
+        start = round_down(weight.offset_bytes, alignment_bytes)
+        end = round_up(weight.offset_bytes + weight.size_bytes, alignment_bytes)
+        if reads and reads[-1][0] == weight.file and start <= reads[-1][2] + MERGED_GAP_BYTES:
+            reads[-1] = (weight.file, reads[-1][1], max(reads[-1][2], end))
+        else:
+            reads.append((weight.file, start, end))
+    return reads
+
+
+def _holds(extent: Extent, weight: Weight) -> bool:
+    return (
+        extent.file == weight.file
+        and extent.offset_bytes <= weight.offset_bytes
+        and weight.offset_bytes + weight.size_bytes <= extent.offset_bytes + extent.size_bytes
+    )
+
+
+def _used_alike(trace: Trace, one: Sequence[int], other: Sequence[int]) -> bool:
+    if len(one) != len(other):
+        return False
+    for first, second in zip(one, other, strict=True):
+        graph = trace.steps[first].graph
+        if graph != trace.steps[second].graph:
+            return False
+        if graph is None and abs(first - second) > EAGER_REACH_STEPS:
+            return False
+    return True
+
+
+def _chunk(trace: Trace, weights: Iterable[int], target_bytes: int) -> list[list[int]]:
+    chunks: list[list[int]] = []
+    filled_bytes = 0
+    for index in weights:
+        size = trace.weights[index].size_bytes
+        if chunks and filled_bytes + size <= target_bytes:
+            chunks[-1].append(index)
+            filled_bytes += size
+        else:
+            chunks.append([index])
+            filled_bytes = size
+    return chunks

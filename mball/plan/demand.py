@@ -1,0 +1,63 @@
+"""What a trace asks for once its weights are in bundles: who reads which bundle when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from mball.schema import Bundle, Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """The reads of a trace in terms of bundles.
+
+    Attributes:
+        bundles: a partition of all weights.
+        pooled: bundles of tiny weights, which must be resident.
+        reads: for each trace step the bundles it reads, in order of first use.
+        uses: for each bundle the trace steps that read it, ascending.
+        moved_bytes: for each bundle the bytes that one transfer reads.
+        read_bytes_before: element i is the sum of slot sizes over all reads of steps [0, i).
+    """
+
+    bundles: tuple[Bundle, ...]
+    pooled: frozenset[int]
+    reads: tuple[tuple[int, ...], ...]
+    uses: tuple[tuple[int, ...], ...]
+    moved_bytes: tuple[int, ...]
+    read_bytes_before: tuple[int, ...]
+
+    @classmethod
+    def of(cls, trace: Trace, bundles: Sequence[Bundle], pooled: frozenset[int] = frozenset()) -> Self:
+        """Returns the demand of `trace` under this partition of its weights."""
+        reads = bundle_reads(trace, bundles)
+        uses: list[list[int]] = [[] for _ in bundles]
+        before = [0]
+        for number, step_reads in enumerate(reads):
+            for bundle in step_reads:
+                uses[bundle].append(number)
+            before.append(before[-1] + sum(bundles[bundle].size_bytes for bundle in step_reads))
+        return cls(
+            bundles=tuple(bundles),
+            pooled=pooled,
+            reads=tuple(reads),
+            uses=tuple(tuple(steps) for steps in uses),
+            moved_bytes=tuple(sum(extent.size_bytes for extent in bundle.extents) for bundle in bundles),
+            read_bytes_before=tuple(before),
+        )
+
+    def read_bundles(self) -> list[int]:
+        """Returns the bundles that any step reads."""
+        return [bundle for bundle, steps in enumerate(self.uses) if steps]
+
+    def slot_bytes(self, bundles: Sequence[int]) -> int:
+        """Returns the bytes of the slots of these bundles."""
+        return sum(self.bundles[bundle].size_bytes for bundle in bundles)
+
+
+def bundle_reads(trace: Trace, bundles: Sequence[Bundle]) -> list[tuple[int, ...]]:
+    """Returns for each trace step the bundles it reads, in order of first use."""
+    home = {index: number for number, bundle in enumerate(bundles) for index in bundle.weights}
+    return [tuple(dict.fromkeys(home[index] for index in step.reads)) for step in trace.steps]

@@ -1,0 +1,204 @@
+"""Chooses residency, slots and transfers: drafts a few dozen plans and keeps the one that simulates fastest."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mball.errors import BudgetError, ConfigError
+from mball.plan.bundles import finest_bundles, group_weights
+from mball.plan.demand import Demand
+from mball.plan.residency import choose_residents
+from mball.plan.simulate import predict, run_passes, trace_times
+from mball.plan.slots import earliest_starts, place_visits
+from mball.plan.smallest import smallest_for
+from mball.plan.steps import Bridge, Visit, count_visits, find_visits, merge_steps
+from mball.schema import LiveRange, Machine, Placement, Plan, PlanStep, Prediction, Trace, Transfer
+from mball.units import MIB, format_bytes, round_down
+
+LARGEST_TARGET_BYTES = 32 * MIB
+# A bundle of an eighth of the arena leaves room for a few in flight beside the residents.
+TARGETS_PER_ARENA = (8, 32, 128)
+POOL_DEPTHS = (1, 2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A complete candidate; offsets are final."""
+
+    demand: Demand
+    steps: tuple[PlanStep, ...]
+    residents: tuple[Placement, ...]
+    transfers: tuple[Transfer, ...]
+    arena_bytes: int
+    prediction: Prediction
+
+    def cost(self) -> tuple[float, int, int]:
+        """Returns what to minimise: pass time to four digits, then bytes on the link, then requests."""
+        return float(f"{self.prediction.pass_s:.4g}"), self.prediction.streamed_bytes, len(self.transfers)
+
+
+def make_plan(trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int = 0) -> Plan:
+    """Returns the plan that runs `trace` within `budget_bytes` in the least predicted time.
+
+    Args:
+        fixed_bytes: device memory that never moves (buffers); part of the budget.
+
+    Raises:
+        BudgetError: the budget is below the smallest that works, which the error names.
+        ConfigError: `fixed_bytes` is negative.
+        SchemaError: trace or machine contradict themselves.
+    """
+    trace.check()
+    machine.check()
+    if fixed_bytes < 0:
+        raise ConfigError(f"fixed_bytes is {fixed_bytes}; it must be zero or more")
+    finest = Demand.of(trace, finest_bundles(trace, machine))
+    smallest = smallest_for(trace, finest, fixed_bytes)
+    if budget_bytes < smallest.size_bytes:
+        raise BudgetError(
+            f"budget {format_bytes(budget_bytes)} ({budget_bytes} B) is too small for {trace.name!r}: the smallest "
+            f"that works is {format_bytes(smallest.size_bytes)} ({smallest.size_bytes} B), because "
+            f"{smallest.limited_by}; raise the budget to at least {smallest.size_bytes} B",
+            budget_bytes=budget_bytes,
+            smallest_bytes=smallest.size_bytes,
+            limited_by=smallest.limited_by,
+        )
+    activation_bytes = smallest.activation_bytes
+    arena_bytes = round_down(budget_bytes - fixed_bytes - activation_bytes, machine.page_bytes)
+    best = _best_draft(trace, machine, finest, arena_bytes)
+    return Plan(
+        trace_name=trace.name,
+        budget_bytes=budget_bytes,
+        fixed_bytes=fixed_bytes,
+        activation_bytes=activation_bytes,
+        arena_bytes=best.arena_bytes,
+        bundles=best.demand.bundles,
+        steps=best.steps,
+        residents=best.residents,
+        transfers=best.transfers,
+        prediction=best.prediction,
+    )
+
+
+def draft_plan(
+    trace: Trace,
+    machine: Machine,
+    demand: Demand,
+    residents: frozenset[int],
+    arena_bytes: int,
+    *,
+    bridge: Bridge,
+    near_bytes: int,
+) -> Draft | None:
+    """Returns the better of two ring layouts for these residents, or None when the streamed bundles do not fit."""
+    placements, resident_bytes = _stack(demand, residents)
+    pool_bytes = arena_bytes - resident_bytes
+    visits = find_visits(demand, residents, bridge, near_bytes)
+    sizes = [demand.bundles[visit.bundle].size_bytes for visit in visits]
+    filled = place_visits(visits, sizes, pool_bytes)
+    if filled is None:
+        return None
+    steps, step_of = merge_steps(trace, demand, visits)
+    spans = [
+        replace(visit, live=LiveRange(first=step_of[visit.live.first], end=step_of[visit.live.end - 1] + 1))
+        for visit in visits
+    ]
+    costs = trace_times(trace)
+    compute = [sum(costs[step.first : step.end]) for step in steps]
+    layouts = [filled[0]]
+    balanced = place_visits(visits, sizes, pool_bytes, balanced_rounds=filled[1]) if filled[1] > 1 else None
+    if balanced is not None and balanced[0] != filled[0]:
+        layouts.append(balanced[0])
+    drafts = []
+    for offsets in layouts:
+        transfers = _transfers(spans, sizes, [resident_bytes + offset for offset in offsets], len(steps))
+        moved = [demand.moved_bytes[transfer.bundle] for transfer in transfers]
+        timings = run_passes(compute, transfers, moved, machine.link)
+        ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+        drafts.append(
+            Draft(
+                demand=demand,
+                steps=tuple(steps),
+                residents=placements,
+                transfers=transfers,
+                arena_bytes=resident_bytes + max(ends, default=0),
+                prediction=predict(compute, timings, sum(moved), machine.link),
+            )
+        )
+    return min(drafts, key=Draft.cost)
+
+
+def _best_draft(trace: Trace, machine: Machine, finest: Demand, arena_bytes: int) -> Draft:
+    candidates = _granularities(trace, machine, finest, arena_bytes)
+    for demand, near_bytes in candidates:
+        everything = frozenset(demand.read_bundles())
+        if demand.slot_bytes(sorted(everything)) <= arena_bytes:
+            draft = draft_plan(
+                trace, machine, demand, everything, arena_bytes, bridge=Bridge.NEAR, near_bytes=near_bytes
+            )
+            assert draft is not None
+            return draft
+    best: Draft | None = None
+    for demand, near_bytes in candidates:
+        visits = count_visits(demand, near_bytes)
+        tried: set[frozenset[int]] = set()
+        for pool_bytes in _pool_sizes(demand, arena_bytes):
+            residents = choose_residents(
+                demand, visits, machine.link, resident_bytes=arena_bytes - pool_bytes, pool_bytes=pool_bytes
+            )
+            if residents is None or residents in tried:
+                continue
+            tried.add(residents)
+            for bridge in Bridge:
+                draft = draft_plan(trace, machine, demand, residents, arena_bytes, bridge=bridge, near_bytes=near_bytes)
+                if draft is not None:
+                    best = draft if best is None or draft.cost() < best.cost() else best
+                    break
+    assert best is not None, "the finest bundles, nothing resident and no bridging fit every budget that is allowed"
+    return best
+
+
+def _granularities(trace: Trace, machine: Machine, finest: Demand, arena_bytes: int) -> list[tuple[Demand, int]]:
+    """Returns partitions of the weights from coarse to finest, each with its target size."""
+    found: list[tuple[Demand, int]] = []
+    for share in TARGETS_PER_ARENA:
+        target = min(LARGEST_TARGET_BYTES, arena_bytes // share)
+        bundles, pooled = group_weights(trace, machine, target)
+        if all(tuple(bundles) != demand.bundles for demand, _ in found):
+            found.append((Demand.of(trace, bundles, pooled), target))
+    return [*found, (finest, 0)]
+
+
+def _pool_sizes(demand: Demand, arena_bytes: int) -> Iterator[int]:
+    sizes = sorted(demand.bundles[b].size_bytes for b in demand.read_bundles() if b not in demand.pooled)
+    sizes = [size for size in sizes if size] or [0]
+    typical, largest = statistics.median_low(sizes), sizes[-1]
+    pools = {depth * size for depth in POOL_DEPTHS for size in (typical, largest)} | {arena_bytes}
+    return (pool for pool in sorted(pools) if pool <= arena_bytes)
+
+
+def _stack(demand: Demand, residents: frozenset[int]) -> tuple[tuple[Placement, ...], int]:
+    placements, offset = [], 0
+    for bundle in sorted(residents):
+        placements.append(Placement(bundle=bundle, offset_bytes=offset))
+        offset += demand.bundles[bundle].size_bytes
+    return tuple(placements), offset
+
+
+def _transfers(
+    visits: Sequence[Visit], sizes: Sequence[int], offsets: Sequence[int], num_steps: int
+) -> tuple[Transfer, ...]:
+    starts = earliest_starts(visits, sizes, offsets, num_steps)
+    transfers = [
+        Transfer(
+            bundle=visit.bundle,
+            offset_bytes=offset,
+            after=start,
+            needed_by=visit.live.first,
+            last_use=visit.live.end - 1,
+        )
+        for visit, offset, start in zip(visits, offsets, starts, strict=True)
+    ]
+    return tuple(sorted(transfers, key=lambda transfer: (transfer.after, transfer.needed_by, transfer.bundle)))

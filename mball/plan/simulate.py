@@ -1,0 +1,162 @@
+"""Predicts what a plan does: one serial link beside one serial device, pass after pass until nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mball.schema import Link, Machine, Plan, Prediction, Trace, Transfer
+
+# What a step that was never measured is taken to cost: one read of its weights at this speed.
+UNMEASURED_BYTES_PER_S = 20e9
+MAX_PASSES = 16
+_SAME = 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTiming:
+    """When a plan step ran, in seconds from the start of its pass, and how long it had waited for bundles."""
+
+    start_s: float
+    end_s: float
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """One steady pass.
+
+    Attributes:
+        steps: the timing of each plan step.
+        pass_s: seconds from the end of one pass to the end of the next.
+        peak_arena_bytes: the most bytes in slots at one time.
+        prediction: the same in the plan's terms.
+    """
+
+    steps: tuple[StepTiming, ...]
+    pass_s: float
+    peak_arena_bytes: int
+    prediction: Prediction
+
+
+def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
+    """Returns how `plan` runs in the steady state on `machine`.
+
+    Transfers run one after another in the order in which they are issued, each for
+    ``latency + bytes / bandwidth``. The first pass starts cold; passes repeat until two are alike.
+    """
+    costs = trace_times(trace)
+    compute = [sum(costs[step.first : step.end]) for step in plan.steps]
+    moved = [sum(extent.size_bytes for extent in bundle.extents) for bundle in plan.bundles]
+    timings = run_passes(compute, plan.transfers, [moved[transfer.bundle] for transfer in plan.transfers], machine.link)
+    streamed = sum(moved[transfer.bundle] for transfer in plan.transfers)
+    prediction = predict(compute, timings, streamed, machine.link)
+    return Simulation(
+        steps=tuple(timings), pass_s=prediction.pass_s, peak_arena_bytes=_peak(plan), prediction=prediction
+    )
+
+
+def trace_times(trace: Trace) -> list[float]:
+    """Returns for each trace step its measured seconds, or an estimate from the bytes it reads."""
+    return [
+        sum(trace.weights[index].size_bytes for index in step.reads) / UNMEASURED_BYTES_PER_S
+        if step.time_s is None
+        else step.time_s
+        for step in trace.steps
+    ]
+
+
+def predict(compute_s: Sequence[float], timings: Sequence[StepTiming], streamed_bytes: int, link: Link) -> Prediction:
+    """Returns the prediction for a steady pass with these timings."""
+    total = sum(compute_s)
+    stall = sum(timing.stall_s for timing in timings)
+    return Prediction(
+        pass_s=total + stall,
+        compute_s=total,
+        stall_s=stall,
+        streamed_bytes=streamed_bytes,
+        roofline_s=max(total, streamed_bytes / link.bandwidth_bytes_per_s),
+    )
+
+
+def run_passes(
+    compute_s: Sequence[float], transfers: Sequence[Transfer], moved_bytes: Sequence[int], link: Link
+) -> list[StepTiming]:
+    """Returns the timings of the steady pass.
+
+    Args:
+        compute_s: seconds of each plan step.
+        transfers: in the order of the plan.
+        moved_bytes: the bytes that each transfer reads.
+    """
+    num_steps = len(compute_s)
+    seconds = [link.transfer_s(size) for size in moved_bytes]
+    needed: list[list[int]] = [[] for _ in range(num_steps)]
+    issued: list[list[int]] = [[] for _ in range(num_steps)]
+    ahead: list[list[int]] = [[] for _ in range(num_steps)]
+    early: list[int] = []
+    for number, transfer in enumerate(transfers):
+        needed[transfer.needed_by].append(number)
+        if transfer.after >= 0:
+            issued[transfer.after].append(number)
+        else:
+            ahead[transfer.after + num_steps].append(number)
+            early.append(number)
+    landed = [0.0] * len(transfers)
+    link_free = now = 0.0
+    for number in early:
+        link_free += seconds[number]
+        landed[number] = link_free
+    state: list[float] = []
+    times: list[tuple[float, float, float]] = []
+    for _ in range(MAX_PASSES):
+        pass_start = now
+        for_next: list[tuple[int, float]] = []
+        times = []
+        for step in range(num_steps):
+            start = now
+            for number in needed[step]:
+                if landed[number] > start:
+                    start = landed[number]
+            end = start + compute_s[step]
+            times.append((start - pass_start, end - pass_start, start - now))
+            now = end
+            if issued[step] or ahead[step]:
+                link_free = max(link_free, now)
+                for number in issued[step]:
+                    link_free += seconds[number]
+                    landed[number] = link_free
+                for number in ahead[step]:
+                    link_free += seconds[number]
+                    for_next.append((number, link_free))
+        for number, time_s in for_next:
+            landed[number] = time_s
+        before, state = state, [now - pass_start, max(link_free - now, 0.0), *(at - now for _, at in for_next)]
+        scale = max(now - pass_start, 1e-12) * _SAME
+        if len(before) == len(state) and all(abs(a - b) <= scale for a, b in zip(before, state, strict=True)):
+            break
+    return [StepTiming(start_s=start, end_s=end, stall_s=stall) for start, end, stall in times]
+
+
+def _peak(plan: Plan) -> int:
+    num_steps = len(plan.steps)
+    kept = sum(plan.bundles[placement.bundle].size_bytes for placement in plan.residents)
+    deltas = [0] * (num_steps + 1)
+    for transfer in plan.transfers:
+        size = plan.bundles[transfer.bundle].size_bytes
+        for first, end in occupied_steps(transfer, num_steps):
+            deltas[first] += size
+            deltas[end] -= size
+    peak = streamed = 0
+    for delta in deltas[:num_steps]:
+        streamed += delta
+        peak = max(peak, streamed)
+    return kept + peak
+
+
+def occupied_steps(transfer: Transfer, num_steps: int) -> list[tuple[int, int]]:
+    """Returns the half-open ranges of steps, within one pass of the cycle, in which a transfer holds its slot."""
+    first, end = transfer.after + 1, transfer.last_use + 1
+    if first >= 0:
+        return [(first, end)]
+    return [(first + num_steps, num_steps), (0, end)]

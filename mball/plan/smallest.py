@@ -1,0 +1,62 @@
+"""The smallest budget that works, and what sets it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mball.plan.bundles import finest_bundles
+from mball.plan.demand import Demand
+from mball.schema import Machine, Trace
+from mball.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallestBudget:
+    """The smallest feasible budget.
+
+    Attributes:
+        size_bytes: ``fixed + activation + slots``; this budget works, one page less does not.
+        limited_by: for people: the step and the bytes that set the number.
+        slots_bytes: slots of the step with the largest weights, rounded up to pages.
+        activation_bytes: the largest activation need of any step.
+        fixed_bytes: device memory that never moves.
+    """
+
+    size_bytes: int
+    limited_by: str
+    slots_bytes: int
+    activation_bytes: int
+    fixed_bytes: int
+
+
+def smallest_budget(trace: Trace, machine: Machine, *, fixed_bytes: int = 0) -> SmallestBudget:
+    """Returns the smallest budget under which `trace` can be planned.
+
+    There nothing is resident and each step waits for its own weights: the slots of the hungriest step, the
+    largest activations of the pass and `fixed_bytes` must fit together.
+    """
+    demand = Demand.of(trace, finest_bundles(trace, machine))
+    return smallest_for(trace, demand, fixed_bytes)
+
+
+def smallest_for(trace: Trace, demand: Demand, fixed_bytes: int) -> SmallestBudget:
+    """Returns the smallest budget for the finest partition of the weights, given as its demand."""
+    activation = max(trace.activation_bytes(), default=0)
+    needs = [demand.slot_bytes(reads) for reads in demand.reads]
+    slots = max(needs, default=0)
+    limited_by = "no step reads a weight"
+    if slots:
+        hungriest = needs.index(slots)
+        weights = sum(trace.weights[index].size_bytes for index in trace.steps[hungriest].reads)
+        limited_by = (
+            f"step {trace.steps[hungriest].name!r} reads {format_bytes(weights)} of weights at once, "
+            f"{format_bytes(slots)} in whole pages"
+        )
+    limited_by += f"; activations take {format_bytes(activation)} and fixed memory {format_bytes(fixed_bytes)}"
+    return SmallestBudget(
+        size_bytes=fixed_bytes + activation + slots,
+        limited_by=limited_by,
+        slots_bytes=slots,
+        activation_bytes=activation,
+        fixed_bytes=fixed_bytes,
+    )

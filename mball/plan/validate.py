@@ -1,0 +1,206 @@
+"""Proves that a plan keeps its promises; the oracle of the planner's tests."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from itertools import pairwise
+from typing import NoReturn
+
+from mball.errors import PlanError
+from mball.plan.demand import bundle_reads
+from mball.plan.simulate import occupied_steps
+from mball.schema import Bundle, Machine, Plan, Trace, Transfer
+from mball.units import format_bytes
+
+
+def validate(trace: Trace, plan: Plan, machine: Machine | None = None) -> None:
+    """Returns when every read of `plan` finds its bytes and nothing exceeds the budget.
+
+    Checked: bundles partition the weights and their layout is right; steps cover the trace in order; every
+    read is resident or covered by a transfer; no slot is overwritten while in use, also across the end of the
+    pass; all bytes are within the arena and the budget. With `machine`, pages and alignment too.
+
+    Raises:
+        PlanError: an invariant is broken; the message says which, where, and by how much.
+    """
+    plan.check()
+    _check_partition(trace, plan)
+    for number, bundle in enumerate(plan.bundles):
+        _check_layout(trace, number, bundle, machine)
+    _check_steps(trace, plan)
+    _check_transfers(plan)
+    _check_reads(plan)
+    _check_bounds(trace, plan, machine)
+    _check_overlap(plan)
+
+
+def _fail(message: str) -> NoReturn:
+    raise PlanError(f"{message}: the plan is wrong, make it again")
+
+
+def _check_partition(trace: Trace, plan: Plan) -> None:
+    seen = [0] * len(trace.weights)
+    for number, bundle in enumerate(plan.bundles):
+        for index in bundle.weights:
+            if not 0 <= index < len(seen):
+                _fail(f"bundle {number} holds weight {index}; the trace has {len(seen)} weights")
+            seen[index] += 1
+    for index, count in enumerate(seen):
+        if count != 1:
+            _fail(f"weight {trace.weights[index].name!r} is in {count} bundles instead of one")
+
+
+def _check_layout(trace: Trace, number: int, bundle: Bundle, machine: Machine | None) -> None:
+    if len(bundle.weights) != len(bundle.offsets_bytes):
+        _fail(f"bundle {number} has {len(bundle.weights)} weights and {len(bundle.offsets_bytes)} offsets")
+    filled = 0
+    for extent in sorted(bundle.extents, key=lambda extent: extent.slot_offset_bytes):
+        if extent.size_bytes <= 0 or extent.offset_bytes < 0:
+            _fail(f"bundle {number} reads {extent.size_bytes} B at {extent.offset_bytes} B of {extent.file!r}")
+        if extent.slot_offset_bytes < filled:
+            _fail(f"bundle {number}: the extent at {extent.slot_offset_bytes} B begins before {filled} B is free")
+        filled = extent.slot_offset_bytes + extent.size_bytes
+    if filled > bundle.size_bytes or bundle.size_bytes < 0:
+        _fail(f"bundle {number} fills {filled} B of a slot of {bundle.size_bytes} B")
+    for index, offset in zip(bundle.weights, bundle.offsets_bytes, strict=True):
+        weight = trace.weights[index]
+        if weight.size_bytes == 0 and offset == 0:
+            continue
+        for extent in bundle.extents:
+            within = weight.offset_bytes - extent.offset_bytes
+            if (
+                extent.file == weight.file
+                and within >= 0
+                and within + weight.size_bytes <= extent.size_bytes
+                and offset == extent.slot_offset_bytes + within
+            ):
+                break
+        else:
+            _fail(f"bundle {number}: no extent brings weight {weight.name!r} to {offset} B of the slot")
+    if machine is not None:
+        _check_alignment(number, bundle, machine)
+
+
+def _check_alignment(number: int, bundle: Bundle, machine: Machine) -> None:
+    if bundle.size_bytes % machine.page_bytes:
+        _fail(f"bundle {number}: slot of {bundle.size_bytes} B is no multiple of the page, {machine.page_bytes} B")
+    for extent in bundle.extents:
+        if extent.offset_bytes % machine.alignment_bytes or extent.size_bytes % machine.alignment_bytes:
+            _fail(
+                f"bundle {number}: read of {extent.size_bytes} B at {extent.offset_bytes} B is not aligned to "
+                f"{machine.alignment_bytes} B"
+            )
+        if extent.slot_offset_bytes % machine.page_bytes:
+            _fail(
+                f"bundle {number}: extent at {extent.slot_offset_bytes} B of the slot is not on a page of "
+                f"{machine.page_bytes} B"
+            )
+
+
+def _check_steps(trace: Trace, plan: Plan) -> None:
+    reads = bundle_reads(trace, plan.bundles)
+    expected = 0
+    for number, step in enumerate(plan.steps):
+        if step.first != expected or not step.first < step.end <= len(trace.steps):
+            _fail(f"step {number} runs trace steps [{step.first}, {step.end}) instead of beginning at {expected}")
+        expected = step.end
+        graphs = {trace.steps[index].graph for index in range(step.first, step.end)}
+        if len(graphs) > 1 or (None in graphs and step.end - step.first > 1):
+            _fail(f"step {number} merges trace steps [{step.first}, {step.end}) that are not of one graph")
+        wanted = {bundle for index in range(step.first, step.end) for bundle in reads[index]}
+        if len(set(step.reads)) != len(step.reads) or set(step.reads) != wanted:
+            _fail(f"step {number} reads bundles {sorted(step.reads)}; its trace steps read {sorted(wanted)}")
+    if expected != len(trace.steps):
+        _fail(f"the steps end at trace step {expected} of {len(trace.steps)}")
+
+
+def _check_transfers(plan: Plan) -> None:
+    num_steps = len(plan.steps)
+    for transfer in plan.transfers:
+        if not -num_steps <= transfer.after < transfer.needed_by <= transfer.last_use < num_steps:
+            _fail(
+                f"transfer of bundle {transfer.bundle}: after {transfer.after}, needed by {transfer.needed_by}, last "
+                f"use {transfer.last_use} are not in order within a pass of {num_steps} steps"
+            )
+        if transfer.last_use - transfer.after > num_steps:
+            _fail(
+                f"transfer of bundle {transfer.bundle} holds its slot for {transfer.last_use - transfer.after} steps; "
+                f"the pass has {num_steps}, so it would overwrite itself"
+            )
+    order = [(transfer.after, transfer.needed_by) for transfer in plan.transfers]
+    if order != sorted(order):
+        _fail("transfers are not sorted by (after, needed_by)")
+
+
+def _check_reads(plan: Plan) -> None:
+    kept = [placement.bundle for placement in plan.residents]
+    if len(set(kept)) != len(kept):
+        _fail("a bundle is resident twice")
+    resident = set(kept)
+    windows: dict[int, list[Transfer]] = {}
+    for transfer in plan.transfers:
+        if transfer.bundle in resident:
+            _fail(f"bundle {transfer.bundle} is resident and transferred")
+        windows.setdefault(transfer.bundle, []).append(transfer)
+    for bundle, transfers in windows.items():
+        transfers.sort(key=lambda transfer: transfer.needed_by)
+        for one, other in pairwise(transfers):
+            if other.needed_by <= one.last_use:
+                _fail(f"step {other.needed_by} finds bundle {bundle} in two slots")
+    for number, step in enumerate(plan.steps):
+        for bundle in step.reads:
+            if bundle in resident:
+                continue
+            transfers = windows.get(bundle, [])
+            at = bisect_left(transfers, number + 1, key=lambda transfer: transfer.needed_by) - 1
+            if at < 0 or transfers[at].last_use < number:
+                _fail(f"step {number} reads bundle {bundle}, which is neither resident nor transferred for it")
+
+
+def _check_bounds(trace: Trace, plan: Plan, machine: Machine | None) -> None:
+    activation = max(trace.activation_bytes(), default=0)
+    if plan.activation_bytes < activation:
+        _fail(f"activations need {activation} B; the plan leaves {plan.activation_bytes} B")
+    used = plan.fixed_bytes + plan.activation_bytes + plan.arena_bytes
+    if used > plan.budget_bytes:
+        _fail(
+            f"fixed {format_bytes(plan.fixed_bytes)}, activations {format_bytes(plan.activation_bytes)} and arena "
+            f"{format_bytes(plan.arena_bytes)} exceed the budget by {used - plan.budget_bytes} B"
+        )
+    for bundle, offset in [(p.bundle, p.offset_bytes) for p in plan.residents] + [
+        (t.bundle, t.offset_bytes) for t in plan.transfers
+    ]:
+        if offset < 0 or offset + plan.bundles[bundle].size_bytes > plan.arena_bytes:
+            _fail(f"bundle {bundle} at {offset} B ends outside the arena of {plan.arena_bytes} B")
+        if machine is not None and offset % machine.page_bytes:
+            _fail(f"bundle {bundle} at {offset} B is not on a page of {machine.page_bytes} B")
+
+
+def _check_overlap(plan: Plan) -> None:
+    num_steps = len(plan.steps)
+    # What takes a slot at each step, and what gives it back before that step.
+    taken: list[list[tuple[int, int, int]]] = [[] for _ in range(num_steps)]
+    given: list[list[tuple[int, int, int]]] = [[] for _ in range(num_steps + 1)]
+    ranges = [(p.bundle, p.offset_bytes, 0, num_steps) for p in plan.residents]
+    for transfer in plan.transfers:
+        ranges += [
+            (transfer.bundle, transfer.offset_bytes, first, end) for first, end in occupied_steps(transfer, num_steps)
+        ]
+    for bundle, offset, first, end in ranges:
+        size = plan.bundles[bundle].size_bytes
+        if size and first < end:
+            taken[first].append((offset, offset + size, bundle))
+            given[end].append((offset, offset + size, bundle))
+    held: list[tuple[int, int, int]] = []
+    for step in range(num_steps):
+        for slot in given[step]:
+            held.pop(bisect_left(held, slot))
+        for slot in taken[step]:
+            insort(held, slot)
+            at = bisect_left(held, slot)
+            for other in held[max(at - 1, 0) : at] + held[at + 1 : at + 2]:
+                if other[0] < slot[1] and slot[0] < other[1]:
+                    _fail(
+                        f"in step {step} bundles {other[2]} at [{other[0]}, {other[1]}) B and {slot[2]} at "
+                        f"[{slot[0]}, {slot[1]}) B of the arena overlap"
+                    )

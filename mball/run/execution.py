@@ -1,0 +1,373 @@
+"""Executes one plan: which bundle is where, what is on its way, and what a step may read.
+
+[Note: why nothing is read too early or overwritten too late]
+A bundle's place in the arena belongs to exactly one *occupant*. `enter` waits for the event of each occupant it
+hands out. A copy into a range first evicts every occupant that overlaps it, waits for a copy that may still be
+running there, and is ordered after the event recorded when the last step was left. A step's own bundles are in use
+until it is left and are never evicted. So a wrong plan, or a step that comes unexpectedly, costs time and no more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mball.errors import StorageError
+from mball.memory import Arena, Device, Event
+from mball.run.homes import Homes
+from mball.schema import Bundle, Plan, Transfer
+from mball.storage import Read
+
+
+class _NotStarted:
+    """The event of a copy that was never handed to the device."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
+
+
+_NOT_STARTED = _NotStarted()
+
+
+@dataclass(slots=True, eq=False)
+class Occupant:
+    """A bundle at its place in the arena, and the event that makes it valid (None: it is valid).
+
+    `planned` is False where the place was not chosen by the plan, but for an operator that came unannounced.
+    """
+
+    bundle: Bundle
+    offset_bytes: int
+    event: Event | None
+    planned: bool = True
+    views: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def end_bytes(self) -> int:
+        return self.offset_bytes + self.bundle.size_bytes
+
+
+@dataclass(slots=True)
+class Counters:
+    """What execution has done so far."""
+
+    bytes_read: int = 0
+    reads: int = 0
+    stall_s: float = 0.0
+    unplanned_fetches: int = 0
+
+
+class Execution:
+    """Runs plans over one arena; at most one step is in use at a time.
+
+    Args:
+        device: copies, events.
+        arena: where slots lie; resized to each plan.
+        homes: where bundles come from.
+    """
+
+    def __init__(self, device: Device, arena: Arena, homes: Homes) -> None:
+        self.device = device
+        self.arena = arena
+        self.homes = homes
+        self.counters = Counters()
+        self.plan: Plan | None = None
+        self._occupants: dict[int, Occupant] = {}
+        self._in_use: tuple[int, ...] = ()
+        self._cursor = -1  # the step expected next; -1: none was left in this plan yet
+        self._due: list[list[int]] = []
+        self._ends: list[list[int]] = []
+        self._bundle_of_weight: dict[int, int] = {}
+        self._resident: dict[int, int] = {}
+        self._released = device.record()
+        self._views: dict[tuple[int, int], torch.Tensor] = {}
+        self._bound: list[tuple[tuple[Occupant, ...], tuple[torch.Tensor, ...]] | None] = []
+        self._step_weights: list[tuple[int, ...]] = []
+
+    # -- plans ---------------------------------------------------------------------------------------------------
+
+    def adopt(self, plan: Plan, bound: Sequence[Sequence[int]]) -> None:
+        """Makes `plan` the one that is executed; what it keeps in place stays.
+
+        Args:
+            plan: a validated plan over the homes' weights.
+            bound: for each plan step the weights that `enter` returns, in order.
+        """
+        assert not self._in_use
+        known = {bundle: index for index, bundle in enumerate(plan.bundles)}
+        resident = {placement.bundle: placement.offset_bytes for placement in plan.residents}
+        for number, occupant in list(self._occupants.items()):
+            index = known.get(occupant.bundle)
+            if index is None or resident.get(index) != occupant.offset_bytes:
+                self._evict(number)
+        kept = {known[occupant.bundle]: occupant for occupant in self._occupants.values()}
+        self._occupants = kept
+        self.arena.resize(plan.arena_bytes)
+        self.plan = plan
+        self._resident = resident
+        self._cursor = -1
+        count = len(plan.steps)
+        self._due = [[] for _ in range(count)]
+        self._ends = [[] for _ in range(count)]
+        for number, transfer in enumerate(plan.transfers):
+            self._due[transfer.after % count].append(number)
+            self._ends[transfer.last_use].append(number)
+        for due in self._due:  # what this pass needs goes before what the next one needs
+            due.sort(key=lambda number: plan.transfers[number].after < 0)
+        self._bundle_of_weight = {w: i for i, bundle in enumerate(plan.bundles) for w in bundle.weights}
+        self._step_weights = [tuple(weights) for weights in bound]
+        self._bound = [None] * count
+        if len(self._views) > 8 * len(self.homes):
+            self._views.clear()
+
+    def smallest_region(self, weights: Iterable[int]) -> int:
+        """Returns the arena bytes that the bundles of `weights` take together."""
+        assert self.plan is not None
+        bundles = {self._bundle_of_weight[weight] for weight in weights}
+        return sum(self.plan.bundles[bundle].size_bytes for bundle in bundles)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def enter(self, step: int) -> tuple[torch.Tensor, ...]:
+        """Returns the weights that plan step `step` binds; blocks until all its bundles have landed.
+
+        Raises:
+            StorageError: a read failed; the bundle is read again by the next step that needs it.
+        """
+        assert self.plan is not None and not self._in_use
+        reads = self.plan.steps[step].reads
+        if step != self._cursor:
+            self._jump(step)
+        self._in_use = reads
+        for bundle in reads:
+            occupant = self._occupants.get(bundle)
+            if occupant is None or (occupant.event is None and not occupant.planned):
+                self._fetch_now(bundle, step)
+        return self._bind(step, tuple(self._land(bundle) for bundle in reads))
+
+    def leave(self, step: int) -> None:
+        """Releases the step's bundles and starts the transfers that may start now."""
+        assert self.plan is not None
+        self._in_use = ()
+        self._released = self.device.record()
+        for number in self._ends[step]:
+            transfer = self.plan.transfers[number]
+            occupant = self._occupants.get(transfer.bundle)
+            if occupant is not None and occupant.offset_bytes == transfer.offset_bytes:
+                self._evict(transfer.bundle)
+        self._cursor = step + 1 if step + 1 < len(self.plan.steps) else 0
+        for number in self._due[step]:
+            self._start(self.plan.transfers[number])
+
+    def on_demand(self, weights: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Returns `weights` outside any planned step; call `release` when they have been read.
+
+        The arena must be at least `smallest_region(weights)` large; whatever is in the way is evicted.
+        """
+        assert self.plan is not None and not self._in_use
+        bundles = tuple(dict.fromkeys(self._bundle_of_weight[weight] for weight in weights))
+        self._in_use = bundles
+        absent = [bundle for bundle in bundles if bundle not in self._occupants]
+        for bundle in absent:
+            offset = self._room(self.plan.bundles[bundle].size_bytes, bundles)
+            if offset is None:  # bundles in use lie scattered: start again from an empty arena
+                for number in list(self._occupants):
+                    self._evict(number)
+                offset = 0
+                for again in bundles:
+                    self._bring(again, offset, planned=False)
+                    offset += self.plan.bundles[again].size_bytes
+                break
+            self._bring(bundle, offset, planned=False)
+            self.counters.unplanned_fetches += 1
+        occupants = {bundle: self._land(bundle) for bundle in bundles}
+        return tuple(self._view(weight, occupants[self._bundle_of_weight[weight]]) for weight in weights)
+
+    def release(self) -> None:
+        """Ends what `on_demand` began."""
+        self._in_use = ()
+        self._released = self.device.record()
+
+    def forget(self, weights: Iterable[int]) -> None:
+        """Drops the copies of weights whose homes were written; they are read again when needed."""
+        for bundle in {self._bundle_of_weight[weight] for weight in weights if weight in self._bundle_of_weight}:
+            if bundle in self._occupants:
+                self._evict(bundle)
+
+    def abort(self) -> None:
+        """Makes the state consistent after an exception: nothing in use, no copy running, no copy half known."""
+        self._in_use = ()
+        self.device.synchronize()
+        for bundle, occupant in list(self._occupants.items()):
+            if occupant.event is not None:
+                self._evict(bundle)
+        self._cursor = -1
+
+    def _fetch_now(self, bundle: int, step: int) -> None:
+        """Brings a bundle that no transfer brought, or that `on_demand` put where other bundles of the step belong."""
+        offset = self._planned_offset(bundle, step)
+        occupant = self._occupants.get(bundle)
+        if occupant is not None:
+            occupant.planned = occupant.offset_bytes == offset
+            if occupant.planned:
+                return
+            self._evict(bundle)
+        self._bring(bundle, offset)
+        self.counters.unplanned_fetches += 1
+
+    def close(self) -> None:
+        """Waits for running copies and frees the arena. Idempotent."""
+        self._in_use = ()
+        self.device.synchronize()
+        self.device.close()
+        self._occupants.clear()
+        self._views.clear()
+        self._bound.clear()
+        self.arena.close()
+
+    # -- transfers -----------------------------------------------------------------------------------------------
+
+    def _jump(self, step: int) -> None:
+        """Starts what the plan would have in flight when `step` is entered, in order of first use."""
+        assert self.plan is not None
+        count = len(self.plan.steps)
+        wanted: list[tuple[int, int, int]] = []
+        if self._cursor == -1:
+            uses = self._first_uses(step)
+            wanted += [(uses.get(bundle, 2 * count), bundle, offset) for bundle, offset in self._resident.items()]
+        for transfer in self.plan.transfers:
+            if transfer.after < step <= transfer.last_use:
+                wanted.append((max(transfer.needed_by - step, 0), transfer.bundle, transfer.offset_bytes))
+            elif transfer.after + count < step:
+                wanted.append((transfer.needed_by + count - step, transfer.bundle, transfer.offset_bytes))
+        for bundle in {bundle for _, bundle, _ in wanted} & self._occupants.keys():
+            planned = [offset for _, number, offset in wanted if number == bundle]
+            if self._occupants[bundle].offset_bytes not in planned:
+                self._evict(bundle)
+        for _, bundle, offset in sorted(wanted):
+            if bundle not in self._occupants:
+                self._bring(bundle, offset)
+        self._cursor = step
+
+    def _first_uses(self, step: int) -> dict[int, int]:
+        assert self.plan is not None
+        uses: dict[int, int] = {}
+        count = len(self.plan.steps)
+        for distance in range(count):
+            for bundle in self.plan.steps[(step + distance) % count].reads:
+                uses.setdefault(bundle, distance)
+        return uses
+
+    def _planned_offset(self, bundle: int, step: int) -> int:
+        assert self.plan is not None
+        if bundle in self._resident:
+            return self._resident[bundle]
+        return next(
+            transfer.offset_bytes
+            for transfer in self.plan.transfers
+            if transfer.bundle == bundle and transfer.needed_by <= step <= transfer.last_use
+        )
+
+    def _room(self, size_bytes: int, keep: Sequence[int]) -> int | None:
+        """Returns the highest offset where `size_bytes` fit beside the occupants in `keep`, or None."""
+        end = self.arena.backed_bytes
+        for occupant in sorted(
+            (self._occupants[bundle] for bundle in keep if bundle in self._occupants),
+            key=lambda occupant: -occupant.offset_bytes,
+        ):
+            if end - occupant.end_bytes >= size_bytes:
+                break
+            end = occupant.offset_bytes
+        return end - size_bytes if end >= size_bytes else None
+
+    def _start(self, transfer: Transfer) -> None:
+        occupant = self._occupants.get(transfer.bundle)
+        if occupant is not None:
+            if occupant.offset_bytes == transfer.offset_bytes:
+                return
+            self._evict(transfer.bundle)
+        self._bring(transfer.bundle, transfer.offset_bytes)
+
+    def _bring(self, number: int, offset: int, *, planned: bool = True) -> None:
+        """Starts copying a bundle to `offset`, once nothing else is there."""
+        assert self.plan is not None
+        bundle = self.plan.bundles[number]
+        end = offset + bundle.size_bytes
+        for other, occupant in list(self._occupants.items()):
+            if occupant.offset_bytes < end and offset < occupant.end_bytes:
+                self._evict(other)
+        reads = [
+            Read(
+                file=piece.file,
+                offset_bytes=piece.offset_bytes,
+                size_bytes=piece.size_bytes,
+                destination=self.arena.view(offset + extent.slot_offset_bytes + piece.shift_bytes, piece.size_bytes),
+            )
+            for extent, piece in self.homes.reads(bundle.extents)
+        ]
+        # Known before it starts: an interrupt in between leaves an occupant that `abort` removes.
+        occupant = self._occupants[number] = Occupant(bundle, offset, _NOT_STARTED, planned)
+        occupant.event = self.device.copy(reads, self._released)
+        self.counters.bytes_read += sum(read.size_bytes for read in reads)
+        self.counters.reads += len(reads)
+
+    def _land(self, bundle: int) -> Occupant:
+        occupant = self._occupants[bundle]
+        if occupant.event is not None:
+            began_s = time.perf_counter()
+            try:
+                self.device.wait(occupant.event)
+            except StorageError:
+                occupant.event = None
+                self._evict(bundle)
+                raise
+            finally:
+                self.counters.stall_s += time.perf_counter() - began_s
+            occupant.event = None
+        return occupant
+
+    def _evict(self, bundle: int) -> None:
+        occupant = self._occupants[bundle]
+        if occupant.event is not None:
+            try:
+                self.device.wait(occupant.event)
+            except StorageError:
+                pass  # nobody reads these bytes; who needs them reads them again and sees the error
+            occupant.event = None
+        del self._occupants[bundle]
+        for view in occupant.views.values():
+            torch.autograd.graph.increment_version(view)
+        self.device.discard(occupant.offset_bytes, occupant.bundle.size_bytes)
+
+    # -- views ---------------------------------------------------------------------------------------------------
+
+    def _bind(self, step: int, occupants: tuple[Occupant, ...]) -> tuple[torch.Tensor, ...]:
+        cached = self._bound[step]
+        if cached is not None and cached[0] == occupants:
+            return cached[1]
+        by_weight = {weight: occupant for occupant in occupants for weight in occupant.bundle.weights}
+        views = tuple(self._view(weight, by_weight[weight]) for weight in self._step_weights[step])
+        self._bound[step] = (occupants, views)
+        return views
+
+    def _view(self, weight: int, occupant: Occupant) -> torch.Tensor:
+        view = occupant.views.get(weight)
+        if view is None:
+            place = occupant.bundle.weights.index(weight)
+            offset = occupant.offset_bytes + occupant.bundle.offsets_bytes[place]
+            view = self._views.get((weight, offset))
+            if view is None:
+                like = self.homes.homes[weight]
+                with torch.inference_mode(False):
+                    length = like.span_bytes // like.tensor.element_size()
+                    flat = self.arena.tensor(offset, like.tensor.dtype, (length,))
+                    view = flat.as_strided(like.tensor.shape, like.tensor.stride())
+                self._views[(weight, offset)] = view
+            occupant.views[weight] = view
+        return view

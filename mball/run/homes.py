@@ -1,0 +1,235 @@
+"""Homes: where the authoritative bytes of every weight are, and how writes to them are noticed.
+
+[Note: homes on the CPU device]
+A home is a private mapping of a file: the checkpoint, or the swap file. The Parameter's data is that mapping,
+so reading it gives the right values at any time, and it costs no memory until somebody does. A write through it,
+by whatever means, makes the kernel copy the page, and that is how it is noticed: at the start of a pass the mapped
+pages that are anonymous are the ones that were written. They are saved to the swap file and the mapping
+is pointed there, so a written home stops holding memory, and the streamed bytes come from the new place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mball.memory.mapping import PrivateMapping
+from mball.schema import Extent, Weight
+from mball.storage.swapfile import SwapFile
+from mball.units import format_bytes, round_down, round_up
+
+logger = logging.getLogger(__name__)
+
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Home:
+    """One weight's home.
+
+    Attributes:
+        tensor: shares memory with the home; its dtype, shape and strides are the weight's.
+        span_bytes: bytes from the first element to the end of the last.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    file: str
+    offset_bytes: int
+    span_bytes: int
+
+    def schema(self) -> Weight:
+        """Returns the home as the trace describes it."""
+        return Weight(
+            name=self.name,
+            dtype=str(self.tensor.dtype).removeprefix("torch."),
+            shape=tuple(self.tensor.shape),
+            size_bytes=self.span_bytes,
+            file=self.file,
+            offset_bytes=self.offset_bytes,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Moved:
+    """Pages `[first, end)` of a home file whose current bytes are in the swap file at `swap_offset`."""
+
+    first: int
+    end: int
+    swap_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Part of an extent: `[offset, offset + size)` of `file`, to `shift_bytes` after the extent's start."""
+
+    file: str
+    offset_bytes: int
+    size_bytes: int
+    shift_bytes: int
+
+
+class HomeFile:
+    """A mapped file that holds homes.
+
+    Args:
+        name: the file's name in plans and in the table of open files.
+        mapping: private mapping that begins at file offset `mapped_from` (a multiple of the page).
+        swap: takes the pages that are written; may be the very file that is mapped.
+        is_swap: whether the mapped file is that swap file.
+    """
+
+    def __init__(self, name: str, mapping: PrivateMapping, mapped_from: int, swap: SwapFile, *, is_swap: bool) -> None:
+        self.name = name
+        self.mapping = mapping
+        self.mapped_from = mapped_from
+        self.swap = swap
+        self.is_swap = is_swap
+        self._moved: list[_Moved] = []
+
+    def settle(self) -> list[tuple[int, int]]:
+        """Saves written pages to the swap file; returns them as file ranges `[first, end)`.
+
+        When saving fails the pages stay as they are, written and found again by the next call.
+
+        Raises:
+            StorageError: the swap file cannot take them.
+        """
+        settled = []
+        for first, end in self.mapping.written():
+            for piece_first, piece_end, swap_offset in self._pieces(first + self.mapped_from, end + self.mapped_from):
+                self._settle_piece(piece_first, piece_end, swap_offset)
+                settled.append((piece_first, piece_end))
+        return settled
+
+    def _settle_piece(self, first: int, end: int, swap_offset: int | None) -> None:
+        start, stop = first - self.mapped_from, end - self.mapped_from
+        content = (ctypes.c_char * (end - first)).from_address(self.mapping.address + start)
+        if swap_offset is not None:
+            self.swap.write(swap_offset, memoryview(content).cast("B"))
+            self.mapping.drop_written(start, stop)
+            return
+        swap_offset = self.swap.allocate(end - first)
+        self.swap.write(swap_offset, memoryview(content).cast("B"))
+        self.mapping.replace(start, stop, self.swap.fd, swap_offset)
+        self._moved.append(_Moved(first=first, end=end, swap_offset=swap_offset))
+        self._moved.sort(key=lambda moved: moved.first)
+
+    def _pieces(self, first: int, end: int) -> Iterator[tuple[int, int, int | None]]:
+        """Yields `[first, end)` split by where its current bytes are: a swap offset, or None for this file."""
+        if self.is_swap:
+            yield first, end, first
+            return
+        for moved in self._moved:
+            if moved.end <= first or moved.first >= end:
+                continue
+            if first < moved.first:
+                yield first, moved.first, None
+            upto = min(end, moved.end)
+            begin = max(first, moved.first)
+            yield begin, upto, moved.swap_offset + begin - moved.first
+            first = upto
+        if first < end:
+            yield first, end, None
+
+    def resolve(self, extent: Extent) -> list[Piece]:
+        """Returns the reads that bring the extent's current bytes; its offset and size are page multiples or aligned."""
+        if not self._moved:
+            return [Piece(extent.file, extent.offset_bytes, extent.size_bytes, 0)]
+        pieces = []
+        for first, end, swap_offset in self._pieces(extent.offset_bytes, extent.offset_bytes + extent.size_bytes):
+            shift = first - extent.offset_bytes
+            file, offset = (extent.file, first) if swap_offset is None else (self.swap.name, swap_offset)
+            pieces.append(Piece(file, offset, end - first, shift))
+        return pieces
+
+
+class Homes:
+    """All homes of one engine, in the order of its weights."""
+
+    def __init__(self, homes: Sequence[Home], files: dict[str, HomeFile], swap: SwapFile) -> None:
+        self.homes = list(homes)
+        self.files = files
+        self.swap = swap
+        self.weight_of_storage = {home.tensor.untyped_storage()._cdata: i for i, home in enumerate(self.homes)}
+        self._spans = {
+            name: sorted(
+                (home.offset_bytes, home.offset_bytes + home.span_bytes, index)
+                for index, home in enumerate(self.homes)
+                if home.file == name
+            )
+            for name in files
+        }
+
+    def __len__(self) -> int:
+        return len(self.homes)
+
+    def schema(self) -> tuple[Weight, ...]:
+        """Returns all homes as the trace describes them."""
+        return tuple(home.schema() for home in self.homes)
+
+    def collect_writes(self) -> set[int]:
+        """Saves what was written since the last call; returns the weights whose pages were written.
+
+        Also gives back pages that somebody read through a home: they are the file's and need not stay.
+
+        Raises:
+            StorageError: the swap file cannot take the written pages; nothing is lost, the next call tries again.
+        """
+        written: set[int] = set()
+        for name, file in self.files.items():
+            ranges = file.settle()
+            for first, end in ranges:
+                written.update(i for low, high, i in self._spans[name] if low < end and first < high)
+            file.mapping.drop_clean()
+        if written:
+            logger.info("%d written weights were saved to the swap file", len(written))
+        return written
+
+    def touched_bytes(self) -> int:
+        """Returns the bytes of homes that somebody read in place since the last `collect_writes`."""
+        return sum(file.mapping.touched_bytes() for file in self.files.values())
+
+    def reads(self, extents: Sequence[Extent]) -> Iterator[tuple[Extent, Piece]]:
+        """Yields each extent with the pieces that bring its current bytes."""
+        for extent in extents:
+            for piece in self.files[extent.file].resolve(extent):
+                yield extent, piece
+
+    def close(self) -> None:
+        """Closes the swap file. Homes that somebody still holds stay readable. Idempotent."""
+        self.swap.close()
+
+
+def map_homes(
+    file: str,
+    descriptor: int,
+    swap: SwapFile,
+    placed: Sequence[tuple[str, int, torch.Tensor]],
+) -> tuple[HomeFile, list[Home]]:
+    """Maps the part of a file that holds weights.
+
+    Args:
+        file: the file's name in plans.
+        descriptor: open for reading; may be closed afterwards.
+        swap: takes written pages.
+        placed: for each weight its name, its offset in the file in bytes, and a tensor (on any device, meta
+            too) with its dtype, shape and strides.
+    """
+    from mball.run.census import span_bytes
+
+    first = round_down(min(offset for _, offset, _ in placed), PAGE_BYTES)
+    end = max(offset + span_bytes(like) for _, offset, like in placed)
+    mapping = PrivateMapping(descriptor, first, round_up(end - first, PAGE_BYTES))
+    homes = []
+    for name, offset, like in placed:
+        span = span_bytes(like)
+        flat = mapping.tensor(offset - first, like.dtype, (span // like.element_size(),))
+        tensor = flat.as_strided(like.shape, like.stride())
+        homes.append(Home(name=name, tensor=tensor, file=file, offset_bytes=offset, span_bytes=span))
+    logger.debug("mapped %s of %s as homes", format_bytes(end - first), file)
+    return HomeFile(file, mapping, first, swap, is_swap=file == swap.name), homes

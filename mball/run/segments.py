@@ -1,0 +1,86 @@
+"""The parts a pass is made of: captured graphs and single operators."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from mball.schema import Activation, LiveRange, Step, Trace, Weight
+
+
+class Segment(Protocol):
+    """A part of a pass that is known as a whole before it runs."""
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for segments that read the same weights in the same order and take the same room."""
+
+    def describe(self) -> tuple[Sequence[Step], Sequence[Activation]]:
+        """Returns its steps and activations, numbered from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorSegment:
+    """One operator that runs outside any graph and reads `weights` (sorted)."""
+
+    weights: tuple[int, ...]
+    name: str
+    time_s: float
+
+    @property
+    def key(self) -> Hashable:
+        return self.weights
+
+    def describe(self) -> tuple[Sequence[Step], Sequence[Activation]]:
+        step = Step(name=self.name, graph=None, reads=self.weights, scratch_bytes=0, flops=0, time_s=self.time_s)
+        return [step], []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tape:
+    """A pass as a sequence of segments, and where each begins among the trace steps."""
+
+    segments: tuple[Segment, ...]
+    starts: tuple[int, ...]
+    trace: Trace
+
+    @property
+    def keys(self) -> tuple[Hashable, ...]:
+        return tuple(segment.key for segment in self.segments)
+
+
+def make_tape(
+    name: str, weights: tuple[Weight, ...], segments: Sequence[Segment], operator_activation_bytes: int
+) -> Tape:
+    """Joins segments to the trace of one pass.
+
+    Args:
+        name: for people.
+        weights: all managed weights.
+        segments: in the order they run; at least one.
+        operator_activation_bytes: peak of the tensors that operators outside graphs hold, assumed throughout.
+    """
+    steps: list[Step] = []
+    activations: list[Activation] = []
+    starts = []
+    for position, segment in enumerate(segments):
+        start = len(steps)
+        starts.append(start)
+        own_steps, own_activations = segment.describe()
+        # The same graph twice in a pass is two stretches: a plan must not merge across them.
+        suffix = f"#{position}"
+        steps += [replace(s, graph=None if s.graph is None else s.graph + suffix) for s in own_steps]
+        activations += [
+            replace(
+                activation,
+                name=activation.name + suffix,
+                live=LiveRange(first=activation.live.first + start, end=activation.live.end + start),
+            )
+            for activation in own_activations
+        ]
+    if operator_activation_bytes:
+        whole = LiveRange(first=0, end=len(steps))
+        activations.append(Activation(name="operators", size_bytes=operator_activation_bytes, live=whole))
+    trace = Trace(name=name, weights=weights, steps=tuple(steps), activations=tuple(activations))
+    return Tape(segments=tuple(segments), starts=tuple(starts), trace=trace)

@@ -1,0 +1,53 @@
+"""The machine a plan is made for: page size, alignment and the speed of its links."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mball.errors import SchemaError
+from mball.schema.document import Document
+
+MACHINE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One direction of one way between two tiers; requests run one after another."""
+
+    bandwidth_bytes_per_s: float
+    latency_s: float
+
+    def transfer_s(self, size_bytes: int) -> float:
+        """Returns the seconds that one request of `size_bytes` takes on the idle link."""
+        return self.latency_s + size_bytes / self.bandwidth_bytes_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine(Document):
+    """What the planner needs to know of a machine.
+
+    Attributes:
+        page_bytes: granularity of the arena; every slot starts and ends on it.
+        alignment_bytes: file offsets and lengths of reads are multiples of it; divides `page_bytes`.
+        link: the link from the homes to the arena.
+    """
+
+    name: str
+    page_bytes: int
+    alignment_bytes: int
+    link: Link
+    version: int = MACHINE_VERSION
+
+    def check(self) -> None:
+        """Raises SchemaError when the machine cannot exist."""
+        if self.version != MACHINE_VERSION:
+            raise SchemaError(f"machine {self.name!r} has version {self.version}; this mball reads {MACHINE_VERSION}")
+        if self.page_bytes <= 0 or self.alignment_bytes <= 0 or self.page_bytes % self.alignment_bytes:
+            raise SchemaError(
+                f"machine {self.name!r}: alignment {self.alignment_bytes} B must divide the page, {self.page_bytes} B"
+            )
+        if self.link.bandwidth_bytes_per_s <= 0 or self.link.latency_s < 0:
+            raise SchemaError(
+                f"machine {self.name!r}: bandwidth {self.link.bandwidth_bytes_per_s} B/s must be positive and "
+                f"latency {self.link.latency_s} s not negative"
+            )

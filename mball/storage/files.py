@@ -1,0 +1,188 @@
+"""Open descriptors of the files that plans name, and whether each can be read past the page cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from enum import Enum
+
+from mball.errors import StorageError
+
+# Enough for every disk in use; `probe_directory` measures what a disk really asks for.
+DIRECT_ALIGNMENT_BYTES = 4096
+
+_logger = logging.getLogger(__name__)
+
+
+class DirectIO(Enum):
+    """Whether reads go past the page cache."""
+
+    AUTO = "auto"
+    """Wherever file system, offset, length and address allow it."""
+
+    OFF = "off"
+    """Never: for network storage and warm caches, where the page cache wins."""
+
+
+class OpenFile:
+    """One file: a buffered descriptor, and a direct one that is opened when first asked for.
+
+    Descriptors are closed by `FileTable.close`, or when the last reference goes.
+    """
+
+    __slots__ = ("__weakref__", "_direct_tried", "_size_bytes", "_table", "device", "label")
+
+    def __init__(self, table: _State, label: str, descriptor: int, size_bytes: int | None) -> None:
+        self.label = label
+        self.device = os.fstat(descriptor).st_dev
+        self._table = table
+        # A file that is still growing has no size of its own to hold reads against.
+        self._size_bytes = size_bytes
+        self._direct_tried = False
+        table.own(self, descriptor)
+
+    @property
+    def buffered(self) -> int:
+        """The descriptor that reads through the page cache.
+
+        Raises:
+            StorageError: the table is closed.
+        """
+        descriptors = self._table.descriptors.get(id(self))
+        if not descriptors:
+            raise StorageError(f"{self.label} is closed")
+        return descriptors[0]
+
+    def size_bytes(self) -> int:
+        """Returns the size that reads are held against: that at `add_path`, or the present one of a descriptor."""
+        return os.fstat(self.buffered).st_size if self._size_bytes is None else self._size_bytes
+
+    def direct(self) -> int | None:
+        """Returns the descriptor that reads past the page cache, None where the file system does not do that."""
+        if self.device in self._table.reasons:
+            return None
+        descriptors = self._table.descriptors.get(id(self), [])
+        if len(descriptors) == 1 and not self._direct_tried:
+            with self._table.lock:
+                self._direct_tried = True
+                try:
+                    # By the descriptor: an unlinked file has no path, and a path may name another file by now.
+                    link = f"/proc/self/fd/{descriptors[0]}"
+                    descriptors.append(os.open(link, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+                except OSError as error:
+                    self._table.fall_back(self, error)
+        return descriptors[1] if len(descriptors) > 1 else None
+
+    def fall_back(self, error: OSError) -> None:
+        """Notes that this file's file system refuses direct reads; one log line a file system."""
+        with self._table.lock:
+            self._table.fall_back(self, error)
+
+
+class _State:
+    """What outlives the table until the last file goes: descriptors by file, reasons by file system."""
+
+    def __init__(self) -> None:
+        # Reentrant: a garbage collection inside the lock may finalise a file.
+        self.lock = threading.RLock()
+        self.descriptors: dict[int, list[int]] = {}
+        self.reasons: dict[int, str] = {}
+
+    def own(self, file: OpenFile, descriptor: int) -> None:
+        self.descriptors[id(file)] = [descriptor]
+        weakref.finalize(file, self.close, id(file)).atexit = False
+
+    def close(self, key: int) -> None:
+        with self.lock:
+            for descriptor in self.descriptors.pop(key, ()):
+                os.close(descriptor)
+
+    def fall_back(self, file: OpenFile, error: OSError) -> None:
+        if file.device not in self.reasons:
+            self.reasons[file.device] = f"O_DIRECT refused: {error.strerror}"
+            _logger.warning(
+                "the file system of %s refuses O_DIRECT (%s): its files are read through the page cache",
+                file.label,
+                error.strerror,
+            )
+
+
+class FileTable:
+    """From the file names of a plan to open descriptors. Owns them until `close`."""
+
+    def __init__(self, *, direct: DirectIO = DirectIO.AUTO) -> None:
+        self.mode = direct
+        self._state = _State()
+        self._files: dict[str, OpenFile] = {}
+
+    def add_path(self, path: str | os.PathLike[str]) -> str:
+        """Opens a file for reading and returns the name to use in a `Read`: `path` as text.
+
+        Later truncation shows as an error of the read; a file put in its place is not looked at.
+
+        Raises:
+            StorageError: the file cannot be opened.
+        """
+        name = os.fspath(path)
+        if name not in self._files:
+            try:
+                descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise StorageError(
+                    f"{name} cannot be opened ({error.strerror}); check the path and its rights"
+                ) from error
+            self._add(name, descriptor, os.fstat(descriptor).st_size)
+        return name
+
+    def add_descriptor(self, name: str, descriptor: int) -> str:
+        """Adds an open file, such as an unlinked swap file, under `name`; the caller keeps owning `descriptor`.
+
+        Raises:
+            StorageError: the descriptor is not open, or `name` is taken.
+        """
+        if name in self._files:
+            raise StorageError(f"{name!r} is already in the file table; give each file its own name")
+        try:
+            own = os.dup(descriptor)
+        except OSError as error:
+            raise StorageError(f"{name}: descriptor {descriptor} cannot be used ({error.strerror})") from error
+        self._add(name, own, None)
+        return name
+
+    def __getitem__(self, name: str) -> OpenFile:
+        """Raises StorageError when `name` was never added, or the table is closed."""
+        try:
+            return self._files[name]
+        except KeyError:
+            raise StorageError(f"{name!r} is not among the {len(self._files)} open files; add it first") from None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names added, in order."""
+        return tuple(self._files)
+
+    @property
+    def buffered_reasons(self) -> tuple[str, ...]:
+        """Why files are read through the page cache; empty when none is."""
+        if self.mode is DirectIO.OFF:
+            return ("asked for",)
+        return tuple(dict.fromkeys(self._state.reasons.values()))
+
+    @property
+    def any_direct(self) -> bool:
+        """Whether some file may be read past the page cache."""
+        return self.mode is DirectIO.AUTO and any(
+            file.device not in self._state.reasons for file in self._files.values()
+        )
+
+    def close(self) -> None:
+        """Closes every descriptor; the readers on it must be closed before. May be called again."""
+        self._files.clear()
+        with self._state.lock:
+            for key in list(self._state.descriptors):
+                self._state.close(key)
+
+    def _add(self, name: str, descriptor: int, size_bytes: int | None) -> None:
+        self._files[name] = OpenFile(self._state, name, descriptor, size_bytes)

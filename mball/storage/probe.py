@@ -1,0 +1,255 @@
+"""Measures what a directory's disk can do, and how fast a reader's link is. Caches nothing."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from mball.errors import StorageError
+from mball.schema import Link
+from mball.storage.files import DirectIO, FileTable
+from mball.storage.reader import Read, Reader, ReadHandle
+from mball.storage.threads import ThreadedReader
+from mball.units import GIB, MIB, round_down
+
+_HUGE_PAGE_BYTES = 2 * MIB
+# Linux 5.14; the mmap module has no name for it yet.
+_MADV_POPULATE_WRITE = 23
+_SMALL_READ_BYTES = 4096
+_BLOCK_BYTES = 8 * MIB
+_NUM_IN_FLIGHT = 4
+_ALIGNMENTS_BYTES = (512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectoryFacts:
+    """What the disk under a directory can do; None where it cannot, or was not measured.
+
+    Attributes:
+        direct: whether `O_DIRECT` works.
+        offset_alignment_bytes: smallest file offset (512 to 4096) that direct reads accept; likewise
+            `address_alignment_bytes` of the destination and `length_alignment_bytes`.
+        direct_bandwidth_bytes_per_s: past the page cache, into pre-faulted memory, huge pages where the system
+            gives them.
+        buffered_bandwidth_bytes_per_s: through the page cache, dropped before.
+        latency_s: median of a 4 KiB read, from submit to wait, on the path that `ThreadedReader` takes.
+        measured_bytes: size of the file that was read; 0 when the disk had no room for one.
+    """
+
+    directory: str
+    file_system: str
+    mount_point: str
+    free_bytes: int
+    direct: bool
+    offset_alignment_bytes: int | None
+    address_alignment_bytes: int | None
+    length_alignment_bytes: int | None
+    direct_bandwidth_bytes_per_s: float | None
+    buffered_bandwidth_bytes_per_s: float | None
+    latency_s: float | None
+    measured_bytes: int
+
+
+def probe_directory(directory: str | os.PathLike[str], *, size_bytes: int = 256 * MIB) -> DirectoryFacts:
+    """Writes a temporary file of `size_bytes` (at most half of what is free), reads it, and removes it.
+
+    Raises:
+        StorageError: the directory does not exist, cannot be written to, or its disk fails.
+    """
+    where = os.path.abspath(directory)
+    try:
+        usage = os.statvfs(where)
+        free_bytes = usage.f_bavail * usage.f_frsize
+        measured_bytes = round_down(min(size_bytes, free_bytes // 2), mmap.PAGESIZE)
+        mount_point, file_system = _mount_of(where)
+        alignments: tuple[int | None, int | None, int | None] = (None, None, None)
+        direct_bandwidth = buffered_bandwidth = latency_s = None
+        with tempfile.TemporaryFile(dir=where, buffering=0) as file:
+            if measured_bytes >= 2 * _SMALL_READ_BYTES:
+                _fill(file.fileno(), measured_bytes)
+                alignments = _direct_alignments(file.fileno())
+                buffered_bandwidth = _measure(file.fileno(), DirectIO.OFF).bandwidth_bytes_per_s
+                link = _measure(file.fileno(), DirectIO.AUTO if all(alignments) else DirectIO.OFF)
+                latency_s = link.latency_s
+                direct_bandwidth = link.bandwidth_bytes_per_s if all(alignments) else None
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{where} cannot be probed ({error.strerror}); choose a directory that exists and can be written to"
+        ) from error
+    return DirectoryFacts(
+        directory=where,
+        file_system=file_system,
+        mount_point=mount_point,
+        free_bytes=free_bytes,
+        direct=all(alignments),
+        offset_alignment_bytes=alignments[0],
+        address_alignment_bytes=alignments[1],
+        length_alignment_bytes=alignments[2],
+        direct_bandwidth_bytes_per_s=direct_bandwidth,
+        buffered_bandwidth_bytes_per_s=buffered_bandwidth,
+        latency_s=latency_s,
+        measured_bytes=measured_bytes if latency_s is not None else 0,
+    )
+
+
+def measure_link(files: FileTable, *names: str, size_limit_bytes: int = 64 * MIB, time_limit_s: float = 0.2) -> Link:
+    """Returns the speed at which a `ThreadedReader` brings the files `names` (none given: all) of the table to memory.
+
+    Reads at most about `size_limit_bytes`, and stops after `time_limit_s`. Latency is the median of small reads
+    spread over the files; bandwidth is that of 8 MiB blocks, four at a time. Takes 32 MiB of memory meanwhile.
+    Where the page cache is used, this is the speed of files as warm or cold as they are now.
+
+    Raises:
+        StorageError: there is no file with a byte in it, or a read fails.
+    """
+    sizes = {name: files[name].size_bytes() for name in names or files.names}
+    if not any(sizes.values()):
+        raise StorageError(f"none of {len(sizes)} files has bytes to measure the link with; add a file first")
+    buffer = _huge_page_memory(_BLOCK_BYTES * _NUM_IN_FLIGHT)
+    reader = ThreadedReader(files)
+    try:
+        deadline_s = time.perf_counter() + time_limit_s
+        latency_s = _latency_s(reader, sizes, buffer)
+        bandwidth = _bandwidth_bytes_per_s(reader, sizes, buffer, size_limit_bytes, deadline_s)
+    finally:
+        reader.close()
+    return Link(bandwidth_bytes_per_s=bandwidth, latency_s=latency_s)
+
+
+def _latency_s(reader: Reader, sizes: dict[str, int], buffer: memoryview) -> float:
+    samples_s = []
+    # The first reads start threads and open descriptors: they do not count.
+    for name, size_bytes in list(sizes.items())[:4]:
+        if not size_bytes:
+            continue
+        for part in range(8):
+            offset_bytes = round_down(size_bytes * part // 8, _SMALL_READ_BYTES)
+            begun_s = time.perf_counter()
+            reader.submit([_read(name, offset_bytes, _SMALL_READ_BYTES, buffer)]).wait()
+            samples_s.append(time.perf_counter() - begun_s)
+    return statistics.median(samples_s[1:] or samples_s)
+
+
+def _bandwidth_bytes_per_s(
+    reader: Reader, sizes: dict[str, int], buffer: memoryview, size_limit_bytes: int, deadline_s: float
+) -> float:
+    in_flight: deque[ReadHandle] = deque()
+    done_bytes = 0
+    begun_s = time.perf_counter()
+    for number, (name, offset_bytes) in enumerate(_blocks(sizes)):
+        if len(in_flight) == _NUM_IN_FLIGHT:
+            in_flight.popleft().wait()
+        slot = buffer[number % _NUM_IN_FLIGHT * _BLOCK_BYTES :]
+        handle = reader.submit([_read(name, offset_bytes, _BLOCK_BYTES, slot)])
+        in_flight.append(handle)
+        done_bytes += handle.size_bytes
+        if done_bytes >= size_limit_bytes or time.perf_counter() > deadline_s:
+            break
+    for handle in in_flight:
+        handle.wait()
+    return done_bytes / (time.perf_counter() - begun_s)
+
+
+def _blocks(sizes: dict[str, int]) -> Iterator[tuple[str, int]]:
+    for name, size_bytes in sizes.items():
+        for offset_bytes in range(0, size_bytes, _BLOCK_BYTES):
+            yield name, offset_bytes
+
+
+def _read(name: str, offset_bytes: int, size_bytes: int, destination: memoryview) -> Read:
+    return Read(file=name, offset_bytes=offset_bytes, size_bytes=size_bytes, destination=destination)
+
+
+def _measure(descriptor: int, mode: DirectIO) -> Link:
+    """Reads the whole file cold, at most 10 s of it."""
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    files = FileTable(direct=mode)
+    try:
+        files.add_descriptor("probe", descriptor)
+        return measure_link(files, size_limit_bytes=GIB, time_limit_s=10.0)
+    finally:
+        files.close()
+
+
+def _fill(descriptor: int, size_bytes: int) -> None:
+    # Random, so that no layer compresses it or stores a hole; one block repeated is random enough.
+    block = numpy.random.default_rng(0).bytes(min(size_bytes, _BLOCK_BYTES))
+    done = 0
+    while done < size_bytes:
+        done += os.pwrite(descriptor, block[: size_bytes - done], done)
+    os.fsync(descriptor)
+
+
+def _direct_alignments(descriptor: int) -> tuple[int | None, int | None, int | None]:
+    """Returns the smallest (offset, address, length) in bytes that direct reads accept; None where none does."""
+    try:
+        direct = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return None, None, None
+    memory = _huge_page_memory(2 * _SMALL_READ_BYTES)
+    try:
+        return (
+            _smallest(lambda n: os.preadv(direct, [memory[:_SMALL_READ_BYTES]], n)),
+            _smallest(lambda n: os.preadv(direct, [memory[n : n + _SMALL_READ_BYTES]], 0)),
+            _smallest(lambda n: os.preadv(direct, [memory[:n]], 0)),
+        )
+    finally:
+        os.close(direct)
+
+
+def _smallest(read: Callable[[int], int]) -> int | None:
+    for alignment_bytes in _ALIGNMENTS_BYTES:
+        try:
+            read(alignment_bytes)
+        except OSError:
+            continue
+        return alignment_bytes
+    return None
+
+
+def _huge_page_memory(size_bytes: int) -> memoryview:
+    """Returns pre-faulted zeros, aligned to 2 MiB, on huge pages where the system gives them.
+
+    Fragmented small pages would slow the disk down, and page faults would count as reading.
+    """
+    mapped_bytes = size_bytes + _HUGE_PAGE_BYTES
+    mapping = mmap.mmap(-1, mapped_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+        mapping.madvise(_MADV_POPULATE_WRITE)
+    except OSError:
+        # An older kernel: writing faults the pages in just as well.
+        numpy.frombuffer(mapping, dtype=numpy.uint8)[:: mmap.PAGESIZE] = 0
+    address = int(numpy.frombuffer(mapping, dtype=numpy.uint8).__array_interface__["data"][0])
+    lead = -address % _HUGE_PAGE_BYTES
+    return memoryview(mapping)[lead : lead + size_bytes]
+
+
+def _mount_of(path: str) -> tuple[str, str]:
+    """Returns (mount point, file system type) of `path`, or ("?", "?") where the kernel does not say."""
+    try:
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+    except OSError:
+        return "?", "?"
+    real = os.path.realpath(path)
+    best = ("?", "?")
+    for line in lines:
+        _, escaped, kind, *_ = line.split(" ")
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), escaped)
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        # A later mount hides an earlier one on the same point.
+        if inside and (best[0] == "?" or len(point) >= len(best[0])):
+            best = (point, kind)
+    return best

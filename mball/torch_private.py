@@ -1,0 +1,161 @@
+"""Every private or unstable torch API that mball uses, in one place, probed at start.
+
+If one of them is missing, `capture_available` says so and mball runs the model through the dispatch
+mode alone: the same results and the same budget, without the knowledge that a captured graph gives.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivateApi:
+    """One private API: where it lives, what mball does with it, and whether this torch has it."""
+
+    name: str
+    purpose: str
+    found: bool
+
+
+_USED = (
+    ("torch.utils._python_dispatch.TorchDispatchMode", "binds weights that operators outside graphs read"),
+    (
+        "torch.utils._python_dispatch.TorchDispatchMode.ignore_compile_internals",
+        "lets graphs be captured while the dispatch mode is active",
+    ),
+    ("torch.nn.Module._call_impl", "opens a pass at every module call"),
+    ("torch.nn.Module._compiled_call_impl", "opens a pass at every module call"),
+    (
+        "torch.utils._python_dispatch._get_current_dispatch_mode",
+        "keeps the dispatch mode away from captured graphs",
+    ),
+    ("torch._ops.OpOverload", "tells views and writes from reads"),
+    ("torch.utils.flop_counter.flop_registry", "counts floating point operations"),
+    ("torch.autograd.graph.increment_version", "makes autograd notice that a slot was reused"),
+)
+__all__ = [
+    "PrivateApi",
+    "TorchDispatchMode",
+    "count_flops",
+    "example_value",
+    "get_call",
+    "hint_of",
+    "is_innermost_mode",
+    "missing_for_capture",
+    "plain_call",
+    "probe",
+    "set_call",
+    "storage_key",
+    "symbol_of",
+    "writes_and_aliases",
+]
+
+CAPTURE_NEEDS = frozenset(
+    {
+        "torch.utils._python_dispatch.TorchDispatchMode.ignore_compile_internals",
+    }
+)
+
+
+def probe() -> list[PrivateApi]:
+    """Returns all private APIs that mball uses, found or not."""
+    return [PrivateApi(name=name, purpose=purpose, found=_exists(name)) for name, purpose in _USED]
+
+
+def _exists(name: str) -> bool:
+    parts = name.split(".")
+    for split in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:split]))
+        except ImportError:
+            continue
+        for attribute in parts[split:]:
+            if not hasattr(found, attribute):
+                return False
+            found = getattr(found, attribute)
+        return True
+    return False
+
+
+def missing_for_capture() -> list[str]:
+    """Returns the names without which graphs cannot be captured beside the dispatch mode."""
+    return [api.name for api in probe() if api.name in CAPTURE_NEEDS and not api.found]
+
+
+def set_call(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
+    """Makes `module(...)` run `call(...)`; None restores the plain call.
+
+    This is the attribute that `Module.compile` sets. Dynamo traces through the module's own call and
+    does not see it, and pickling drops it.
+    """
+    module._compiled_call_impl = call
+
+
+def get_call(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """Returns what `set_call` or `Module.compile` set, or None."""
+    call: Callable[..., Any] | None = module._compiled_call_impl
+    return call
+
+
+def plain_call(module: torch.nn.Module) -> Callable[..., Any]:
+    """Returns the module's call with its hooks, without any replacement."""
+    call: Callable[..., Any] = module._call_impl
+    return call
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Returns a number that all tensors over the same storage share while it lives."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def example_value(node: torch.fx.Node) -> Any:
+    """Returns the fake value that Dynamo recorded for `node`, or None."""
+    return node.meta.get("example_value")
+
+
+def writes_and_aliases(func: Any) -> tuple[frozenset[str | int], bool]:
+    """Returns which arguments operator `func` writes (positions and names), and whether it returns an alias of one.
+
+    The facts come from the operator's schema.
+    """
+    schema = func._schema
+    writes: set[str | int] = set()
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            writes.add(argument.name)
+            if not argument.kwarg_only:
+                writes.add(position)
+    return frozenset(writes), any(result.alias_info is not None for result in schema.returns)
+
+
+def count_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Returns the floating point operations of one operator call, 0 when no formula is known."""
+    from torch.utils.flop_counter import flop_registry
+
+    formula = flop_registry.get(func._overloadpacket) if hasattr(func, "_overloadpacket") else None
+    return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
+
+
+def symbol_of(value: Any) -> Any:
+    """Returns the sympy expression of a symbolic int, or the int itself."""
+    return value.node.expr if isinstance(value, torch.SymInt) else value
+
+
+def hint_of(value: Any) -> int:
+    """Returns the value that a symbolic int had while tracing, or the int itself."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+
+
+def is_innermost_mode(mode: TorchDispatchMode) -> bool:
+    """Returns whether `mode` is the dispatch mode that sees operators first."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    return _get_current_dispatch_mode() is mode

@@ -1,0 +1,244 @@
+"""`from_pretrained` against transformers' own loading. `mball.wrap` is replaced by something that loads what it is
+told to, so a wrong name, a missing alias or a buffer left behind shows as a wrong value."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+transformers = pytest.importorskip("transformers")
+
+import mball  # noqa: E402
+from mball.errors import CheckpointError, ConfigError  # noqa: E402
+from mball.integrations.transformers import from_pretrained  # noqa: E402
+from mball.integrations.transformers.checkpoint import read_entries  # noqa: E402
+
+Model = torch.nn.Module
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+
+
+class Wrap:
+    """Stands in for `mball.wrap`: notes what came, and fills a meta model from its checkpoint by name."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, model: Model, **settings: Any) -> Model:
+        self.calls.append(settings)
+        weights = settings.get("weights")
+        if weights is None:
+            assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+            return model
+        entries = read_entries(weights)
+        filled: dict[int, torch.nn.Parameter] = {}
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            assert parameter.is_meta, f"{name} was materialised"
+            source = settings["rename"][name]
+            with safe_open(entries[source].file, framework="pt") as checkpoint:
+                value = checkpoint.get_tensor(source)
+            assert (value.shape, value.dtype) == (parameter.shape, parameter.dtype)
+            home = filled.setdefault(id(parameter), torch.nn.Parameter(value, requires_grad=parameter.requires_grad))
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, home)
+        return model
+
+    @property
+    def in_place(self) -> bool:
+        return self.calls[-1].get("weights") is not None
+
+
+@pytest.fixture
+def wrap(monkeypatch: pytest.MonkeyPatch) -> Wrap:
+    stand_in = Wrap()
+    # Not setattr: it would look the lazy name up first.
+    monkeypatch.setitem(vars(mball), "wrap", stand_in)
+    return stand_in
+
+
+def save(model: Any, directory: Path, **how: Any) -> Path:
+    # Random running statistics and norms, or a wrong buffer or bias would not show.
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and tensor.numel():
+                tensor.copy_(torch.rand_like(tensor))
+    model.save_pretrained(directory, **how)
+    return directory
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert type(found) is type(expected)
+    assert not found.training
+    for kind in ("named_parameters", "named_buffers"):
+        ours = dict(getattr(found, kind)(remove_duplicate=False))
+        theirs = dict(getattr(expected, kind)(remove_duplicate=False))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            other = theirs[name]
+            assert tensor.dtype == other.dtype, name
+            # requires_grad is not compared: transformers forgets it on load (Whisper's positions), mball does not.
+            assert torch.equal(tensor, other), name
+    ties = [len(set(map(id, dict(model.named_parameters()).values()))) for model in (found, expected)]
+    assert ties[0] == ties[1]
+
+
+def llama(**more: Any) -> Any:
+    return transformers.LlamaConfig(**SMALL, num_key_value_heads=2, **more)
+
+
+CASES = {
+    "llama": lambda: transformers.LlamaForCausalLM(llama()),
+    "llama-tied": lambda: transformers.LlamaForCausalLM(llama(tie_word_embeddings=True)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=96, n_positions=64)
+    ),
+    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=96)
+    ),
+    "whisper": lambda: transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=96, num_mel_bins=8, max_source_positions=16,
+            max_target_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        )
+    ),
+    "vit": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=16,
+            patch_size=8,
+        )
+    ),
+    "resnet, with running statistics": lambda: transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loads_what_transformers_loads(case: str, tmp_path: Path, wrap: Wrap) -> None:
+    save(CASES[case](), tmp_path)
+    found = from_pretrained(tmp_path, budget="1MiB")
+    assert wrap.in_place
+    assert_same(found, type(found).from_pretrained(tmp_path))
+
+
+def test_bfloat16_keeps_rotary_buffers_in_float32(tmp_path: Path, wrap: Wrap) -> None:
+    save(CASES["llama-tied"]().to(torch.bfloat16), tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    found = from_pretrained(tmp_path, budget="1MiB", io_threads=2)
+    assert wrap.in_place
+    assert wrap.calls[-1]["budget"] == "1MiB"
+    assert wrap.calls[-1]["io_threads"] == 2
+    assert found.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    assert_same(found, transformers.LlamaForCausalLM.from_pretrained(tmp_path))
+
+
+def test_generation_config_comes_along(tmp_path: Path, wrap: Wrap) -> None:
+    model = CASES["llama"]()
+    model.generation_config.max_new_tokens = 7
+    save(model, tmp_path)
+    assert from_pretrained(tmp_path, budget="1MiB").generation_config.max_new_tokens == 7
+
+
+def test_base_model_in_a_task_model_and_back(tmp_path: Path, wrap: Wrap) -> None:
+    save(transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=False), tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"lacks .* weights of BertForMaskedLM.*model_class="):
+        from_pretrained(tmp_path / "base", budget="1MiB", model_class=transformers.BertForMaskedLM)
+    save(CASES["llama"](), tmp_path / "task")
+    found = from_pretrained(tmp_path / "task", budget="1MiB", model_class=transformers.AutoModel)
+    assert wrap.in_place
+    assert_same(found, transformers.LlamaModel.from_pretrained(tmp_path / "task"))
+    save(transformers.LlamaModel(llama(tie_word_embeddings=True)), tmp_path / "prefix")
+    found = from_pretrained(tmp_path / "prefix", budget="1MiB", model_class=transformers.AutoModelForCausalLM)
+    assert wrap.calls[-1]["rename"]["model.norm.weight"] == "norm.weight"
+    assert_same(found, transformers.LlamaForCausalLM.from_pretrained(tmp_path / "prefix"))
+
+
+def test_minilm_extra_position_ids_are_ignored(minilm: Path, wrap: Wrap, caplog: pytest.LogCaptureFixture) -> None:
+    assert "embeddings.position_ids" in read_entries(minilm)
+    with caplog.at_level(logging.INFO, logger="mball"):
+        found = from_pretrained(minilm, budget="30MiB")
+    assert not caplog.records
+    assert wrap.in_place
+    assert_same(found, transformers.AutoModel.from_pretrained(minilm))
+
+
+def test_an_entry_nobody_knows_is_named(tmp_path: Path, wrap: Wrap, caplog: pytest.LogCaptureFixture) -> None:
+    save(CASES["llama"](), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"stranger.weight": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    from_pretrained(tmp_path, budget="1MiB")
+    assert "stranger.weight" in caplog.text
+
+
+def test_mixtral_is_converted_on_load_and_goes_to_swap(
+    tmp_path: Path, wrap: Wrap, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=3)
+    save(transformers.MixtralForCausalLM(config), tmp_path)
+    assert any("experts.0.w1" in key for key in read_entries(tmp_path)), "saved as it is published"
+    with caplog.at_level(logging.INFO, logger="mball"):
+        found = from_pretrained(tmp_path, budget="1MiB")
+    assert not wrap.in_place
+    assert len(caplog.records) == 1
+    assert "converts" in caplog.text
+    assert_same(found, transformers.MixtralForCausalLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_dtype_converts_and_goes_to_swap(dtype: Any, tmp_path: Path, wrap: Wrap) -> None:
+    save(CASES["llama"](), tmp_path)
+    found = from_pretrained(tmp_path, budget="1MiB", dtype=dtype)
+    assert not wrap.in_place
+    assert found.dtype == torch.bfloat16
+    assert_same(found, transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16))
+    from_pretrained(tmp_path, budget="1MiB", dtype=torch.float32)
+    assert wrap.in_place, "nothing to convert"
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_both_names_of_a_tie_in_the_checkpoint(same: bool, tmp_path: Path, wrap: Wrap) -> None:
+    save(CASES["llama-tied"](), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0 if same else 1)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = from_pretrained(tmp_path, budget="1MiB")
+    assert wrap.in_place is same
+    assert_same(found, transformers.LlamaForCausalLM.from_pretrained(tmp_path))
+
+
+def test_only_the_alias_of_a_tie_in_the_checkpoint(tmp_path: Path, wrap: Wrap) -> None:
+    save(CASES["llama-tied"](), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = from_pretrained(tmp_path, budget="1MiB")
+    assert wrap.calls[-1]["rename"]["model.embed_tokens.weight"] == "lm_head.weight"
+    assert_same(found, transformers.LlamaForCausalLM.from_pretrained(tmp_path))
+
+
+def test_bad_input_is_named(tmp_path: Path, wrap: Wrap) -> None:
+    with pytest.raises(CheckpointError, match=r"no directory with a config\.json"):
+        from_pretrained(tmp_path / "nowhere", budget="1MiB")
+    save(CASES["llama"](), tmp_path)
+    with pytest.raises(ConfigError, match="dtype is 'bf16'"):
+        from_pretrained(tmp_path, budget="1MiB", dtype="bf16")
+    checkpoint = tmp_path / "model.safetensors"
+    whole = checkpoint.read_bytes()
+    tensors = load_file(checkpoint)
+    del tensors["model.norm.weight"]
+    save_file(tensors, checkpoint, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 of \d+ weights .*model\.norm\.weight"):
+        from_pretrained(tmp_path, budget="1MiB")
+    checkpoint.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        from_pretrained(tmp_path, budget="1MiB")
+    assert not wrap.calls

@@ -1,0 +1,167 @@
+"""The device seam, and the devices that punish mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from mball.errors import StorageError
+from mball.memory import CpuDevice, Device, Event
+from tests.adaptors import DelayedDevice, PoisonedDevice
+
+PAGE = 4096
+
+
+@dataclass
+class FakeRead:
+    destination: memoryview
+    size_bytes: int
+    value: int
+
+
+@dataclass
+class FakeHandle:
+    """Lands when it is waited for."""
+
+    reads: Sequence[FakeRead]
+    fails: bool = False
+    landed: bool = False
+
+    def done(self) -> bool:
+        return self.landed
+
+    def wait(self) -> None:
+        if self.fails:
+            raise StorageError("injected")
+        if not self.landed:
+            for read in self.reads:
+                read.destination[: read.size_bytes] = bytes([read.value]) * read.size_bytes
+        self.landed = True
+
+
+@dataclass
+class FakeSource:
+    handles: list[FakeHandle] = field(default_factory=list)
+    fail_next: bool = False
+    closed: bool = False
+
+    def submit(self, reads: Sequence[FakeRead]) -> FakeHandle:
+        self.handles.append(FakeHandle(list(reads), fails=self.fail_next))
+        self.fail_next = False
+        return self.handles[-1]
+
+    def drain(self) -> None:
+        for handle in self.handles:
+            if not handle.fails:
+                handle.wait()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class Latch:
+    """An event that says when it was waited for."""
+
+    source: FakeSource
+    submitted_before: int = -1
+
+    def done(self) -> bool:
+        return self.submitted_before >= 0
+
+    def wait(self) -> None:
+        self.submitted_before = len(self.source.handles)
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, PoisonedDevice, lambda d: DelayedDevice(d, 3)])
+def test_no_copy_starts_before_what_it_comes_after(wrap: type) -> None:
+    for _ in range(8):
+        source = FakeSource()
+        device: Device = wrap(CpuDevice(source))
+        arena = device.arena(PAGE)
+        arena.resize(PAGE)
+        latch = Latch(source)
+        event = device.copy([FakeRead(arena.view(0, PAGE), PAGE, 1)], latch)
+        device.wait(event)
+        assert latch.submitted_before == 0
+        assert len(source.handles) == 1
+        assert event.done()
+        assert arena.tensor(0, torch.uint8, (PAGE,)).eq(1).all()
+        device.close()
+        assert source.closed
+        arena.close()
+
+
+def test_compute_on_the_cpu_is_over_when_it_returns() -> None:
+    event = CpuDevice(FakeSource()).record()
+    assert event.done()
+    event.wait()
+
+
+def test_an_error_of_a_copy_is_raised_by_wait_each_time() -> None:
+    for seed in range(6):
+        source = FakeSource(fail_next=True)
+        device = PoisonedDevice(DelayedDevice(CpuDevice(source), seed))
+        arena = device.arena(PAGE)
+        arena.resize(PAGE)
+        event = device.copy([FakeRead(arena.view(0, PAGE), PAGE, 1)], None)
+        for _ in range(2):
+            with pytest.raises(StorageError, match="injected"):
+                device.wait(event)
+        device.synchronize()
+        arena.close()
+
+
+def test_poison_is_there_until_the_copy_lands_and_after_a_discard() -> None:
+    device = PoisonedDevice(CpuDevice(FakeSource()))
+    arena = device.arena(2 * PAGE)
+    arena.resize(2 * PAGE)
+    tensor = arena.tensor(0, torch.float32, (2 * PAGE // 4,)).fill_(2)
+    event = device.copy([FakeRead(arena.view(PAGE, PAGE), PAGE, 0)], device.record())
+    assert tensor[: PAGE // 4].eq(2).all()
+    assert tensor[PAGE // 4 :].isnan().all()
+    device.wait(event)
+    assert tensor[PAGE // 4 :].eq(0).all()
+    device.discard(PAGE, PAGE // 2)
+    assert tensor[PAGE // 4 : PAGE * 3 // 8].isnan().all()
+    assert tensor[PAGE * 3 // 8 :].eq(0).all()
+    assert device.num_poisoned == 2
+    arena.close()
+
+
+def test_delays_are_out_of_order_and_the_same_for_the_same_seed() -> None:
+    def order(seed: int) -> list[int]:
+        source = FakeSource()
+        device = DelayedDevice(CpuDevice(source), seed)
+        arena = device.arena(32 * PAGE)
+        arena.resize(32 * PAGE)
+        events: list[Event] = [
+            device.copy([FakeRead(arena.view(i * PAGE, PAGE), PAGE, i)], device.record()) for i in range(32)
+        ]
+        assert len(source.handles) < 32, "nothing is late"
+        for event in reversed(events):
+            device.wait(event)
+        for i in range(32):
+            assert arena.tensor(i * PAGE, torch.uint8, (PAGE,)).eq(i).all()
+        assert device.num_delayed > 0
+        arena.close()
+        return [handle.reads[0].value for handle in source.handles]
+
+    assert order(1) == order(1) != sorted(order(1))
+    assert order(1) != order(2)
+
+
+def test_a_copy_nobody_waited_for_lands_in_the_end() -> None:
+    source = FakeSource()
+    device = DelayedDevice(CpuDevice(source), 0)
+    arena = device.arena(16 * PAGE)
+    arena.resize(16 * PAGE)
+    for i in range(16):
+        device.copy([FakeRead(arena.view(i * PAGE, PAGE), PAGE, 7)], None)
+    device.synchronize()
+    assert arena.tensor(0, torch.uint8, (16 * PAGE,)).eq(7).all()
+    device.close()
+    arena.close()

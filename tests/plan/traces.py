@@ -1,0 +1,100 @@
+"""Traces and machines for the planner's tests: random ones for properties, shaped ones for examples."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from mball.schema import Activation, Link, LiveRange, Machine, Step, Trace, Weight
+
+PAGE_BYTES = 4096
+
+
+def make_machine(*, page_bytes: int = PAGE_BYTES, bandwidth: float = 1e9, latency_s: float = 1e-5) -> Machine:
+    return Machine(
+        name="test",
+        page_bytes=page_bytes,
+        alignment_bytes=512,
+        link=Link(bandwidth_bytes_per_s=bandwidth, latency_s=latency_s),
+    )
+
+
+def make_weights(sizes: list[int], *, gap_bytes: int = 0) -> tuple[Weight, ...]:
+    """Weights one after another in one file, from an odd offset on."""
+    offset = 1234
+    weights = []
+    for number, size in enumerate(sizes):
+        weights.append(
+            Weight(name=f"w{number}", dtype="uint8", shape=(size,), size_bytes=size, file="f", offset_bytes=offset)
+        )
+        offset += size + gap_bytes
+    return tuple(weights)
+
+
+def make_step(name: str, *reads: int, graph: str | None = "g", time_s: float | None = 1e-3, scratch: int = 0) -> Step:
+    return Step(name=name, graph=graph, reads=reads, scratch_bytes=scratch, flops=0, time_s=time_s)
+
+
+def make_chain(num_layers: int, size_bytes: int, *, time_s: float = 1e-3) -> Trace:
+    """A step a layer, a weight a step."""
+    return Trace(
+        name="chain",
+        weights=make_weights([size_bytes] * num_layers),
+        steps=tuple(make_step(f"layer{number}", number, time_s=time_s) for number in range(num_layers)),
+    )
+
+
+def make_tied(num_layers: int, size_bytes: int, embedding_bytes: int) -> Trace:
+    """A chain whose first and last step read one weight."""
+    sizes = [embedding_bytes] + [size_bytes] * num_layers
+    steps = [make_step("embed", 0)]
+    steps += [make_step(f"layer{number}", number) for number in range(1, num_layers + 1)]
+    return Trace(name="tied", weights=make_weights(sizes), steps=(*steps, make_step("head", 0)))
+
+
+machines = st.builds(
+    make_machine,
+    page_bytes=st.sampled_from([512, 4096, 65536]),
+    bandwidth=st.sampled_from([1e7, 1e9]),
+    latency_s=st.sampled_from([0.0, 1e-4]),
+)
+
+
+@st.composite
+def traces(draw: st.DrawFn, *, max_steps: int = 14) -> Trace:
+    """Any trace: tiny, large and empty weights, shared and unread ones, several files, graphs and eager steps."""
+    size = st.one_of(st.just(0), st.integers(1, 2_000), st.integers(60_000, 70_000), st.integers(100_000, 900_000))
+    sizes = draw(st.lists(size, max_size=12))
+    weights, offsets = [], {"a": 0, "b": 8}
+    for number, size_bytes in enumerate(sizes):
+        file = draw(st.sampled_from("ab"))
+        offsets[file] += draw(st.sampled_from([0, 3, 512, 20_000, 100_000]))
+        weights.append(
+            Weight(
+                name=f"w{number}",
+                dtype="uint8",
+                shape=(size_bytes,),
+                size_bytes=size_bytes,
+                file=file,
+                offset_bytes=offsets[file],
+            )
+        )
+        offsets[file] += size_bytes
+    indices = st.integers(0, len(sizes) - 1) if sizes else st.nothing()
+    num_steps = draw(st.integers(0, max_steps))
+    steps = [
+        make_step(
+            f"s{number}",
+            *draw(st.lists(indices, unique=True, max_size=4) if sizes else st.just([])),
+            graph=draw(st.sampled_from([None, "g", "g", "g", "h"])),
+            time_s=draw(st.sampled_from([None, 0.0, 1e-4, 5e-3])),
+            scratch=draw(st.sampled_from([0, 1000, 50_000])),
+        )
+        for number in range(num_steps)
+    ]
+    activations = []
+    if num_steps:
+        for number in range(draw(st.integers(0, 2))):
+            first = draw(st.integers(0, num_steps - 1))
+            live = LiveRange(first=first, end=draw(st.integers(first + 1, num_steps)))
+            activations.append(Activation(name=f"a{number}", size_bytes=draw(st.integers(0, 99_999)), live=live))
+    return Trace(name="any", weights=tuple(weights), steps=tuple(steps), activations=tuple(activations))

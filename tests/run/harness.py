@@ -1,0 +1,96 @@
+"""Runs a model wrapped and unwrapped, and says so if anything differs or passes mball by."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten
+
+import mball
+from mball.api import _states, _wrap
+from mball.config import Config
+from mball.memory import Device
+from mball.observe.report import Report
+from tests.adaptors import DelayedDevice, PoisonedDevice
+
+
+def make(factory: Callable[[], torch.nn.Module], seed: int = 0) -> torch.nn.Module:
+    """Returns the same model for the same seed, in evaluation mode."""
+    torch.manual_seed(seed)
+    return factory().eval()
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+def hostile(seed: int) -> Callable[[Device], Device]:
+    """Slots are poisoned before each read and after each release, and reads come late."""
+    return lambda device: PoisonedDevice(DelayedDevice(device, seed=seed))
+
+
+def wrap_hostile(
+    model: torch.nn.Module,
+    budget: int,
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    seed: int = 0,
+    rename: dict[str, str] | None = None,
+    **settings: Any,
+) -> torch.nn.Module:
+    """Like mball.wrap, on a device that punishes every early read and every late overwrite."""
+    _wrap((model,), Config.of(budget=budget, **settings), weights, rename or {}, hostile(seed))
+    return model
+
+
+def run(model: torch.nn.Module, call: Callable[[Any], Any]) -> Any:
+    with torch.no_grad():
+        return call(model)
+
+
+def assert_same(got: Any, expected: Any, where: str = "") -> None:
+    """Bit for bit, NaN included."""
+    got_leaves, got_spec = tree_flatten(got)
+    leaves, spec = tree_flatten(expected)
+    assert got_spec == spec, where
+    for number, (a, b) in enumerate(zip(got_leaves, leaves, strict=True)):
+        if isinstance(b, torch.Tensor):
+            assert a.dtype == b.dtype and a.shape == b.shape, f"{where} result {number}"
+            assert not b.is_floating_point() or not b.isnan().any(), f"{where}: the expected result {number} is NaN"
+            assert torch.equal(a, b), f"{where} result {number} differs"
+        else:
+            assert a == b, f"{where} result {number}"
+
+
+def assert_streamed(model: torch.nn.Module) -> Report:
+    """The last pass was managed, in steps, and read from disk; otherwise equality would prove nothing."""
+    report = mball.report(model)
+    assert report.weights_managed == report.weights_owned > 0
+    assert report.steps > 1, report
+    assert report.bytes_read_last_pass > 0, report
+    assert report.in_place_bytes == 0, report
+    assert report.peak_bytes <= report.budget_bytes, report
+    return report
+
+
+def engine_of(model: torch.nn.Module) -> Any:
+    return _states[model].engine
+
+
+def smallest_budget(factory: Callable[[], torch.nn.Module], call: Callable[[Any], Any], tmp_path: Path) -> int:
+    """Returns the smallest budget with which `call` runs, as the errors name it."""
+    budget = 1
+    for _ in range(20):
+        model = make(factory)
+        try:
+            mball.wrap(model, budget=budget, swap_dir=tmp_path)
+            run(model, call)
+            return budget
+        except mball.BudgetError as error:
+            assert error.smallest_bytes > budget
+            budget = error.smallest_bytes
+    raise AssertionError("the errors never name a budget that works")

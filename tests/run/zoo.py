@@ -1,0 +1,240 @@
+"""Small models of every kind that users have, each with the calls that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Run = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Specimen:
+    """A model and what to do with it.
+
+    Attributes:
+        make: builds the model, with the seed that the test sets.
+        runs: what is called, in order; results are compared bit for bit.
+        budget: of its weights' bytes.
+        graphs: whether Dynamo captures anything.
+        slow: not in the short suite.
+    """
+
+    make: Callable[[], nn.Module]
+    runs: tuple[Run, ...]
+    budget: float = 0.6
+    graphs: bool = True
+
+
+def ids(*shape: int, vocabulary: int = 128, seed: int = 7) -> torch.Tensor:
+    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(*shape: int, seed: int = 7, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def llama(layers: int = 4, tied: bool = False, dtype: torch.dtype = torch.float32, kv_heads: int = 2) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        vocab_size=128,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def generate(cache: str, length: int = 5) -> Run:
+    def run(model: Any) -> Any:
+        prompt = ids(1, length)
+        return model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=6,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+            cache_implementation=cache,
+            disable_compile=True,
+        )[:2]
+
+    return run
+
+
+def logits(*shape: int) -> Run:
+    return lambda model: model(ids(*shape), use_cache=False).logits
+
+
+class Breaks(nn.Module):
+    """Graph breaks, an eager read of a child's weight, a parameter of its own, a buffer, a shared module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 256)
+        self.second = nn.Linear(256, 64)
+        self.shared = nn.LayerNorm(64)
+        self.scale = nn.Parameter(torch.randn(64, 64))
+        self.rnn = nn.GRU(64, 64, batch_first=True)
+        self.register_buffer("shift", torch.randn(64))
+
+    @torch._dynamo.disable
+    def by_hand(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.first.weight.t() @ self.second.weight.t() + self.scale)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.shared(x + self.shift)
+        y = self.second(self.first(x).relu())
+        torch._dynamo.graph_break()
+        y = self.shared(y) @ self.scale[:, :32].repeat(1, 2)
+        y = self.by_hand(y)
+        y, _ = self.rnn(y)
+        return y + x, self.scale.t()
+
+
+class Net(nn.Module):
+    """A convolutional network with batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1, groups=4),
+            nn.ConvTranspose2d(64, 32, 2, stride=2),
+        )
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(x).mean((2, 3)))
+
+
+def mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        vocab_size=128,
+        max_position_embeddings=128,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return MixtralForCausalLM(config)
+
+
+class Experts(nn.Module):
+    """A mixture of experts with a data-dependent loop over modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(64, 6)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64)) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        choice = self.gate(x).argmax(-1)
+        out = torch.zeros_like(x)
+        for number in choice.unique().tolist():
+            rows = choice == number
+            out[rows] = self.experts[number](x[rows])
+        return out
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=3,
+        num_heads=4,
+        vocab_size=128,
+        decoder_start_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def t5_generate(model: Any) -> Any:
+    return model.generate(ids(2, 7), max_new_tokens=5, do_sample=False)
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=128
+    )
+    return BertModel(config)
+
+
+def tied_sequential() -> nn.Module:
+    first, last = nn.Linear(64, 64), nn.Linear(64, 64)
+    last.weight = first.weight
+    block = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+    return nn.Sequential(first, block, nn.LayerNorm(64), block, last)
+
+
+def transformer_encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    return nn.TransformerEncoder(layer, 3)
+
+
+ZOO: dict[str, Specimen] = {
+    "llama-fp32": Specimen(make=llama, runs=(logits(1, 9), logits(2, 5), logits(1, 1), logits(3, 17))),
+    "llama-bf16-dynamic-cache": Specimen(make=lambda: llama(dtype=torch.bfloat16), runs=(generate("dynamic"),)),
+    # With grouped heads and a static cache, transformers chooses another attention when it is compiled:
+    # see test_static_cache_with_grouped_heads.
+    "llama-tied-static-cache": Specimen(
+        make=lambda: llama(tied=True, kv_heads=4),
+        runs=(generate("static"), generate("static", 7)),
+    ),
+    "llama-fp16": Specimen(make=lambda: llama(dtype=torch.float16), runs=(logits(2, 6),)),
+    "sequential": Specimen(
+        make=tied_sequential, runs=(lambda m: m(noise(4, 64)), lambda m: m(noise(1, 64)), lambda m: m[1](noise(3, 64)))
+    ),
+    "lstm": Specimen(
+        make=lambda: nn.LSTM(64, 128, num_layers=2, bidirectional=True),
+        runs=(lambda m: m(noise(5, 2, 64)), lambda m: m(noise(3, 1, 64))),
+        budget=0.8,
+        graphs=False,
+    ),
+    "breaks": Specimen(
+        make=Breaks, runs=(lambda m: m(noise(2, 3, 64)), lambda m: m.forward(noise(2, 3, 64))), budget=0.85
+    ),
+    "convolutions": Specimen(
+        make=Net, runs=(lambda m: m(noise(2, 3, 16, 16)), lambda m: m(noise(2, 3, 16, 14))), budget=1.95
+    ),
+    "convolutions-channels-last": Specimen(
+        make=lambda: Net().to(memory_format=torch.channels_last), runs=(lambda m: m(noise(2, 3, 16, 16)),), budget=1.95
+    ),
+    "mixtral": Specimen(make=mixtral, runs=(logits(1, 6), logits(2, 3)), budget=1.3),
+    "experts": Specimen(make=Experts, runs=tuple((lambda m, s=s: m(noise(8, 64, seed=s))) for s in range(4))),
+    "t5": Specimen(make=t5, runs=(t5_generate,), budget=0.7),
+    "bert-bf16": Specimen(
+        make=lambda: bert().to(torch.bfloat16),
+        runs=(lambda m: m(ids(2, 9))[0], lambda m: m.encoder.layer[0](noise(1, 4, 64, dtype=torch.bfloat16))),
+    ),
+    "transformer-encoder": Specimen(make=transformer_encoder, runs=(lambda m: m(noise(2, 5, 64)),), budget=0.9),
+}

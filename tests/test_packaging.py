@@ -1,0 +1,94 @@
+"""The repository as a package: the links, the names that must not be importable, the command, the Makefile."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.mark.parametrize("name", ["triton_kernels", "integrations"])
+def test_links_are_relative_and_inside(name: str) -> None:
+    link = ROOT / "mball" / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / name
+
+
+@pytest.mark.parametrize("name", ["triton_kernels", "integrations"])
+def test_folder_answers_to_its_full_name_only(name: str) -> None:
+    # From the repository root, where the bare folder is in reach.
+    refused = run(sys.executable, "-c", f"import {name}")
+    assert refused.returncode != 0
+    assert f"import mball.{name}" in refused.stderr
+    assert run(sys.executable, "-c", f"import mball.{name}").returncode == 0
+
+
+def test_import_starts_no_thread_and_loads_no_torch() -> None:
+    code = (
+        "import sys, threading, mball, mball.units, mball.schema\n"
+        "assert threading.active_count() == 1\n"
+        "assert 'torch' not in sys.modules and 'rich' not in sys.modules"
+    )
+    finished = run(sys.executable, "-c", code)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_every_requirement_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    wanted += re.search(r"^MODELS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    pinned = re.findall(r"^([a-z0-9-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert {re.match(r"[a-z0-9-]+", name)[0] for name in wanted} <= set(pinned)
+    assert len(pinned) == len(set(pinned))
+
+
+def test_command_line_says_what_it_can() -> None:
+    finished = run(sys.executable, "-m", "mball.cli", "--help", PYTHONPATH=str(ROOT))
+    assert finished.returncode == 0, finished.stderr
+    assert "demo" in finished.stdout
+    assert "doctor" in finished.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["gpu", "gpu-bench"])
+def test_gpu_targets_say_so_without_a_gpu(target: str) -> None:
+    finished = run("make", target, f"GPU_PYTHON={sys.executable}", CUDA_VISIBLE_DEVICES="")
+    assert finished.returncode == 0, finished.stderr
+    assert "no NVIDIA GPU" in finished.stdout
+
+
+@pytest.mark.slow
+def test_wheel_holds_what_the_checkout_holds(tmp_path: Path) -> None:
+    # From a copy: building leaves a folder behind, whose stale files would be in the next wheel.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("mball", "integrations", "triton_kernels"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    finished = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source))
+    assert finished.returncode == 0, finished.stderr
+    (wheel,) = tmp_path.glob("mball-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if name.startswith("mball/")}
+        assert all(name.startswith(("mball/", "mball-")) for name in archive.namelist())
+    files = [path for folder in ("mball", "mball/integrations", "mball/triton_kernels")
+             for path in (ROOT / folder).rglob("*.py")]  # fmt: skip
+    expected = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
+    assert held == expected | {"mball/py.typed"}
