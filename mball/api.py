@@ -337,8 +337,8 @@ def _check_roots(roots: Sequence[torch.nn.Module]) -> None:
                 raise WrapError(f"{type(root).__name__}: {where} is wrapped already; call mball.unwrap first")
             if torch_private.get_call(module) is not None:
                 raise WrapError(
-                    f"{type(root).__name__}: {where} is compiled in place or belongs to a wrapped model; mball captures "
-                    "the model itself: wrap it before, or instead of, compiling"
+                    f"{type(root).__name__}: {where} is compiled in place or belongs to a wrapped model; mball "
+                    "captures the model itself: wrap it before, or instead of, compiling"
                 )
 
 
@@ -363,7 +363,7 @@ def _match(census: Census, index: CheckpointIndex, rename: Mapping[str, str]) ->
         if entry is None:
             near = ", ".join(list(index.entries)[:3])
             raise CheckpointError(
-                f"weight {weight.name!r} is not in checkpoint {index.path} ({len(index.entries)} tensors: {near}, ...); "
+                f"weight {weight.name!r} is not in checkpoint {index.path} ({len(index.entries)} tensors: {near}, …); "
                 "use the checkpoint of this model, or rename={parameter: name in the checkpoint}"
             )
         _check_entry(weight, entry, index)
@@ -505,9 +505,9 @@ def _check_budget(
     smallest = smallest_budget(trace, machine, fixed_bytes=fixed_bytes)
     if config.budget_bytes < smallest.size_bytes:
         raise BudgetError(
-            f"a budget of {format_bytes(config.budget_bytes)} ({config.budget_bytes} B) is too small: the smallest that "
-            f"holds the model one module at a time is {smallest.size_bytes} B ({format_bytes(smallest.size_bytes)}), set "
-            f"by {smallest.limited_by}; activations come on top",
+            f"a budget of {format_bytes(config.budget_bytes)} ({config.budget_bytes} B) is too small: the smallest "
+            f"that holds the model one module at a time is {smallest.size_bytes} B "
+            f"({format_bytes(smallest.size_bytes)}), set by {smallest.limited_by}; activations come on top",
             budget_bytes=config.budget_bytes,
             smallest_bytes=smallest.size_bytes,
             limited_by=smallest.limited_by,

@@ -10,12 +10,15 @@ from mball import torch_private
 
 
 class LiveBytes:
-    """Bytes of the tensors born during a pass, and their peak. One thread at a time."""
+    """Bytes of the tensors born during a pass, and their peak. One thread at a time.
+
+    What is still live when the pass ends is the caller's from then on, and counted no more.
+    """
 
     def __init__(self) -> None:
         self.current = 0
         self.peak = 0
-        self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+        self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def born(self, tensor: torch.Tensor) -> None:
         """Counts the tensor's storage, once, until it is freed."""
@@ -25,17 +28,20 @@ class LiveBytes:
             return
         size_bytes = storage.nbytes()
 
-        def died(_: object) -> None:
-            if self._live.pop(key, None) is not None:
+        def died(reference: weakref.ref[torch.UntypedStorage]) -> None:
+            # The key may belong to another storage by now: addresses are used again.
+            if self._live.get(key) is reference:
+                del self._live[key]
                 self.current -= size_bytes
 
-        self._live[key] = (size_bytes, weakref.ref(storage, died))
+        self._live[key] = weakref.ref(storage, died)
         self.current += size_bytes
         self.peak = max(self.peak, self.current)
 
     def end_pass(self) -> int:
-        """Returns the peak since the last call. What is still live (results, a cache) stays counted."""
-        peak, self.peak = self.peak, self.current
+        """Returns the peak of the pass and forgets its tensors."""
+        peak = self.peak
+        self.clear()
         return peak
 
     def clear(self) -> None:

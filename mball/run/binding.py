@@ -24,7 +24,7 @@ class BindingMode(torch_private.TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type its modes
         self.engine = engine
 
     @classmethod
@@ -39,9 +39,13 @@ class BindingMode(torch_private.TorchDispatchMode):
         else:
             result = self._run(func, args, kwargs, weights)
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_meta:
-                if torch_private.storage_key(leaf) not in self.engine.homes.weight_of_storage:
-                    self.engine.live.born(leaf)
+            if (
+                isinstance(leaf, torch.Tensor)
+                and leaf.layout is torch.strided
+                and not leaf.is_meta
+                and torch_private.storage_key(leaf) not in self.engine.homes.weight_of_storage
+            ):
+                self.engine.live.born(leaf)
         return result
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weights: tuple[int, ...]) -> Any:
@@ -86,9 +90,9 @@ def _weights_among(weight_of_storage: dict[int, int], args: tuple[Any, ...], kwa
 
 def _same_view(home: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     """Returns the view of `slot` that `home` (the home itself or any view of it) is of its storage."""
-    if home.dtype == slot.dtype and home.shape == slot.shape and home.stride() == slot.stride():
-        if home.storage_offset() == slot.storage_offset():
-            return slot
+    facts = [(t.dtype, t.shape, t.stride(), t.storage_offset()) for t in (home, slot)]
+    if facts[0] == facts[1]:
+        return slot
     flat = slot if home.dtype == slot.dtype else _flat(slot).view(home.dtype)
     view = flat.as_strided(home.shape, home.stride(), home.storage_offset())
     if home.is_conj():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -90,7 +91,7 @@ def _identity(parameter: torch.nn.Parameter) -> object:
 
 def _check(name: str, parameter: torch.nn.Parameter) -> None:
     kind = type(parameter)
-    if isinstance(parameter, torch.nn.parameter.UninitializedTensorMixin):
+    if isinstance(parameter, torch.nn.UninitializedParameter):
         raise WrapError(f"weight {name!r} is not initialised yet; run the model once, then wrap it")
     if type(parameter.data) is not torch.Tensor:
         raise WrapError(f"weight {name!r} is a {type(parameter.data).__name__}; mball streams plain dense tensors only")
@@ -110,7 +111,7 @@ def _check_overlap(weights: Sequence[OwnedWeight]) -> None:
             first = weight.parameter.data_ptr()
             spans.append((first, first + span_bytes(weight.parameter), weight.name))
     spans.sort()
-    for (_, end, name), (first, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, name), (first, _, other) in itertools.pairwise(spans):
         if first < end:
             raise WrapError(
                 f"weights {name!r} and {other!r} are different views of the same memory; "

@@ -25,7 +25,7 @@ class Gate:
 
     Args:
         engine: runs the passes.
-        parameters: all managed parameters, as the user holds them, each with the weight it is; several may be one weight.
+        parameters: all managed parameters, as the user holds them, each with the weight it is.
     """
 
     def __init__(self, engine: Engine, parameters: Sequence[tuple[torch.nn.Parameter, int]]) -> None:
@@ -70,11 +70,11 @@ class Gate:
         if not torch_private.is_innermost_mode(self._mode):
             yield  # a mode of the user's is above ours, and ours sees slots only
             return
-        self._mode.__exit__(None, None, None)
+        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch does not type its modes
         try:
             yield
         finally:
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch does not type its modes
 
     def _check_weights(self) -> None:
         for parameter, home, address in zip(self._parameters, self._homes, self._addresses, strict=True):
@@ -119,7 +119,7 @@ def hang_door(module: torch.nn.Module, gate: Gate, inner: Callable[..., Any] | N
     """Makes `module(...)` open a pass; `inner` replaces the module's own call (a compiled one)."""
     run = inner or torch_private.plain_call(module)
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # torch's decorator has no types
     @functools.wraps(run)
     def through_door(*args: Any, **kwargs: Any) -> Any:
         with gate.open(args, kwargs):

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 
 from mball.errors import BudgetError, WrapError
-from mball.memory.device import Device
 from mball.memory.ledger import Kind, Ledger
 from mball.run.activations import LiveBytes
 from mball.run.execution import Execution
@@ -413,7 +412,7 @@ def _stretches(tape: Tape, plan: Plan) -> tuple[Stretch, ...]:
         while step < len(plan.steps) and plan.steps[step].end <= stop:
             step += 1
         cuts = tuple((s.first - start, s.end - start) for s in plan.steps[first:step])
-        assert cuts[0][0] == 0 and cuts[-1][1] == stop - start
+        assert (cuts[0][0], cuts[-1][1]) == (0, stop - start)
         found.append(Stretch(first, step, cuts))
     return tuple(found)
 

@@ -9,6 +9,7 @@ until it is left and are never evicted. So a wrong plan, or a step that comes un
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -140,7 +141,8 @@ class Execution:
         Raises:
             StorageError: a read failed; the bundle is read again by the next step that needs it.
         """
-        assert self.plan is not None and not self._in_use
+        assert self.plan is not None
+        assert not self._in_use
         reads = self.plan.steps[step].reads
         if step != self._cursor:
             self._jump(step)
@@ -170,7 +172,8 @@ class Execution:
 
         The arena must be at least `smallest_region(weights)` large; whatever is in the way is evicted.
         """
-        assert self.plan is not None and not self._in_use
+        assert self.plan is not None
+        assert not self._in_use
         bundles = tuple(dict.fromkeys(self._bundle_of_weight[weight] for weight in weights))
         self._in_use = bundles
         absent = [bundle for bundle in bundles if bundle not in self._occupants]
@@ -335,10 +338,9 @@ class Execution:
     def _evict(self, bundle: int) -> None:
         occupant = self._occupants[bundle]
         if occupant.event is not None:
-            try:
+            # Nobody reads these bytes; who needs them reads them again and sees the error.
+            with contextlib.suppress(StorageError):
                 self.device.wait(occupant.event)
-            except StorageError:
-                pass  # nobody reads these bytes; who needs them reads them again and sees the error
             occupant.event = None
         del self._occupants[bundle]
         for view in occupant.views.values():

@@ -137,7 +137,7 @@ class HomeFile:
             yield first, end, None
 
     def resolve(self, extent: Extent) -> list[Piece]:
-        """Returns the reads that bring the extent's current bytes; its offset and size are page multiples or aligned."""
+        """Returns the reads that bring the extent's current bytes; both of its ends are aligned."""
         if not self._moved:
             return [Piece(extent.file, extent.offset_bytes, extent.size_bytes, 0)]
         pieces = []

@@ -68,7 +68,7 @@ def build_driver(
     flat.node_copy(output, _Binder(graph, flat, env, home_env, None, {}))
     module = torch.fx.GraphModule(graph.module, flat)
     if not profile:
-        return module.forward  # type: ignore[no-any-return]
+        return module.forward
 
     def profiled(*args: Any) -> Any:
         with stopwatch.counting():
@@ -138,7 +138,7 @@ class _FlopMode(torch_private.TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, stopwatch: _Stopwatch) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type its modes
         self.stopwatch = stopwatch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

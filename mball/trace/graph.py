@@ -153,7 +153,7 @@ class CapturedGraph:
         return [_Tensor(name=name[key], size_bytes=size[key], first=first[key], last=last[key]) for key in first]
 
     def _find_symbols(self) -> dict[Any, tuple[int, int | None, int]]:
-        """Returns for each symbol the argument that tells its value, the dimension (None: the argument itself), a hint."""
+        """Returns for each symbol the argument that tells it, the dimension (None: the argument itself), a hint."""
         found: dict[Any, tuple[int, int | None, int]] = {}
         for index, node in enumerate(self.placeholders):
             value = torch_private.example_value(node)

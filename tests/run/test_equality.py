@@ -12,11 +12,6 @@ from tests.run.harness import assert_same, assert_streamed, make, run, weight_by
 from tests.run.zoo import ZOO, generate, llama
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("name", ZOO)
 def test_streamed_equals_unwrapped(name: str, tmp_path: Path) -> None:
     specimen = ZOO[name]

@@ -464,6 +464,7 @@ def test_no_thread_before_the_first_submit_and_nothing_left_after(path: str) -> 
 
 
 def test_dropping_a_reader_gives_everything_back(path: str) -> None:
+    gc.collect()  # what tests before this one dropped
     threads, descriptors = threading.active_count(), num_descriptors()
     files = FileTable()
     files.add_path(path)
