@@ -79,3 +79,8 @@ def _choice(kind: type[Enum], value: object, name: str) -> Enum:
     except ValueError:
         choices = ", ".join(repr(option.value) for option in kind)
         raise ConfigError(f"{name} is {value!r}; choose one of {choices}") from None
+
+
+def cache_directory() -> Path:
+    """Returns mball's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mball"

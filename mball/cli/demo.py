@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mball.cli import smollm2
+from mball.config import cache_directory
 from mball.errors import CheckpointError, WrapError
 from mball.units import format_bytes, parse_bytes
 
@@ -50,7 +51,7 @@ def run_demo(*, budget: str, prompt: str, max_new_tokens: int) -> int:
 
 
 def _checkpoint(console: Console) -> Path:
-    cache = smollm2.cache_directory()
+    cache = cache_directory()
     found = smollm2.converted_checkpoint(cache)
     if found is not None:
         return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -78,8 +77,3 @@ def convert(cache: Path) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return cache / NAME
-
-
-def cache_directory() -> Path:
-    """Returns mball's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mball"

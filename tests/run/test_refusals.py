@@ -271,3 +271,32 @@ def test_balloon_as_context_manager_and_decorator(tmp_path: Path, expected: torc
         loop(model)
     assert type(model) is nn.Sequential
     assert_same(run(model, call), expected)
+
+
+def test_a_forked_child_is_told_so(wrapped: nn.Module, expected: torch.Tensor) -> None:
+    run(wrapped, call)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            run(wrapped, call)
+        except mball.MballError as error:
+            code = 0 if "fork" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert_same(run(wrapped, call), expected)
+    assert_streamed(wrapped)
+
+
+def test_a_full_disk_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = make(tied_sequential)
+    before = dict(model.state_dict())
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError, match="No space left"):
+        mball.wrap(model, budget="1MiB", swap_dir=tmp_path)
+    assert type(model) is nn.Sequential
+    assert all(model.state_dict()[name].data_ptr() == tensor.data_ptr() for name, tensor in before.items())
