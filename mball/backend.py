@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -110,8 +109,6 @@ class Backend:
 
 
 def _bucket(size: int) -> int:
-    """Rounds a symbolic size up, so that a growing cache is planned anew only now and then."""
-    if size <= 16:
-        return 16
-    grain = 1 << (math.ceil(math.log2(size)) - 3)
+    """Rounds a symbolic size up, so that a growing cache is planned anew twice an octave; exact up to 8."""
+    grain = 1 if size <= 8 else 1 << ((size - 1).bit_length() - 2)
     return -(-size // grain) * grain

@@ -14,10 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """One thread for compute: on a loaded machine MKL takes fewer threads at times, and sums come out differently.
-
-    Without it the unwrapped model does not always equal itself.
-    """
+    """One thread for compute, so that the order of sums cannot depend on how busy the machine is."""
     import torch
 
     torch.set_num_threads(1)

@@ -229,9 +229,9 @@ ZOO: dict[str, Specimen] = {
     "convolutions-channels-last": Specimen(
         make=lambda: Net().to(memory_format=torch.channels_last), runs=(lambda m: m(noise(2, 3, 16, 16)),), budget=1.95
     ),
-    "mixtral": Specimen(make=mixtral, runs=(logits(1, 6), logits(2, 3)), budget=1.3),
+    "mixtral": Specimen(make=mixtral, runs=(logits(1, 6), logits(2, 3)), budget=0.7),
     "experts": Specimen(make=Experts, runs=tuple((lambda m, s=s: m(noise(8, 64, seed=s))) for s in range(4))),
-    "t5": Specimen(make=t5, runs=(t5_generate,), budget=0.7),
+    "t5": Specimen(make=t5, runs=(t5_generate,), budget=0.5),
     "bert-bf16": Specimen(
         make=lambda: bert().to(torch.bfloat16),
         runs=(lambda m: m(ids(2, 9))[0], lambda m: m.encoder.layer[0](noise(1, 4, 64, dtype=torch.bfloat16))),
