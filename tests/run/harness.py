@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,17 +78,3 @@ def assert_streamed(model: torch.nn.Module) -> Report:
 
 def engine_of(model: torch.nn.Module) -> Any:
     return _states[model].engine
-
-
-def smallest_budget(factory: Callable[[], torch.nn.Module], call: Callable[[Any], Any], tmp_path: Path) -> int:
-    """Returns the smallest budget with which `call` runs, as the errors name it."""
-    budget = 1
-    for _ in range(20):
-        model = make(factory)
-        try:
-            mball.wrap(model, budget=budget, swap_dir=tmp_path)
-            run(model, call)
-            return budget
-        except mball.BudgetError as error:
-            budget = max(error.smallest_bytes, budget + 1)
-    raise AssertionError("the errors never name a budget that works")
