@@ -1,0 +1,214 @@
+"""The threads of the reader: when they start, what they hold, and how they end."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+
+import numpy
+import pytest
+
+from mball.errors import DeviceError, StorageError
+from mball.storage import FileTable, ThreadedReader
+from tests.storage.reads import memory, num_descriptors, read
+
+
+def test_no_thread_before_the_first_submit_and_nothing_left_after(path: str) -> None:
+    gc.collect()  # what tests before this one dropped
+    threads, descriptors = threading.active_count(), num_descriptors()
+    for _ in range(5):
+        files = FileTable()
+        files.add_path(path)
+        reader = ThreadedReader(files)
+        assert threading.active_count() == threads
+        reader.submit([read(path, 0, 65536, memory(65536))]).wait()
+        assert threading.active_count() == threads + 4
+        reader.close()
+        reader.close()
+        with pytest.raises(StorageError, match="closed"):
+            reader.submit([])
+        files.close()
+        files.close()
+        assert threading.active_count() == threads
+        assert num_descriptors() == descriptors
+
+
+def test_dropping_a_reader_gives_everything_back(path: str) -> None:
+    gc.collect()  # what tests before this one dropped
+    threads, descriptors = threading.active_count(), num_descriptors()
+    files = FileTable()
+    files.add_path(path)
+    reader = ThreadedReader(files)
+    handle = reader.submit([read(path, 0, 65536, memory(65536))])
+    handle.wait()
+    gone = weakref.ref(reader)
+    del reader, files
+    gc.collect()
+    assert gone() is None
+    assert threading.active_count() == threads
+    assert num_descriptors() == descriptors
+
+
+def test_idle_threads_hold_no_destination(reader: ThreadedReader, path: str) -> None:
+    array = numpy.empty(65536, dtype=numpy.uint8)
+    gone = weakref.ref(array)
+    good = reader.submit([read(path, 0, 65536, array.data)])
+    good.wait()
+    reader.drain()
+    del array
+    assert gone() is None
+
+
+def test_a_reader_closed_before_its_first_submit_stays_closed(files: FileTable) -> None:
+    reader = ThreadedReader(files)
+    reader.close()
+    with pytest.raises(StorageError, match="closed"):
+        reader.submit([])
+
+
+def test_close_fails_what_has_not_begun(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, inside = threading.Event(), threading.Event()
+    real = os.preadv
+
+    def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        inside.set()
+        gate.wait()
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    files = FileTable()
+    files.add_path(path)
+    reader = ThreadedReader(files, num_threads=1)
+    first = reader.submit([read(path, 0, 4096, memory(4096))])
+    second = reader.submit([read(path, 0, 4096, memory(4096))])
+    inside.wait()
+    threading.Timer(0.05, gate.set).start()
+    reader.close()
+    first.wait()
+    with pytest.raises(StorageError, match="reader was closed"):
+        second.wait()
+    files.close()
+
+
+def test_an_interrupted_wait_can_be_waited_again(path: str, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    real = os.preadv
+
+    def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        gate.wait()
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    files = FileTable()
+    files.add_path(path)
+    reader = ThreadedReader(files)
+    destination = memory(65536)
+    handle = reader.submit([read(path, 0, 65536, destination)])
+    for blocked in (handle.wait, reader.drain, handle.wait):
+        timer = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            blocked()
+        timer.join()
+        assert not handle.done()
+    gate.set()
+    handle.wait()
+    assert bytes(destination) == content[:65536]
+    reader.submit([read(path, 0, 4096, destination)]).wait()
+    reader.close()
+    files.close()
+
+
+def test_a_forked_child_is_refused(reader: ThreadedReader, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    real = os.preadv
+
+    def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        gate.wait()
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    handle = reader.submit([read(path, 0, 4096, memory(4096))])
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            signal.alarm(10)
+            refused = 0
+            for forbidden in (handle.wait, reader.drain, lambda: reader.submit([read(path, 0, 1, memory(1))])):
+                try:
+                    forbidden()
+                except DeviceError as error:
+                    refused += "fork" in str(error) and "spawn" in str(error)
+            reader.close()
+            code = 0 if refused == 3 else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    gate.set()
+    handle.wait()
+
+
+def test_closing_in_a_child_does_not_hang_on_a_lock_held_at_the_fork(reader: ThreadedReader, path: str) -> None:
+    reader.submit([read(path, 0, 4096, memory(4096))]).wait()
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with reader._pool.lock:
+            held.set()
+            over.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            signal.alarm(10)
+            assert reader.statistics.size_bytes == 0
+            assert reader.path
+            reader.close()
+            code = 0
+        finally:
+            os._exit(code)
+    over.set()
+    holder.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_reader_not_started_yet_works_in_a_child(path: str) -> None:
+    files = FileTable()
+    files.add_path(path)
+    reader = ThreadedReader(files)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            signal.alarm(10)
+            reader.submit([read(path, 0, 4096, memory(4096))]).wait()
+            reader.close()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    files.close()
+
+
+@pytest.mark.parametrize("ending", ["", "reader.close()", "sys.exit(0)", "del reader"])
+def test_the_interpreter_exits_cleanly_with_reads_under_way(path: str, ending: str) -> None:
+    code = (
+        "import mmap, sys\n"
+        "from mball.storage import FileTable, Read, ThreadedReader\n"
+        "files = FileTable(); files.add_path(sys.argv[1]); reader = ThreadedReader(files, chunk_bytes=4096)\n"
+        "buffer = memoryview(mmap.mmap(-1, 65536))\n"
+        "for _ in range(200):\n"
+        "    reader.submit([Read(file=sys.argv[1], offset_bytes=0, size_bytes=65536, destination=buffer)])\n" + ending
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
