@@ -146,7 +146,7 @@ def _wrap(
     for name, tensor in new_buffers.items():
         owner = census.buffer_owners[name]
         owner.module._buffers[owner.attribute] = tensor
-    gate = Gate(engine, parameters)
+    gate = Gate(engine, parameters, roots)
     backend = Backend(gate, parameters, [b for root in roots for b in root.buffers()])
     _hang_doors(roots, gate, backend, config)
     closer = weakref.finalize(roots[0], _close, engine, reader, files)
@@ -559,7 +559,7 @@ def _hang_doors(roots: Sequence[torch.nn.Module], gate: Gate, backend: Backend, 
             if torch_private.get_call(module) is None and any(True for _ in module.parameters()):
                 hang_door(module, gate)
         if capture is Capture.GRAPHS:
-            hang_door(root, gate, torch.compile(torch_private.plain_call(root), backend=backend))
+            hang_door(root, gate, torch_private.compile_faithfully(torch_private.plain_call(root), backend))
         mix_in(root, gate)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 from collections.abc import Hashable, Mapping, Sequence
@@ -9,13 +10,18 @@ from typing import Any
 
 import torch
 
+from mball.memory import libc
 from mball.run.doors import Gate, check_graph_inputs
 from mball.run.engine import Engine
 from mball.schema import Activation, Step
+from mball.trace.cut import Cut, UnsupportedGraphError
 from mball.trace.driver import Driver, build_driver
-from mball.trace.graph import CapturedGraph, UnsupportedGraphError
+from mball.trace.graph import CapturedGraph
+from mball.trace.profile import CostProfile, TimeProfile
 
 logger = logging.getLogger(__name__)
+
+NUM_PROFILES = 2
 
 
 class GraphSegment:
@@ -31,47 +37,59 @@ class GraphSegment:
     def key(self) -> Hashable:
         return self._key
 
-    def describe(self) -> tuple[Sequence[Step], Sequence[Activation]]:
-        return self._graph.schema_steps(self._weight_bytes, self._values)
+    def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:
+        return self._graph.schema_steps(self._weight_bytes, self._values, workspace=workspace)
 
 
 class GraphRunner:
     """What Dynamo calls in place of the graph."""
 
-    def __init__(self, graph: CapturedGraph, gate: Gate) -> None:
+    def __init__(self, graph: CapturedGraph, driver: Driver, gate: Gate) -> None:
         self.graph = graph
+        self._driver = driver
         self._gate = gate
         self._engine: Engine = gate.engine
         self._weight_bytes = [weight.size_bytes for weight in self._engine.weights]
         self._segments: dict[tuple[int, ...], GraphSegment] = {}
-        self._drivers: dict[tuple[tuple[tuple[int, int], ...], tuple[tuple[int, ...], ...]], Driver] = {}
-        self._profiled = False
+        self._profiles_left = NUM_PROFILES
 
     def __call__(self, *args: Any) -> Any:
-        with self._gate.open(args, {}):
-            others = (
-                a for a, node in zip(args, self.graph.placeholders, strict=True) if node not in self.graph.weights
-            )
-            check_graph_inputs(others)
-            cuts, bound = self._engine.start_graph(self._segment(args))
-            driver = self._driver(cuts, bound)
-            with self._gate.unbound():
-                return driver(*args)
+        return self._gate.run(self._run, args, {})
 
-    def _segment(self, args: Sequence[Any]) -> GraphSegment:
-        values = {symbol: _bucket(value) for symbol, value in self.graph.symbol_values(args).items()}
-        key = tuple(values.values())
+    def _run(self, *args: Any) -> Any:
+        check_graph_inputs(args[number] for number in self.graph.others)
+        if self._profiles_left == NUM_PROFILES:
+            # Capture has just ended, and what it freed is as large as many layers.
+            gc.collect()
+            libc.trim_heap()
+        values = self.graph.symbol_values(args)
+        self._engine.start_graph(self._segment(values))
+        if self._profiles_left:
+            return self._profiled(values, args)
+        return self._gate.run_graph(self._driver, (self._engine, *args))
+
+    def _profiled(self, values: Mapping[Any, int], args: Sequence[Any]) -> Any:
+        """Runs the graph and learns from it what its steps cost; plans are made anew with that."""
+        if self._profiles_left == NUM_PROFILES:
+            costs = CostProfile(self.graph.steps, self._engine, self._engine.execution.device.gauge())
+            with costs.counting():
+                result = self._gate.run_graph(self._driver, (costs, *args))
+            learned = self.graph.learn_workspace(values)
+        else:
+            times = TimeProfile(self.graph.steps, self._engine)
+            result = self._gate.run_graph(self._driver, (times, *args))
+            learned = True
+        self._profiles_left -= 1
+        if learned:
+            self._engine.forget_plans(segment.key for segment in self._segments.values())
+        return result
+
+    def _segment(self, values: Mapping[Any, int]) -> GraphSegment:
+        rounded = {symbol: _bucket(value) for symbol, value in values.items()}
+        key = tuple(rounded.values())
         if key not in self._segments:
-            self._segments[key] = GraphSegment(self.graph, self._weight_bytes, values)
+            self._segments[key] = GraphSegment(self.graph, self._weight_bytes, rounded)
         return self._segments[key]
-
-    def _driver(self, cuts: tuple[tuple[int, int], ...], bound: tuple[tuple[int, ...], ...]) -> Driver:
-        if not self._profiled:
-            self._profiled = True
-            return build_driver(self.graph, cuts, bound, self._engine, profile=True)
-        if (cuts, bound) not in self._drivers:
-            self._drivers[cuts, bound] = build_driver(self.graph, cuts, bound, self._engine)
-        return self._drivers[cuts, bound]
 
 
 class Backend:
@@ -97,13 +115,14 @@ class Backend:
         weight_of = [self._weights.get(id(value)) for value in example_inputs]
         is_buffer = [id(value) in self._buffers for value in example_inputs]
         try:
-            graph = CapturedGraph(name, module, weight_of, is_buffer)
+            cut = Cut(name, module, weight_of)
         except UnsupportedGraphError as error:
             logger.warning("%s; the graph runs operator by operator", error)
             self.unsupported.append(str(error))
             return module.forward
-        logger.info("captured %s: %d steps, %d weights", name, len(graph.steps), len(set(graph.weights.values())))
-        runner = GraphRunner(graph, self._gate)
+        graph = CapturedGraph(cut, is_buffer)
+        logger.info("captured %s: %d steps, %d weights", name, len(graph.steps), len(set(cut.weights.values())))
+        runner = GraphRunner(graph, build_driver(cut), self._gate)
         self.runners.append(runner)
         return runner
 

@@ -7,7 +7,8 @@ mode alone: the same results and the same budget, without the knowledge that a c
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +34,11 @@ _USED = (
     ("torch.nn.Module._call_impl", "opens a pass at every module call"),
     ("torch.nn.Module._compiled_call_impl", "opens a pass at every module call"),
     (
-        "torch.utils._python_dispatch._get_current_dispatch_mode",
+        "torch.utils._python_dispatch._get_current_dispatch_mode_stack",
         "keeps the dispatch mode away from captured graphs",
     ),
+    ("torch._C._DisableTorchDispatch", "keeps the dispatch mode away from captured graphs"),
+    ("torch._dynamo.config.skip_nnmodule_hook_guards", "notices hooks that come after capture"),
     ("torch._ops.OpOverload", "tells views and writes from reads"),
     ("torch.utils.flop_counter.flop_registry", "counts floating point operations"),
     ("torch.autograd.graph.increment_version", "makes autograd notice that a slot was reused"),
@@ -43,17 +46,21 @@ _USED = (
 __all__ = [
     "PrivateApi",
     "TorchDispatchMode",
+    "compile_faithfully",
     "count_flops",
     "example_value",
     "get_call",
     "hint_of",
-    "is_innermost_mode",
+    "is_only_mode",
+    "is_subclass",
     "missing_for_capture",
+    "no_autocast_cache",
     "plain_call",
     "probe",
     "set_call",
     "storage_key",
     "symbol_of",
+    "without_dispatch",
     "writes_and_aliases",
 ]
 
@@ -154,8 +161,49 @@ def hint_of(value: Any) -> int:
     return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
 
 
-def is_innermost_mode(mode: TorchDispatchMode) -> bool:
-    """Returns whether `mode` is the dispatch mode that sees operators first."""
-    from torch.utils._python_dispatch import _get_current_dispatch_mode
+def is_only_mode(mode: TorchDispatchMode) -> bool:
+    """Returns whether `mode` is the one dispatch mode that is active in this thread."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    return _get_current_dispatch_mode() is mode
+    stack = _get_current_dispatch_mode_stack()
+    return len(stack) == 1 and stack[0] is mode
+
+
+def without_dispatch() -> AbstractContextManager[None]:
+    """Returns a context without dispatch modes. It is C++, so that Ctrl-C cannot leave it half entered."""
+    context: AbstractContextManager[None] = torch._C._DisableTorchDispatch()
+    return context
+
+
+def is_subclass(value: object) -> bool:
+    """Returns whether `value` is a tensor that may have its own ideas of what an operator does."""
+    return isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, torch.nn.Parameter)
+
+
+@contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """Under autocast: keeps no cast copies of weights until its region ends."""
+    if not (torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()):
+        yield
+        return
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(True)
+
+
+def compile_faithfully(call: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `torch.compile(call, backend=backend)`, made to do what `call` does uncompiled.
+
+    By default Dynamo does not look whether hooks came or went since it captured a graph.
+    """
+    import torch._dynamo
+
+    compiled = torch.compile(call, backend=backend)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            return compiled(*args, **kwargs)
+
+    return run

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mball.memory.arena import POISON_BYTE, Arena
-from mball.memory.device import ArenaRead, Device, Event
+from mball.memory.device import ArenaRead, Device, Event, Gauge
 
 
 class DeviceAdaptor:
@@ -31,6 +31,9 @@ class DeviceAdaptor:
 
     def discard(self, offset: int, size: int) -> None:
         self.device.discard(offset, size)
+
+    def gauge(self) -> Gauge:
+        return self.device.gauge()
 
     def synchronize(self) -> None:
         self.device.synchronize()
@@ -68,6 +71,116 @@ class PoisonedDevice(DeviceAdaptor):
         self._arena.poison(offset, size)
         self.num_poisoned += 1
         self.device.discard(offset, size)
+
+
+class GuardError(AssertionError):
+    """Memory of the arena changed, or was about to, that no copy may touch."""
+
+
+class GuardedDevice(DeviceAdaptor):
+    """Watches every byte of the arena: bytes change only where a copy is under way.
+
+    A copy's destination must be free: never used before, or discarded since. A copy that reaches past the slot
+    of its bundle is found when it takes bytes of another slot, in use or read again or not, and at the latest
+    when somebody else's copy wants what it took. What is not seen: bytes that nobody wants until the arena ends,
+    and a stray write into a range whose own copy is under way.
+
+    Put it around a `PoisonedDevice`, whose poison is expected where a range is discarded or a copy begins. Not
+    for tests with real interrupts: one that strikes in here leaves its books wrong.
+    """
+
+    _FREE, _COPYING, _HELD = range(3)
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self._arena: Arena | None = None
+        self._state = np.zeros(0, dtype=np.uint8)
+        self._expected = np.zeros(0, dtype=np.uint8)
+        self._copying: dict[int, tuple[Event, list[slice]]] = {}
+        self._failed = False  # it complains once, so that what is broken can still be closed
+        self.num_checked = 0
+
+    def arena(self, reserve_bytes: int) -> Arena:
+        self._arena = arena = self.device.arena(reserve_bytes)
+        resize = arena.resize
+
+        def resized(num_bytes: int) -> None:
+            self.check()
+            resize(num_bytes)
+            kept = min(len(self._state), arena.backed_bytes)
+            content = self._content()
+            self._expected = np.concatenate([self._expected[:kept], content[kept:]])
+            self._state = np.concatenate([self._state[:kept], np.zeros(len(content) - kept, dtype=np.uint8)])
+
+        arena.resize = resized  # type: ignore[method-assign]
+        return arena
+
+    def copy(self, reads: Sequence[ArenaRead], after: Event | None) -> Event:
+        self.check()
+        ranges = [self._range(read) for read in reads]
+        for each in ranges:
+            if (self._state[each] != self._FREE).any():
+                self._fail(f"a copy goes to bytes [{each.start}, {each.stop}) of the arena, which are not free")
+            self._state[each] = self._COPYING
+        try:
+            event = self.device.copy(reads, after)
+        except Exception:
+            self._settle(ranges, self._FREE)
+            raise
+        self._copying[id(event)] = event, ranges
+        return event
+
+    def wait(self, event: Event) -> None:
+        try:
+            self.device.wait(event)
+        finally:
+            _, ranges = self._copying.pop(id(event), (event, []))
+            self._settle(ranges, self._HELD)
+        self.check()
+
+    def discard(self, offset: int, size: int) -> None:
+        self.check()
+        gone = slice(offset, offset + size)
+        if (self._state[gone] == self._COPYING).any():
+            self._fail(f"bytes [{offset}, {offset + size}) of the arena are given away while a copy writes there")
+        self.device.discard(offset, size)
+        self._settle([gone], self._FREE)
+
+    def synchronize(self) -> None:
+        self.device.synchronize()
+        self._settle([slice(None)], self._HELD, only_copying=True)
+        self._copying.clear()
+        self.check()
+
+    def check(self) -> None:
+        """Raises GuardError if a byte changed that no copy was under way to."""
+        changed = np.flatnonzero((self._content() != self._expected) & (self._state != self._COPYING))
+        self.num_checked += 1
+        if len(changed):
+            self._fail(f"{len(changed)} bytes of the arena changed from {changed[0]} on, where no copy goes")
+
+    def _fail(self, message: str) -> None:
+        if not self._failed:
+            self._failed = True
+            raise GuardError(message)
+
+    def _settle(self, ranges: Sequence[slice], state: int, *, only_copying: bool = False) -> None:
+        content = self._content()
+        for each in ranges:
+            chosen = self._state[each] == self._COPYING if only_copying else slice(None)
+            self._expected[each][chosen] = content[each][chosen]
+            self._state[each][chosen] = state
+
+    def _content(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        assert self._arena is not None, "the arena was not made by device.arena(), so it cannot be watched"
+        if self._arena.closed:
+            return self._expected
+        return np.frombuffer(self._arena.view(0, self._arena.backed_bytes), dtype=np.uint8)
+
+    def _range(self, read: ArenaRead) -> slice:
+        assert self._arena is not None
+        start = np.frombuffer(read.destination, dtype=np.uint8).ctypes.data - self._arena.address
+        return slice(start, start + read.size_bytes)
 
 
 class DelayedDevice(DeviceAdaptor):

@@ -1,7 +1,7 @@
 """Memory of a device: addresses and pages, the arena, homes mapped from files, and the ledger."""
 
 from mball.memory.arena import Arena
-from mball.memory.device import ArenaRead, CopySource, CpuDevice, Device, Event
+from mball.memory.device import ArenaRead, CopySource, CpuDevice, Device, Event, Gauge
 from mball.memory.ledger import Account, Kind, Ledger
 from mball.memory.mapping import PrivateMapping, scan_written
 from mball.memory.virtual import HostMemory, VirtualMemory
@@ -14,6 +14,7 @@ __all__ = [
     "CpuDevice",
     "Device",
     "Event",
+    "Gauge",
     "HostMemory",
     "Kind",
     "Ledger",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from mball.memory.arena import Arena
+from mball.memory.gauge import HostGauge
 from mball.memory.virtual import HostMemory, VirtualMemory
 
 
@@ -50,6 +51,16 @@ class CopySource(Protocol):
         """Drains and stops. Idempotent."""
 
 
+class Gauge(Protocol):
+    """Measures by how much memory rose at most, by whatever means it was allocated."""
+
+    def reset(self) -> None:
+        """Begins a measurement."""
+
+    def rise_bytes(self) -> int:
+        """Returns the highest use since `reset` less the use at `reset`; 0 where it cannot be measured."""
+
+
 class Device(Protocol):
     """Where steps run: memory, copies into it, and the order of copies and compute."""
 
@@ -80,6 +91,9 @@ class Device(Protocol):
 
         A hint: devices do nothing, adaptors for tests destroy the content.
         """
+
+    def gauge(self) -> Gauge:
+        """Returns what measures by how much the device's memory rises, the arena apart while it is not resized."""
 
     def synchronize(self) -> None:
         """Blocks until no copy writes to the arena any more. Raises no error of a copy: it stays with its event."""
@@ -125,6 +139,9 @@ class CpuDevice:
 
     def discard(self, offset: int, size: int) -> None:
         """Does nothing."""
+
+    def gauge(self) -> Gauge:
+        return HostGauge()
 
     def synchronize(self) -> None:
         self._source.drain()

@@ -1,4 +1,4 @@
-"""The four memory calls of the C library that Python does not offer at a chosen address."""
+"""Memory calls of the C library that Python does not offer, or not at a chosen address."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_malloc_trim = getattr(_libc, "malloc_trim", None)  # glibc has it, musl has not
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -47,6 +48,12 @@ def advise(address: int, size_bytes: int, advice: int) -> None:
     """Calls madvise; a range of no bytes is fine. Raises OSError."""
     if size_bytes and _libc.madvise(address, size_bytes, advice):
         raise _os_error()
+
+
+def trim_heap() -> None:
+    """Gives freed memory of the heap back to the kernel, where the C library can."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def as_bytes(address: int, size_bytes: int) -> ctypes.Array[ctypes.c_char]:

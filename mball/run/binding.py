@@ -26,6 +26,7 @@ class BindingMode(torch_private.TorchDispatchMode):
     def __init__(self, engine: Engine) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not type its modes
         self.engine = engine
+        self.paused = False
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -33,6 +34,8 @@ class BindingMode(torch_private.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         weights = _weights_among(self.engine.homes.weight_of_storage, args, kwargs)
         if not weights or not isinstance(func, torch._ops.OpOverload):
             result = func(*args, **kwargs)

@@ -7,9 +7,8 @@ A door stands on every module that holds weights in its subtree, because users c
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -18,6 +17,9 @@ from mball import torch_private
 from mball.errors import AutogradError, WrapError
 from mball.run.binding import BindingMode
 from mball.run.engine import Engine
+from mball.run.household import Household
+
+_R = TypeVar("_R")
 
 
 class Gate:
@@ -26,55 +28,78 @@ class Gate:
     Args:
         engine: runs the passes.
         parameters: all managed parameters, as the user holds them, each with the weight it is.
+        roots: the modules that hold them.
     """
 
-    def __init__(self, engine: Engine, parameters: Sequence[tuple[torch.nn.Parameter, int]]) -> None:
+    def __init__(
+        self, engine: Engine, parameters: Sequence[tuple[torch.nn.Parameter, int]], roots: Sequence[torch.nn.Module]
+    ) -> None:
         self.engine = engine
         self._mode = BindingMode(engine)
         self._parameters = [parameter for parameter, _ in parameters]
         self._homes = [engine.homes.homes[weight] for _, weight in parameters]
         self._addresses = [home.tensor.data_ptr() for home in self._homes]
+        self._managed = {id(parameter) for parameter in self._parameters}
+        self._household = Household(roots)
 
     def pairs(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Returns every managed parameter with its home."""
         return [(parameter, home.tensor) for parameter, home in zip(self._parameters, self._homes, strict=True)]
 
-    @contextmanager
-    def open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """A pass, unless one is open in this thread.
+    def run(self, call: Callable[..., _R], args: Sequence[Any], kwargs: Mapping[str, Any]) -> _R:
+        """Returns `call(*args, **kwargs)`, in a pass of its own unless one is open in this thread.
+
+        Locks alone say whether a pass is open, because a `with` statement releases them whenever Ctrl-C strikes.
 
         Raises:
             AutogradError: autograd would record through streamed weights.
-            WrapError: a weight was exchanged or converted behind mball's back.
+            WrapError: a weight was exchanged, converted or added behind mball's back.
         """
-        if not self.engine.begin_pass():
-            yield
-            return
-        failed = True
-        cache = torch.is_autocast_cache_enabled()
+        engine = self.engine
+        with engine.lock:
+            if engine.passing.locked():
+                return call(*args, **kwargs)
+            with engine.passing:
+                return self._pass(call, args, kwargs)
+
+    def _pass(self, call: Callable[..., _R], args: Sequence[Any], kwargs: Mapping[str, Any]) -> _R:
         try:
+            self.engine.begin_pass()
+            self._check_household()
             self._check_weights()
             self._check_autograd(args, kwargs)
-            # Autocast would keep a cast copy of every weight until its region ends.
-            torch.set_autocast_cache_enabled(False)
-            with self._mode:
-                yield
-            failed = False
-        finally:
-            torch.set_autocast_cache_enabled(cache)
-            self.engine.end_pass(failed=failed)
+            self._mode.paused = False
+            with torch_private.no_autocast_cache(), self._mode:
+                result = call(*args, **kwargs)
+            self.engine.end_pass()
+        except BaseException:
+            self.engine.recover()
+            raise
+        return result
 
-    @contextmanager
-    def unbound(self) -> Iterator[None]:
-        """A captured graph binds its own weights: the mode need not look at its operators."""
-        if not torch_private.is_innermost_mode(self._mode):
-            yield  # a mode of the user's is above ours, and ours sees slots only
-            return
-        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch does not type its modes
+    def run_graph(self, call: Callable[..., _R], args: Sequence[Any]) -> _R:
+        """Returns `call(*args)` for a captured graph. It binds its own weights: the mode need not see its operators."""
+        if torch_private.is_only_mode(self._mode) and not any(map(torch_private.is_subclass, args)):
+            with torch_private.without_dispatch():
+                return call(*args)
+        # A mode of the user's sees them all, and so does ours.
+        self._mode.paused = True
         try:
-            yield
+            return call(*args)
         finally:
-            self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch does not type its modes
+            self._mode.paused = False
+
+    def _check_household(self) -> None:
+        if not self._household.changed():
+            return
+        new = [name for name, parameter in self._household.parameters() if id(parameter) not in self._managed]
+        if new:
+            raise WrapError(
+                f"{len(new)} parameters came to the model after it was wrapped ({', '.join(map(repr, new[:4]))}"
+                f"{', …' if len(new) > 4 else ''}), so nothing would stream them or count them: mball.unwrap(model), "
+                "then wrap it again with them"
+            )
+        self._household.accept()
 
     def _check_weights(self) -> None:
         for parameter, home, address in zip(self._parameters, self._homes, self._addresses, strict=True):
@@ -86,7 +111,7 @@ class Gate:
                     "instead (p.copy_(...)), or mball.unwrap(model), change it, and wrap it again"
                 )
 
-    def _check_autograd(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_autograd(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
         why = None
@@ -95,7 +120,10 @@ class Gate:
                 why = f"weight {home.name!r} requires grad"
                 break
         else:
-            if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
+            if any(
+                isinstance(leaf, torch.Tensor) and leaf.requires_grad
+                for leaf in tree_leaves((tuple(args), dict(kwargs)))
+            ):
                 why = "an input requires grad"
         if why:
             raise AutogradError(
@@ -122,8 +150,7 @@ def hang_door(module: torch.nn.Module, gate: Gate, inner: Callable[..., Any] | N
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # torch's decorator has no types
     @functools.wraps(run)
     def through_door(*args: Any, **kwargs: Any) -> Any:
-        with gate.open(args, kwargs):
-            return run(*args, **kwargs)
+        return gate.run(run, args, kwargs)
 
     torch_private.set_call(module, through_door)
 
@@ -162,8 +189,7 @@ def mix_in(module: torch.nn.Module, gate: Gate) -> None:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return original.forward(self, *args, **kwargs)
-        with gate.open(args, kwargs):
-            return original.forward(self, *args, **kwargs)
+        return gate.run(original.forward, (self, *args), kwargs)
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     module.__class__ = type(original.__name__, (Wrapped, original), {**names, "forward": forward, "_mball_gate": gate})

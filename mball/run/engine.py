@@ -9,11 +9,12 @@ with the same segment. A segment that was not predicted is the moment to change 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ import torch
 from mball.errors import BudgetError, WrapError
 from mball.memory.ledger import Kind, Ledger
 from mball.run.activations import LiveBytes
-from mball.run.execution import Execution
+from mball.run.execution import Bound, Execution
 from mball.run.homes import PAGE_BYTES, Homes
 from mball.run.segments import OperatorSegment, Segment, Tape, make_tape
 from mball.schema import Plan, Trace
@@ -37,11 +38,15 @@ Planner = Callable[[Trace, int], Plan]
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Where a segment's steps lie in the plan: plan steps `[first, end)`, and the trace steps each of them runs."""
+    """Where a segment lies in the plan.
 
-    first: int
-    end: int
-    cuts: tuple[tuple[int, int], ...]
+    Attributes:
+        steps: for each of its trace steps the plan step that runs it.
+        places: for each of its trace steps where among the trace steps of that plan step it comes.
+    """
+
+    steps: tuple[int, ...]
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,6 @@ class _Planned:
     tape: Tape
     plan: Plan
     stretches: tuple[Stretch, ...]
-    bound: tuple[tuple[int, ...], ...]
     positions: dict[Hashable, tuple[int, ...]]
     reserve: int
     has_operators: bool
@@ -73,8 +77,7 @@ class PassFacts:
 class Engine:
     """Executes passes over the homes of one or more modules under one budget.
 
-    Holds no reference to the modules. All methods but `begin_pass` must be called by the thread that
-    began the pass; a pass that another thread runs is waited for.
+    Holds no reference to the modules. Whoever runs a pass holds `lock` and `passing`, in this order, throughout.
 
     Args:
         homes: of all managed weights.
@@ -108,7 +111,8 @@ class Engine:
         self.written_now: set[int] = set()
         self.weights = homes.schema()
         self._plan = plan
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # held throughout a pass: another thread waits for its end
+        self.passing = threading.Lock()  # held while a pass is open
         self._segments: dict[Hashable, Segment] = {}
         self._plans: OrderedDict[tuple[tuple[Hashable, ...], int], _Planned] = OrderedDict()
         self._next: dict[Hashable, tuple[Hashable, ...]] = {}
@@ -116,11 +120,14 @@ class Engine:
         self._position = 0  # in the active tape: the segment expected next
         self._tape: list[Hashable] = []
         self._operator_bytes: int | None = None  # None: never measured
-        self._base = 0
+        self._stretch: Stretch | None = None  # of the graph that runs
+        self._step = -1  # the plan step the graph is in
+        self._handed: Bound = ()
+        self._stale = False  # the active plan was made with less knowledge than there is now
         self._began_s = 0.0
         self._before = PassFacts()
-        self._in_pass = False
-        self._needs_abort = False
+        self._unclear = False  # a pass began and did not end
+        self._collecting = False  # written homes are being found
         self._closed = False
         self._operator_step: int | None = None
         self._verify_files = verify_files
@@ -138,34 +145,24 @@ class Engine:
     @property
     def in_pass(self) -> bool:
         """Whether a pass is open."""
-        return self._in_pass
+        return self.passing.locked()
 
-    def begin_pass(self) -> bool:
-        """Begins a pass unless this thread is in one already; returns whether it did. Waits for other threads.
+    def begin_pass(self) -> None:
+        """Prepares a pass; `lock` and `passing` are held. Then call `end_pass`, or `recover` if the pass fails.
 
         Raises:
             StorageError: written homes could not be saved; nothing is lost and the next pass tries again.
             CheckpointError: the checkpoint changed on disk.
         """
-        self._lock.acquire()
-        if self._in_pass:
-            self._lock.release()
-            return False
-        try:
-            self._prepare()
-        except BaseException:
-            self._lock.release()
-            raise
-        self._in_pass = True
-        return True
-
-    def _prepare(self) -> None:
         if self._closed:
             raise WrapError("this model was unwrapped; wrap it again")
-        if self._needs_abort:
-            self._recover()
+        if self._unclear:
+            self.recover()
+        self._unclear = True
         self._verify_files()
+        self._collecting = True
         self.execution.forget(self.homes.collect_writes())
+        self._collecting = False
         self.written_now.clear()
         self._tape = []
         counters = self.execution.counters
@@ -174,23 +171,23 @@ class Engine:
         )
         self._began_s = time.perf_counter()
 
-    def end_pass(self, *, failed: bool) -> None:
-        """Ends the pass that `begin_pass` began."""
-        try:
-            self._in_pass = False
-            if failed:
-                self._needs_abort = True
-                self._recover()
-            else:
-                self._learn()
-        finally:
-            self._lock.release()
+    def end_pass(self) -> None:
+        """Ends a pass that went well."""
+        self._learn()
+        self._unclear = False
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
+        """Makes everything consistent after a pass that did not end well."""
         self.execution.abort()
+        if self._collecting:  # nobody knows any more which homes were written
+            self.execution.forget(range(len(self.homes)))
+            self._collecting = False
         self.live.clear()
         self._position = 0
-        self._needs_abort = False
+        self._stretch = None
+        self._step = -1
+        self._handed = ()
+        self._unclear = False
 
     def _learn(self) -> None:
         counters, before = self.execution.counters, self._before
@@ -221,8 +218,8 @@ class Engine:
 
     # -- graphs --------------------------------------------------------------------------------------------------
 
-    def start_graph(self, segment: Segment) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, ...], ...]]:
-        """Says that a captured graph runs now; returns its cuts and the weights that each step binds.
+    def start_graph(self, segment: Segment) -> None:
+        """Says that a captured graph runs now; then call `enter` for each of its steps, and `finish`.
 
         Raises:
             BudgetError: the graph's steps do not fit the budget; nothing was changed.
@@ -232,23 +229,41 @@ class Engine:
         if position is None:
             position = self._replan(segment.key)
         assert self._active is not None
-        stretch = self._active.stretches[position]
-        self._base = stretch.first
+        self._stretch = self._active.stretches[position]
+        self._step = -1
         self._position = position + 1
         self._tape.append(segment.key)
-        bound = self._active.bound[stretch.first : stretch.end]
-        for weights in bound:
-            self.weights_read.update(weights)
+        start = self._active.tape.starts[position]
+        for step in self._active.tape.trace.steps[start : start + len(self._stretch.steps)]:
+            self.weights_read.update(step.reads)
         self.last.steps = len(self._active.plan.steps)
-        return stretch.cuts, bound
 
     def enter(self, step: int) -> tuple[torch.Tensor, ...]:
-        """Returns the weights of the running graph's plan step `step`; see Execution.enter."""
-        return self.execution.enter(self._base + step)
+        """Returns the weights that the running graph's step `step` reads; see Execution.enter."""
+        assert self._stretch is not None
+        planned = self._stretch.steps[step]
+        if planned != self._step:
+            if self._step >= 0:
+                self.execution.leave(self._step)
+            self._step = planned
+            self._handed = self.execution.enter(planned)
+        return self._handed[self._stretch.places[step]]
 
-    def leave(self, step: int) -> None:
-        """See Execution.leave."""
-        self.execution.leave(self._base + step)
+    def finish(self) -> None:
+        """Ends the running graph."""
+        if self._step >= 0:
+            self.execution.leave(self._step)
+        self._stretch = None
+        self._step = -1
+        self._handed = ()
+
+    def forget_plans(self, keys: Iterable[Hashable]) -> None:
+        """Says that more is known of these segments now: passes with them are planned anew when they come again."""
+        forgotten = set(keys)
+        for tape, reserve in [plan for plan in self._plans if forgotten.intersection(plan[0])]:
+            del self._plans[tape, reserve]
+        if self._active is not None and forgotten.intersection(self._active.tape.keys):
+            self._stale = True
 
     # -- operators -----------------------------------------------------------------------------------------------
 
@@ -273,9 +288,9 @@ class Engine:
             self._operator_step = None
             return dict(zip(key, self.execution.on_demand(key), strict=True))
         self._position = position + 1
-        self._operator_step = self._active.stretches[position].first
-        views = self.execution.enter(self._operator_step)
-        return dict(zip(self._active.bound[self._operator_step], views, strict=True))
+        self._operator_step = self._active.stretches[position].steps[0]
+        (views,) = self.execution.enter(self._operator_step)
+        return dict(zip(key, views, strict=True))
 
     def _must_replan(self, key: tuple[int, ...]) -> bool:
         active = self._active
@@ -320,6 +335,8 @@ class Engine:
         if active.has_operators and active.reserve < self._reserve():
             return None
         if not self._tape:
+            if self._stale:
+                return None
             # A new pass: go on with the active plan only if this pass is the one it was made for.
             predicted = self._next.get(key)
             if predicted is not None and predicted != active.tape.keys:
@@ -351,31 +368,16 @@ class Engine:
         self.ledger.set(Kind.ACTIVATIONS, 0)
         self.ledger.set(Kind.ARENA, plan.arena_bytes)
         self.ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
-        self.execution.adopt(plan, planned.bound)
+        self.execution.adopt(plan, [step.reads for step in planned.tape.trace.steps])
         self._active = planned
+        self._stale = False
         return planned.positions[key][0]
 
     def _make(self, keys: tuple[Hashable, ...], reserve: int, operators: bool) -> _Planned:
         began_s = time.perf_counter()
         segments = [self._segments[key] for key in keys]
-        budget = self.ledger.budget_bytes
-        tape = make_tape(f"pass of {len(segments)} segments", self.weights, segments, reserve)
-        try:
-            plan = self._plan(tape.trace, budget)
-        except BudgetError as error:
-            if self._operator_bytes is not None or not reserve:
-                raise
-            # Nothing is known yet of what operators allocate: keep what there is.
-            spare = budget - (error.smallest_bytes - reserve)
-            if spare < 0:
-                raise
-            tape = make_tape(f"pass of {len(segments)} segments", self.weights, segments, spare)
-            plan = self._plan(tape.trace, budget)
+        tape, plan = self._fit(segments, reserve)
         stretches = _stretches(tape, plan)
-        bound = tuple(
-            tuple(dict.fromkeys(w for step in tape.trace.steps[s.first : s.end] for w in step.reads))
-            for s in plan.steps
-        )
         positions: dict[Hashable, tuple[int, ...]] = {}
         for position, key in enumerate(keys):
             positions[key] = (*positions.get(key, ()), position)
@@ -388,7 +390,33 @@ class Engine:
             format_bytes(plan.prediction.streamed_bytes),
             format_bytes(plan.activation_bytes),
         )
-        return _Planned(tape, plan, stretches, bound, positions, reserve, operators)
+        return _Planned(tape, plan, stretches, positions, reserve, operators)
+
+    def _fit(self, segments: Sequence[Segment], reserve: int) -> tuple[Tape, Plan]:
+        """Returns a tape of these segments and its plan; what is only measured or guessed yields to the budget."""
+        name, budget = f"pass of {len(segments)} segments", self.ledger.budget_bytes
+        tape = make_tape(name, self.weights, segments, reserve)
+        try:
+            return tape, self._plan(tape.trace, budget)
+        except BudgetError as error:
+            refused = error
+        tape = make_tape(name, self.weights, segments, reserve, workspace=False)
+        try:
+            plan = self._plan(tape.trace, budget)
+        except BudgetError as error:
+            # Nothing is known yet of what operators allocate: keep what there is.
+            spare = budget - (error.smallest_bytes - reserve)
+            if self._operator_bytes is not None or not reserve or spare < 0:
+                raise
+            tape = make_tape(name, self.weights, segments, spare, workspace=False)
+            plan = self._plan(tape.trace, budget)
+        else:
+            logger.warning(
+                "operators take workspace that does not fit the budget of %s: %s would hold it too; it comes on top",
+                format_bytes(budget),
+                format_bytes(refused.smallest_bytes),
+            )
+        return tape, plan
 
     @property
     def plan(self) -> Plan | None:
@@ -404,16 +432,13 @@ class Engine:
 
 
 def _stretches(tape: Tape, plan: Plan) -> tuple[Stretch, ...]:
+    step_of = [number for number, step in enumerate(plan.steps) for _ in range(step.first, step.end)]
     found = []
-    step = 0
-    for number, start in enumerate(tape.starts):
-        stop = tape.starts[number + 1] if number + 1 < len(tape.starts) else len(tape.trace.steps)
-        first = step
-        while step < len(plan.steps) and plan.steps[step].end <= stop:
-            step += 1
-        cuts = tuple((s.first - start, s.end - start) for s in plan.steps[first:step])
-        assert (cuts[0][0], cuts[-1][1]) == (0, stop - start)
-        found.append(Stretch(first, step, cuts))
+    for start, stop in itertools.pairwise((*tape.starts, len(tape.trace.steps))):
+        steps = tuple(step_of[start:stop])
+        assert plan.steps[steps[0]].first == start, "a plan step spans two segments"
+        places = tuple(start + number - plan.steps[step].first for number, step in enumerate(steps))
+        found.append(Stretch(steps, places))
     return tuple(found)
 
 

@@ -22,6 +22,9 @@ from mball.run.homes import Homes
 from mball.schema import Bundle, Plan, Transfer
 from mball.storage import Read
 
+# The weights that a plan step hands out: a tuple of views for each of its trace steps.
+Bound = tuple[tuple[torch.Tensor, ...], ...]
+
 
 class _NotStarted:
     """The event of a copy that was never handed to the device."""
@@ -88,17 +91,17 @@ class Execution:
         self._resident: dict[int, int] = {}
         self._released = device.record()
         self._views: dict[tuple[int, int], torch.Tensor] = {}
-        self._bound: list[tuple[tuple[Occupant, ...], tuple[torch.Tensor, ...]] | None] = []
-        self._step_weights: list[tuple[int, ...]] = []
+        self._bound: list[tuple[tuple[Occupant, ...], Bound] | None] = []
+        self._step_weights: list[tuple[tuple[int, ...], ...]] = []
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
-    def adopt(self, plan: Plan, bound: Sequence[Sequence[int]]) -> None:
+    def adopt(self, plan: Plan, reads: Sequence[Sequence[int]]) -> None:
         """Makes `plan` the one that is executed; what it keeps in place stays.
 
         Args:
             plan: a validated plan over the homes' weights.
-            bound: for each plan step the weights that `enter` returns, in order.
+            reads: for each trace step the weights it reads, in the order in which `enter` returns them.
         """
         assert not self._in_use
         known = {bundle: index for index, bundle in enumerate(plan.bundles)}
@@ -122,7 +125,7 @@ class Execution:
         for due in self._due:  # what this pass needs goes before what the next one needs
             due.sort(key=lambda number: plan.transfers[number].after < 0)
         self._bundle_of_weight = {w: i for i, bundle in enumerate(plan.bundles) for w in bundle.weights}
-        self._step_weights = [tuple(weights) for weights in bound]
+        self._step_weights = [tuple(map(tuple, reads[step.first : step.end])) for step in plan.steps]
         self._bound = [None] * count
         if len(self._views) > 8 * len(self.homes):
             self._views.clear()
@@ -135,8 +138,8 @@ class Execution:
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def enter(self, step: int) -> tuple[torch.Tensor, ...]:
-        """Returns the weights that plan step `step` binds; blocks until all its bundles have landed.
+    def enter(self, step: int) -> Bound:
+        """Returns the weights that plan step `step` binds, a tuple for each trace step in it; blocks until they landed.
 
         Raises:
             StorageError: a read failed; the bundle is read again by the next step that needs it.
@@ -349,12 +352,14 @@ class Execution:
 
     # -- views ---------------------------------------------------------------------------------------------------
 
-    def _bind(self, step: int, occupants: tuple[Occupant, ...]) -> tuple[torch.Tensor, ...]:
+    def _bind(self, step: int, occupants: tuple[Occupant, ...]) -> Bound:
         cached = self._bound[step]
         if cached is not None and cached[0] == occupants:
             return cached[1]
         by_weight = {weight: occupant for occupant in occupants for weight in occupant.bundle.weights}
-        views = tuple(self._view(weight, by_weight[weight]) for weight in self._step_weights[step])
+        views = tuple(
+            tuple(self._view(weight, by_weight[weight]) for weight in weights) for weights in self._step_weights[step]
+        )
         self._bound[step] = (occupants, views)
         return views
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from bisect import bisect_right, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -101,32 +102,33 @@ class HomeFile:
         """
         settled = []
         for first, end in self.mapping.written():
-            for piece_first, piece_end, swap_offset in self._pieces(first + self.mapped_from, end + self.mapped_from):
+            # A list, since settling changes what the pieces are made from.
+            pieces = list(self._pieces(first + self.mapped_from, end + self.mapped_from))
+            for piece_first, piece_end, swap_offset in pieces:
                 self._settle_piece(piece_first, piece_end, swap_offset)
                 settled.append((piece_first, piece_end))
         return settled
 
     def _settle_piece(self, first: int, end: int, swap_offset: int | None) -> None:
+        # In this order an interrupt loses nothing: until the mapping is replaced the pages count as written.
         start, stop = first - self.mapped_from, end - self.mapped_from
         content = (ctypes.c_char * (end - first)).from_address(self.mapping.address + start)
-        if swap_offset is not None:
-            self.swap.write(swap_offset, memoryview(content).cast("B"))
-            self.mapping.drop_written(start, stop)
-            return
-        swap_offset = self.swap.allocate(end - first)
-        self.swap.write(swap_offset, memoryview(content).cast("B"))
-        self.mapping.replace(start, stop, self.swap.fd, swap_offset)
-        self._moved.append(_Moved(first=first, end=end, swap_offset=swap_offset))
-        self._moved.sort(key=lambda moved: moved.first)
+        is_new = swap_offset is None
+        offset = self.swap.allocate(end - first) if swap_offset is None else swap_offset
+        self.swap.write(offset, memoryview(content).cast("B"))
+        if is_new:
+            insort(self._moved, _Moved(first=first, end=end, swap_offset=offset), key=lambda moved: moved.first)
+        self.mapping.replace(start, stop, self.swap.fd, offset)
 
     def _pieces(self, first: int, end: int) -> Iterator[tuple[int, int, int | None]]:
         """Yields `[first, end)` split by where its current bytes are: a swap offset, or None for this file."""
         if self.is_swap:
             yield first, end, first
             return
-        for moved in self._moved:
-            if moved.end <= first or moved.first >= end:
-                continue
+        for number in range(bisect_right(self._moved, first, key=lambda moved: moved.end), len(self._moved)):
+            moved = self._moved[number]
+            if moved.first >= end:
+                break
             if first < moved.first:
                 yield first, moved.first, None
             upto = min(end, moved.end)

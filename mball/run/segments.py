@@ -16,8 +16,11 @@ class Segment(Protocol):
     def key(self) -> Hashable:
         """Equal for segments that read the same weights in the same order and take the same room."""
 
-    def describe(self) -> tuple[Sequence[Step], Sequence[Activation]]:
-        """Returns its steps and activations, numbered from 0."""
+    def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:
+        """Returns its steps and activations, numbered from 0.
+
+        With `workspace` there is room for what operators allocate besides their results.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class OperatorSegment:
     def key(self) -> Hashable:
         return self.weights
 
-    def describe(self) -> tuple[Sequence[Step], Sequence[Activation]]:
+    def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:
         step = Step(name=self.name, graph=None, reads=self.weights, scratch_bytes=0, flops=0, time_s=self.time_s)
         return [step], []
 
@@ -51,7 +54,12 @@ class Tape:
 
 
 def make_tape(
-    name: str, weights: tuple[Weight, ...], segments: Sequence[Segment], operator_activation_bytes: int
+    name: str,
+    weights: tuple[Weight, ...],
+    segments: Sequence[Segment],
+    operator_activation_bytes: int,
+    *,
+    workspace: bool = True,
 ) -> Tape:
     """Joins segments to the trace of one pass.
 
@@ -60,6 +68,7 @@ def make_tape(
         weights: all managed weights.
         segments: in the order they run; at least one.
         operator_activation_bytes: peak of the tensors that operators outside graphs hold, assumed throughout.
+        workspace: see Segment.describe.
     """
     steps: list[Step] = []
     activations: list[Activation] = []
@@ -67,7 +76,7 @@ def make_tape(
     for position, segment in enumerate(segments):
         start = len(steps)
         starts.append(start)
-        own_steps, own_activations = segment.describe()
+        own_steps, own_activations = segment.describe(workspace=workspace)
         # The same graph twice in a pass is two stretches: a plan must not merge across them.
         suffix = f"#{position}"
         steps += [replace(s, graph=None if s.graph is None else s.graph + suffix) for s in own_steps]

@@ -1,147 +1,92 @@
 """Turns a captured graph into a flat driver that hands each step the weights it reads.
 
-The driver is one generated function. Between the nodes of two plan steps stand calls of `leave` and `enter`;
-`enter` returns the tensors that the step binds. The nodes themselves run as Dynamo captured them.
+The driver is one generated function, made once a graph: before the nodes of each finest step stands a call of
+`enter`, which returns the tensors that the step binds. A plan that merges steps changes nothing in it.
+The nodes themselves run as Dynamo captured them.
 """
 
 from __future__ import annotations
 
 import operator
-import time
 from collections.abc import Callable, Sequence
+from types import MethodType, SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 
-from mball import torch_private
-from mball.trace.graph import CapturedGraph, StepNodes
-
-Driver = Callable[..., Any]
+from mball.trace.cut import Cut
 
 
 class StepHooks(Protocol):
-    """What the driver calls around each plan step of its graph."""
+    """What the driver calls between the steps of its graph."""
 
     def enter(self, step: int) -> Sequence[torch.Tensor]:
-        """Returns the weights of plan step `step` in the order given to `build_driver`; blocks until they are there."""
+        """Returns the weights that finest step `step` reads, in the order of its `reads`; blocks until they are there.
 
-    def leave(self, step: int) -> None:
-        """Says that plan step `step` reads its weights no more."""
+        The tensors that an earlier call returned are read no more.
+        """
+
+    def finish(self) -> None:
+        """Says that the last step is over."""
 
 
-def build_driver(
-    graph: CapturedGraph,
-    cuts: Sequence[tuple[int, int]],
-    bound: Sequence[Sequence[int]],
-    hooks: StepHooks,
-    *,
-    profile: bool = False,
-) -> Driver:
-    """Returns a function with the graph's own arguments and results.
+# driver(hooks, *arguments of the graph) -> the graph's results
+Driver = Callable[..., Any]
 
-    Args:
-        graph: the captured graph.
-        cuts: for each plan step the trace steps `[first, end)` it runs; they cover the graph in order.
-        bound: for each plan step the weights that `hooks.enter` returns, in that order.
-        hooks: called around each plan step.
-        profile: measure time and FLOPs of every finest step while running, and store them in the graph.
-    """
+
+def build_driver(cut: Cut) -> Driver:
+    """Returns a function of `StepHooks` and the graph's own arguments, with the graph's own results."""
     flat = torch.fx.Graph()
-    env: dict[torch.fx.Node, torch.fx.Node] = {node: flat.node_copy(node) for node in graph.placeholders}
-    stopwatch = _Stopwatch(graph.steps)
-
-    for index, (first, end) in enumerate(cuts):
-        handed = flat.call_function(hooks.enter, (index,))
-        step_env: dict[torch.fx.Node, torch.fx.Node] = {}
-        position = {weight: place for place, weight in enumerate(bound[index])}
-        for number in range(first, end):
-            if profile:
-                flat.call_function(stopwatch.start, (number,))
-            for node in graph.steps[number].nodes:
-                env[node] = flat.node_copy(node, _Binder(graph, flat, env, step_env, handed, position))
-        if profile:
-            flat.call_function(stopwatch.stop)
-        flat.call_function(hooks.leave, (index,))
+    hooks = flat.placeholder("mball_hooks")
+    env: dict[torch.fx.Node, torch.fx.Node] = {node: flat.node_copy(node) for node in cut.placeholders}
+    for number, step in enumerate(cut.steps):
+        handed = flat.call_method("enter", (hooks, number))
+        binder = _Binder(cut, flat, env, handed, {weight: place for place, weight in enumerate(step.reads)})
+        for node in step.nodes:
+            env[node] = flat.node_copy(node, binder)
+    flat.call_method("finish", (hooks,))
     # A result that is a weight, or a view of one, is the home: it outlives every slot.
-    home_env: dict[torch.fx.Node, torch.fx.Node] = {}
-    output = graph.module.graph.output_node()
-    flat.node_copy(output, _Binder(graph, flat, env, home_env, None, {}))
-    module = torch.fx.GraphModule(graph.module, flat)
-    if not profile:
-        return module.forward
+    flat.node_copy(cut.module.graph.output_node(), _Binder(cut, flat, env, None, {}))
+    return _compile(cut.module, flat)
 
-    def profiled(*args: Any) -> Any:
-        with stopwatch.counting():
-            return module.forward(*args)
 
-    return profiled
+def _compile(root: torch.nn.Module, flat: torch.fx.Graph) -> Driver:
+    """Returns the function that `flat` describes, without the graphs: only code stays in memory."""
+    parts = SimpleNamespace()
+    for node in flat.nodes:
+        if node.op in ("get_attr", "call_module"):
+            part = node.target.partition(".")[0]
+            setattr(parts, part, getattr(root, part))
+    code = flat.python_code(root_module="self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<mball driver>", "exec"), scope)
+    driver: Driver = MethodType(scope["forward"], parts)
+    return driver
 
 
 class _Binder:
-    """Maps a node of the captured graph to the node that stands for it in the current step."""
+    """Maps a node of the captured graph to the node that stands for it in one step."""
 
     def __init__(
         self,
-        graph: CapturedGraph,
+        cut: Cut,
         flat: torch.fx.Graph,
         env: dict[torch.fx.Node, torch.fx.Node],
-        step_env: dict[torch.fx.Node, torch.fx.Node],
         handed: torch.fx.Node | None,
         position: dict[int, int],
     ) -> None:
-        self.graph, self.flat, self.env, self.step_env = graph, flat, env, step_env
+        self.cut, self.flat, self.env = cut, flat, env
         self.handed, self.position = handed, position
+        self._bound: dict[torch.fx.Node, torch.fx.Node] = {}
 
     def __call__(self, node: torch.fx.Node) -> torch.fx.Node:
-        weight = self.graph.weights.get(node)
-        if (weight is None or self.handed is None) and node not in self.graph.views:
+        weight = self.cut.weights.get(node)
+        if (weight is None or self.handed is None) and node not in self.cut.views:
             return self.env[node]
-        if node not in self.step_env:
+        if node not in self._bound:
             if weight is None:
-                self.step_env[node] = self.flat.node_copy(node, self)
+                self._bound[node] = self.flat.node_copy(node, self)
             else:
                 assert self.handed is not None
-                self.step_env[node] = self.flat.call_function(operator.getitem, (self.handed, self.position[weight]))
-        return self.step_env[node]
-
-
-class _Stopwatch:
-    """Times finest steps, without the waits between plan steps, and counts their FLOPs."""
-
-    def __init__(self, steps: Sequence[StepNodes]) -> None:
-        self.steps = steps
-        self.current: int | None = None
-        self.began_s = 0.0
-
-    def start(self, step: int) -> None:
-        self.stop()
-        self.current = step
-        self.steps[step].flops = 0
-        self.began_s = time.perf_counter()
-
-    def stop(self) -> None:
-        if self.current is not None:
-            self.steps[self.current].time_s = time.perf_counter() - self.began_s
-        self.current = None
-
-    def count(self, flops: int) -> None:
-        if self.current is not None:
-            self.steps[self.current].flops += flops
-
-    def counting(self) -> torch_private.TorchDispatchMode:
-        return _FlopMode(self)
-
-
-class _FlopMode(torch_private.TorchDispatchMode):
-    """Counts operators as they run, unchanged."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, stopwatch: _Stopwatch) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type its modes
-        self.stopwatch = stopwatch
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.stopwatch.count(torch_private.count_flops(func, args, kwargs or {}, result))
-        return result
+                self._bound[node] = self.flat.call_function(operator.getitem, (self.handed, self.position[weight]))
+        return self._bound[node]

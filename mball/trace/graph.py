@@ -1,40 +1,44 @@
-"""Reads a graph captured by Dynamo: which weights each stretch reads, and what lives in between.
+"""What mball knows of a captured graph: which weights each step reads, what lives in between, what it costs.
 
-[Note: steps of a graph]
-The nodes are cut wherever a node reads a weight that the current stretch does not read yet: that is the
-finest step there is, and what a Trace records. A plan merges neighbouring steps. A node whose result is a
-view of a weight reads nothing; it is run again in every step that uses the view, because the
-weight may lie elsewhere by then.
+None of it refers to the graph's nodes, which are large: once the driver is built they can go.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from mball import torch_private
 from mball.schema import Activation, LiveRange, Step
+from mball.trace.cut import Cut, tensors_of
+from mball.trace.workspace import assumed_workspace_bytes
+from mball.units import MIB
 
 # A step that never ran is assumed to be bound by reading its weights from memory.
 ASSUMED_MEMORY_BYTES_PER_S = 8e9
-
-
-class UnsupportedGraphError(Exception):
-    """The graph does something with a weight that steps cannot express; it must run as it is."""
+# Less than this is noise: a heap that grows by pages, a library that keeps what it allocated first.
+SMALLEST_WORKSPACE_BYTES = 4 * MIB
 
 
 @dataclass(slots=True, kw_only=True)
-class StepNodes:
-    """One finest step: its nodes in order, the weights they read, and what running it cost."""
+class StepFacts:
+    """One finest step: what it reads, and what running it costs.
 
-    nodes: list[torch.fx.Node] = field(default_factory=list)
-    reads: list[int] = field(default_factory=list)
+    Attributes:
+        time_s: None before it was timed.
+        workspace_bytes: what its operators allocate besides their results: assumed, then measured where that is more.
+        rise_bytes: by how much memory rose while it ran, None before it was measured.
+    """
+
+    name: str
+    reads: tuple[int, ...]
     flops: int = 0
     time_s: float | None = None
+    workspace_bytes: int = 0
+    rise_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,122 +52,33 @@ class _Tensor:
 
 
 class CapturedGraph:
-    """A graph as Dynamo captured it, cut into finest steps.
+    """The facts of one graph.
 
     Args:
-        name: unique within the wrapped model.
-        module: Dynamo's graph; weights are placeholders.
-        weight_of: for each placeholder the index of the managed weight it stands for, or None.
+        cut: the graph's nodes.
         is_buffer: for each placeholder whether it is a buffer, which is accounted elsewhere.
 
-    Raises:
-        UnsupportedGraphError: the graph writes to a weight, or mixes a weight's memory into a result.
+    Attributes:
+        steps: the finest steps, in order.
+        others: positions of the arguments that are no weights.
     """
 
-    def __init__(
-        self,
-        name: str,
-        module: torch.fx.GraphModule,
-        weight_of: Sequence[int | None],
-        is_buffer: Sequence[bool],
-    ) -> None:
-        self.name = name
-        self.module = module
-        self.placeholders = module.graph.find_nodes(op="placeholder")
-        self.weights: dict[torch.fx.Node, int] = {
-            node: weight for node, weight in zip(self.placeholders, weight_of, strict=True) if weight is not None
-        }
-        self._owner: dict[int, int] = {}
-        for node, weight in self.weights.items():
-            for tensor in _tensors(node):
-                if tensor._version > 0:
-                    raise UnsupportedGraphError(f"{name} writes to weight {node.name}")
-                self._owner[torch_private.storage_key(tensor)] = weight
-        self.views: set[torch.fx.Node] = set()
-        self.steps = self._cut()
-        self.step_of = {node: index for index, step in enumerate(self.steps) for node in step.nodes}
-        buffers = {node for node, flag in zip(self.placeholders, is_buffer, strict=True) if flag}
-        self._lives = self._find_lives(buffers)
-        self._symbols = self._find_symbols()
+    def __init__(self, cut: Cut, is_buffer: Sequence[bool]) -> None:
+        self.name = cut.name
+        self.steps = [
+            StepFacts(
+                name=f"{cut.name}/{number} {step.nodes[0].name if step.nodes else 'empty'}",
+                reads=tuple(step.reads),
+                workspace_bytes=max((assumed_workspace_bytes(node) for node in step.nodes), default=0),
+            )
+            for number, step in enumerate(cut.steps)
+        ]
+        self.others = [number for number, node in enumerate(cut.placeholders) if node not in cut.weights]
+        buffers = {node for node, flag in zip(cut.placeholders, is_buffer, strict=True) if flag}
+        self._lives = _find_lives(cut, buffers)
+        self._symbols = _find_symbols(cut.placeholders)
         # A dtype cast of a weight under autocast is a temporary that the graph does not show.
         self._autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-
-    def weights_read(self, node: torch.fx.Node) -> list[int]:
-        """Returns the weights whose bytes `node` reads, in argument order."""
-        found: dict[int, None] = {}
-        for argument in node.all_input_nodes:
-            for tensor in _tensors(argument):
-                weight = self._owner.get(torch_private.storage_key(tensor))
-                if weight is not None:
-                    found[weight] = None
-        return list(found)
-
-    def _cut(self) -> list[StepNodes]:
-        steps = [StepNodes()]
-        for node in self.module.graph.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
-            reads = self.weights_read(node)
-            if reads and self._is_view(node):
-                self.views.add(node)
-                continue
-            current = steps[-1]
-            if current.reads and any(weight not in current.reads for weight in reads):
-                current = StepNodes()
-                steps.append(current)
-            current.nodes.append(node)
-            current.reads += [weight for weight in reads if weight not in current.reads]
-        return steps
-
-    def _is_view(self, node: torch.fx.Node) -> bool:
-        owners = [self._owner.get(torch_private.storage_key(tensor)) for tensor in _tensors(node)]
-        if all(owner is None for owner in owners):
-            return False
-        if any(owner is None for owner in owners):
-            raise UnsupportedGraphError(f"{self.name}: {node.name} returns a weight's memory beside its own")
-        return True
-
-    def _find_lives(self, buffers: set[torch.fx.Node]) -> list[_Tensor]:
-        end = len(self.steps)
-        size: dict[int, Any] = {}
-        name: dict[int, str] = {}
-        first: dict[int, tuple[int, int]] = {}
-        last: dict[int, tuple[int, int]] = {}
-        excluded = set(self._owner)
-        for node in buffers:
-            excluded.update(torch_private.storage_key(tensor) for tensor in _tensors(node))
-        for position, node in enumerate(self.module.graph.nodes):
-            # Inputs are held by the caller, results by whoever gets them: both live to the end.
-            step = 0 if node.op == "placeholder" else self.step_of.get(node, end - 1)
-            here = (step, position)
-            for tensor in _tensors(node):
-                key = torch_private.storage_key(tensor)
-                if key in excluded:
-                    continue
-                if key not in first:
-                    first[key] = (0, -1) if node.op == "placeholder" else here
-                    name[key] = node.name
-                    size[key] = torch_private.symbol_of(tensor.untyped_storage().nbytes())
-                last[key] = (end, position) if node.op == "placeholder" else max(last.get(key, here), here)
-            for argument in node.all_input_nodes:
-                for tensor in _tensors(argument):
-                    key = torch_private.storage_key(tensor)
-                    if key in last:
-                        last[key] = max(last[key], (end, position) if node.op == "output" else here)
-        return [_Tensor(name=name[key], size_bytes=size[key], first=first[key], last=last[key]) for key in first]
-
-    def _find_symbols(self) -> dict[Any, tuple[int, int | None, int]]:
-        """Returns for each symbol the argument that tells it, the dimension (None: the argument itself), a hint."""
-        found: dict[Any, tuple[int, int | None, int]] = {}
-        for index, node in enumerate(self.placeholders):
-            value = torch_private.example_value(node)
-            sizes: list[tuple[int | None, Any]] = [(None, value)]
-            if isinstance(value, torch.Tensor):
-                sizes = list(enumerate(value.shape))
-            for dimension, size in sizes:
-                if isinstance(size, torch.SymInt) and (symbol := torch_private.symbol_of(size)).is_Symbol:
-                    found.setdefault(symbol, (index, dimension, torch_private.hint_of(size)))
-        return found
 
     def symbol_values(self, args: Sequence[Any]) -> dict[Any, int]:
         """Returns the value of each symbolic size in one call."""
@@ -173,15 +88,49 @@ class CapturedGraph:
         }
 
     def schema_steps(
-        self, weight_bytes: Sequence[int], values: Mapping[Any, int] | None = None
+        self, weight_bytes: Sequence[int], values: Mapping[Any, int] | None = None, *, workspace: bool = True
     ) -> tuple[list[Step], list[Activation]]:
         """Returns the graph's part of a trace, with its steps numbered from 0.
 
         Args:
             weight_bytes: size of every managed weight, in bytes.
             values: sizes to assume for the symbols of a dynamic graph; the traced ones by default.
+            workspace: count what operators allocate besides their results.
         """
-        assumed = {symbol: hint for symbol, (_, _, hint) in self._symbols.items()} | dict(values or {})
+        activations, scratch = self._memory(values or {})
+        steps = []
+        for step, scratch_bytes in zip(self.steps, scratch, strict=True):
+            read_bytes = sum(weight_bytes[weight] for weight in step.reads)
+            cast_bytes = max((weight_bytes[weight] for weight in step.reads), default=0) // 2 if self._autocast else 0
+            steps.append(
+                Step(
+                    name=step.name,
+                    graph=self.name,
+                    reads=step.reads,
+                    scratch_bytes=scratch_bytes + max(cast_bytes, step.workspace_bytes if workspace else 0),
+                    flops=step.flops,
+                    time_s=step.time_s if step.time_s is not None else read_bytes / ASSUMED_MEMORY_BYTES_PER_S,
+                )
+            )
+        return steps, activations
+
+    def learn_workspace(self, values: Mapping[Any, int]) -> bool:
+        """Takes over what a run with these sizes measured; returns whether a step took more than was known."""
+        activations, scratch = self._memory(values)
+        born = [0] * len(self.steps)
+        for activation in activations:
+            born[activation.live.first] += activation.size_bytes
+        more = False
+        for number, step in enumerate(self.steps):
+            workspace_bytes = (step.rise_bytes or 0) - born[number] - scratch[number]
+            if workspace_bytes > max(SMALLEST_WORKSPACE_BYTES, step.workspace_bytes):
+                step.workspace_bytes = workspace_bytes
+                more = True
+        return more
+
+    def _memory(self, values: Mapping[Any, int]) -> tuple[list[Activation], list[int]]:
+        """Returns the tensors that live beyond a step, and for each step the peak of those that do not."""
+        assumed = {symbol: hint for symbol, (_, _, hint) in self._symbols.items()} | dict(values)
         sizes: dict[Any, int] = {}
         num_steps = len(self.steps)
         activations: list[Activation] = []
@@ -198,31 +147,50 @@ class CapturedGraph:
             else:
                 live = LiveRange(first=first, end=last + 1)
                 activations.append(Activation(name=f"{self.name}/{tensor.name}", size_bytes=size_bytes, live=live))
-        steps = []
-        for index, step in enumerate(self.steps):
-            read_bytes = sum(weight_bytes[weight] for weight in step.reads)
-            cast_bytes = max((weight_bytes[weight] for weight in step.reads), default=0) // 2 if self._autocast else 0
-            time_s = step.time_s if step.time_s is not None else read_bytes / ASSUMED_MEMORY_BYTES_PER_S
-            steps.append(
-                Step(
-                    name=f"{self.name}/{index} {step.nodes[0].name if step.nodes else 'empty'}",
-                    graph=self.name,
-                    reads=tuple(step.reads),
-                    scratch_bytes=_peak(inside[index]) + cast_bytes,
-                    flops=step.flops,
-                    time_s=time_s,
-                )
-            )
-        return steps, activations
+        return activations, [_peak(intervals) for intervals in inside]
 
 
-def _tensors(node: torch.fx.Node) -> list[torch.Tensor]:
-    value = torch_private.example_value(node)
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, (tuple, list, dict)):
-        return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-    return []
+def _find_lives(cut: Cut, buffers: set[torch.fx.Node]) -> list[_Tensor]:
+    end = len(cut.steps)
+    step_of = {node: number for number, step in enumerate(cut.steps) for node in step.nodes}
+    size: dict[int, Any] = {}
+    name: dict[int, str] = {}
+    first: dict[int, tuple[int, int]] = {}
+    last: dict[int, tuple[int, int]] = {}
+    buffer_keys = {torch_private.storage_key(tensor) for node in buffers for tensor in tensors_of(node)}
+    for position, node in enumerate(cut.module.graph.nodes):
+        # Inputs are held by the caller, results by whoever gets them: both live to the end.
+        step = 0 if node.op == "placeholder" else step_of.get(node, end - 1)
+        here = (step, position)
+        for tensor in tensors_of(node):
+            key = torch_private.storage_key(tensor)
+            if key in buffer_keys or cut.owns(tensor):
+                continue
+            if key not in first:
+                first[key] = (0, -1) if node.op == "placeholder" else here
+                name[key] = node.name
+                size[key] = torch_private.symbol_of(tensor.untyped_storage().nbytes())
+            last[key] = (end, position) if node.op == "placeholder" else max(last.get(key, here), here)
+        for argument in node.all_input_nodes:
+            for tensor in tensors_of(argument):
+                key = torch_private.storage_key(tensor)
+                if key in last:
+                    last[key] = max(last[key], (end, position) if node.op == "output" else here)
+    return [_Tensor(name=name[key], size_bytes=size[key], first=first[key], last=last[key]) for key in first]
+
+
+def _find_symbols(placeholders: Sequence[torch.fx.Node]) -> dict[Any, tuple[int, int | None, int]]:
+    """Returns for each symbol the argument that tells it, the dimension (None: the argument itself), a hint."""
+    found: dict[Any, tuple[int, int | None, int]] = {}
+    for index, node in enumerate(placeholders):
+        value = torch_private.example_value(node)
+        sizes: list[tuple[int | None, Any]] = [(None, value)]
+        if isinstance(value, torch.Tensor):
+            sizes = list(enumerate(value.shape))
+        for dimension, size in sizes:
+            if isinstance(size, torch.SymInt) and (symbol := torch_private.symbol_of(size)).is_Symbol:
+                found.setdefault(symbol, (index, dimension, torch_private.hint_of(size)))
+    return found
 
 
 def _evaluate(size: Any, values: Mapping[Any, int]) -> int:

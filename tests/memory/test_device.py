@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mball.errors import StorageError
-from mball.memory import CpuDevice, Device, Event
-from tests.adaptors import DelayedDevice, PoisonedDevice
+from mball.memory import Arena, CpuDevice, Device, Event
+from tests.adaptors import DelayedDevice, GuardedDevice, GuardError, PoisonedDevice
 
 PAGE = 4096
 
@@ -165,3 +165,62 @@ def test_a_copy_nobody_waited_for_lands_in_the_end() -> None:
     assert arena.tensor(0, torch.uint8, (16 * PAGE,)).eq(7).all()
     device.close()
     arena.close()
+
+
+def test_a_guarded_device_finds_a_copy_that_leaves_its_slot() -> None:
+    """Even when nobody reads the slot beside it again."""
+
+    def begin(source: FakeSource) -> tuple[GuardedDevice, Arena]:
+        device = GuardedDevice(PoisonedDevice(CpuDevice(source)))
+        arena = device.arena(4 * PAGE)
+        arena.resize(4 * PAGE)
+        device.wait(device.copy([FakeRead(arena.view(2 * PAGE, PAGE), PAGE, 2)], None))
+        return device, arena
+
+    # A read that is longer than its slot, into one that holds a bundle.
+    device, arena = begin(FakeSource())
+    with pytest.raises(GuardError, match="not free"):
+        device.copy([FakeRead(arena.view(PAGE, 2 * PAGE), 2 * PAGE, 1)], None)
+    # The same into room that is taken later.
+    device, arena = begin(FakeSource())
+    device.wait(device.copy([FakeRead(arena.view(0, 2 * PAGE), 2 * PAGE, 1)], None))
+    with pytest.raises(GuardError, match="not free"):
+        device.copy([FakeRead(arena.view(PAGE, PAGE), PAGE, 1)], None)
+    # A read that says the right size and brings one byte more, into a bundle and into free room.
+    for slot in (1, 2):
+        source = FakeSource()
+        device, arena = begin(source)
+        device.discard(2 * PAGE, PAGE)
+        device.wait(device.copy([FakeRead(arena.view(PAGE * 2, PAGE), PAGE, 2)], None))
+        event = device.copy([FakeRead(arena.view(slot * PAGE - PAGE, 2 * PAGE), PAGE, 1)], None)
+        source.handles[-1].reads[0].size_bytes += 1
+        with pytest.raises(GuardError, match=f"1 bytes of the arena changed from {slot * PAGE} on"):
+            device.wait(event)
+        device.synchronize()  # it complains once
+    # A slot that is given away while its copy runs, and then compute that writes to the arena.
+    device, arena = begin(FakeSource())
+    device.copy([FakeRead(arena.view(0, PAGE), PAGE, 1)], None)
+    with pytest.raises(GuardError, match="while a copy writes there"):
+        device.discard(0, PAGE)
+    device, arena = begin(FakeSource())
+    arena.tensor(3 * PAGE, torch.uint8, (1,)).fill_(1)
+    with pytest.raises(GuardError, match="changed"):
+        arena.resize(3 * PAGE)
+
+
+def test_a_guarded_device_lets_right_copies_pass() -> None:
+    for seed in range(6):
+        device = GuardedDevice(PoisonedDevice(DelayedDevice(CpuDevice(FakeSource()), seed)))
+        arena = device.arena(8 * PAGE)
+        for round_ in range(4):
+            arena.resize((8 - round_) * PAGE)
+            events = [device.copy([FakeRead(arena.view(i * PAGE, PAGE), PAGE, i)], device.record()) for i in range(4)]
+            for i in (2, 0):
+                device.wait(events[i])
+            device.synchronize()
+            for i in range(4):
+                assert arena.tensor(i * PAGE, torch.uint8, (PAGE,)).eq(i).all()
+                device.discard(i * PAGE, PAGE)
+        assert device.num_checked > 30
+        device.close()
+        arena.close()

@@ -14,7 +14,15 @@ from mball.api import _states, _wrap
 from mball.config import Config
 from mball.memory import Device
 from mball.observe.report import Report
-from tests.adaptors import DelayedDevice, PoisonedDevice
+from tests.adaptors import DelayedDevice, GuardedDevice, PoisonedDevice
+
+
+class DifferentError(AssertionError):
+    """A result is not the expected one."""
+
+
+class PoisonReachedResultError(DifferentError):
+    """A result has NaN where none belongs: a slot was read that held no weight."""
 
 
 def make(factory: Callable[[], torch.nn.Module], seed: int = 0) -> torch.nn.Module:
@@ -28,8 +36,8 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def hostile(seed: int) -> Callable[[Device], Device]:
-    """Slots are poisoned before each read and after each release, and reads come late."""
-    return lambda device: PoisonedDevice(DelayedDevice(device, seed=seed))
+    """Slots are poisoned before each read and after each release, reads come late, and no copy may leave its slot."""
+    return lambda device: GuardedDevice(PoisonedDevice(DelayedDevice(device, seed=seed)))
 
 
 def wrap_hostile(
@@ -52,17 +60,29 @@ def run(model: torch.nn.Module, call: Callable[[Any], Any]) -> Any:
 
 
 def assert_same(got: Any, expected: Any, where: str = "") -> None:
-    """Bit for bit, NaN included."""
+    """Bit for bit.
+
+    Raises:
+        DifferentError: something differs; PoisonReachedResultError where a number became NaN.
+    """
     got_leaves, got_spec = tree_flatten(got)
     leaves, spec = tree_flatten(expected)
-    assert got_spec == spec, where
+    _check(got_spec == spec, f"{where} the results have another structure")
     for number, (a, b) in enumerate(zip(got_leaves, leaves, strict=True)):
-        if isinstance(b, torch.Tensor):
-            assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{where} result {number}"
-            assert not b.is_floating_point() or not b.isnan().any(), f"{where}: the expected result {number} is NaN"
-            assert torch.equal(a, b), f"{where} result {number} differs"
-        else:
-            assert a == b, f"{where} result {number}"
+        result = f"{where} result {number}"
+        if not isinstance(b, torch.Tensor):
+            _check(a == b, f"{result} is {a!r} instead of {b!r}")
+            continue
+        _check((a.dtype, a.shape) == (b.dtype, b.shape), f"{result} is {a.dtype} {a.shape}, not {b.dtype} {b.shape}")
+        assert not b.is_floating_point() or not b.isnan().any(), f"{where}: the expected result {number} is NaN"
+        if a.is_floating_point() and a.isnan().any():
+            raise PoisonReachedResultError(f"{result} has NaN")
+        _check(torch.equal(a, b), f"{result} differs")
+
+
+def _check(same: bool, message: str) -> None:
+    if not same:
+        raise DifferentError(message)
 
 
 def assert_streamed(model: torch.nn.Module) -> Report:

@@ -1,11 +1,14 @@
 """Breaks the engine on purpose; the hostile device must notice every time.
 
-Each mutant is one plausible mistake. A test that streams would pass by accident if one of them went unnoticed.
+Each mutant is one plausible mistake, and says how it must be found: by a wrong result, by poison in a result, or by a
+copy outside its slot. What the harness checks besides (that bytes were streamed, say) does not count as found.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,19 @@ import pytest
 import torch
 
 from mball.memory import CpuDevice
-from mball.run import execution as execution_module
 from mball.run.execution import Execution
-from mball.run.homes import HomeFile, Homes
-from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes, wrap_hostile
+from mball.run.homes import PAGE_BYTES, HomeFile, Homes
+from tests.adaptors import GuardError
+from tests.run.harness import (
+    DifferentError,
+    PoisonReachedResultError,
+    assert_same,
+    assert_streamed,
+    make,
+    run,
+    weight_bytes,
+    wrap_hostile,
+)
 from tests.run.zoo import noise, tied_sequential
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -45,12 +57,12 @@ def release_early(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_offset(patch: pytest.MonkeyPatch) -> None:
-    """A read begins one page too late in the file."""
+    """A read begins one page beside its place in the file."""
     resolve = HomeFile.resolve
 
     def shifted(self: HomeFile, extent: Any) -> Any:
-        pieces = resolve(self, extent)
-        return [type(p)(p.file, p.offset_bytes + 4096, p.size_bytes, p.shift_bytes) for p in pieces]
+        # Never past the end of the file: that, the reader notices by itself.
+        return [replace(p, offset_bytes=abs(p.offset_bytes - PAGE_BYTES)) for p in resolve(self, extent)]
 
     patch.setattr(HomeFile, "resolve", shifted)
 
@@ -65,18 +77,44 @@ def stale_copy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Execution, "forget", lambda self, weights: None)
 
 
-def overrun(patch: pytest.MonkeyPatch) -> None:
-    """A bundle writes one page more than its slot has, on either side."""
+def overrun_before(patch: pytest.MonkeyPatch) -> None:
+    """A page before the slot is written."""
+    _overrun(patch, lambda offset, _: offset - PAGE_BYTES)
+
+
+def overrun_after(patch: pytest.MonkeyPatch) -> None:
+    """A page after the slot is written."""
+    _overrun(patch, lambda _, end: end)
+
+
+def _overrun(patch: pytest.MonkeyPatch, where: Callable[[int, int], int]) -> None:
     bring = Execution._bring
 
-    def longer(self: Execution, number: int, offset: int, *, planned: bool = True) -> None:
+    def stray(self: Execution, number: int, offset: int, *, planned: bool = True) -> None:
         bring(self, number, offset, planned=planned)
-        end = offset + self.plan.bundles[number].size_bytes  # type: ignore[union-attr]
-        for page in (offset - 4096, end):
-            if 0 <= page <= self.arena.backed_bytes - 4096:
-                self.arena.poison(page, 4096)
+        page = where(offset, offset + self.plan.bundles[number].size_bytes)  # type: ignore[union-attr]
+        if 0 <= page <= self.arena.backed_bytes - PAGE_BYTES:
+            self.arena.poison(page, PAGE_BYTES)
 
-    patch.setattr(Execution, "_bring", longer)
+    patch.setattr(Execution, "_bring", stray)
+
+
+def longer_read(patch: pytest.MonkeyPatch) -> None:
+    """The last read of a bundle is one page longer than its slot, with the bytes that follow in the file."""
+    bring, reads = Execution._bring, Homes.reads
+    room = [False]
+
+    def bring_if_room(self: Execution, number: int, offset: int, *, planned: bool = True) -> None:
+        end = offset + self.plan.bundles[number].size_bytes  # type: ignore[union-attr]
+        room[0] = end + PAGE_BYTES <= self.arena.backed_bytes
+        bring(self, number, offset, planned=planned)
+
+    def longer(self: Homes, extents: Any) -> Any:
+        *others, (extent, last) = reads(self, extents)
+        return [*others, (extent, replace(last, size_bytes=last.size_bytes + PAGE_BYTES) if room[0] else last)]
+
+    patch.setattr(Execution, "_bring", bring_if_room)
+    patch.setattr(Homes, "reads", longer)
 
 
 def short_read(patch: pytest.MonkeyPatch) -> None:
@@ -86,7 +124,7 @@ def short_read(patch: pytest.MonkeyPatch) -> None:
     def shorter(self: CpuDevice, reads: Any, after: Any) -> Any:
         kept = []
         for read in reads:
-            size = max(read.size_bytes - 4096, 0)
+            size = max(read.size_bytes - PAGE_BYTES, 0)
             kept.append(
                 type(read)(
                     file=read.file, offset_bytes=read.offset_bytes, size_bytes=size, destination=read.destination[:size]
@@ -98,14 +136,34 @@ def short_read(patch: pytest.MonkeyPatch) -> None:
 
 
 def swapped_weights(patch: pytest.MonkeyPatch) -> None:
-    """A step gets its weights in the wrong order."""
+    """A step gets two weights of one shape in each other's place."""
     bind = Execution._bind
-    patch.setattr(Execution, "_bind", lambda self, step, occupants: bind(self, step, occupants)[::-1])
+
+    def swapped(self: Execution, step: int, occupants: Any) -> Any:
+        bound = bind(self, step, occupants)
+        views = list(itertools.chain.from_iterable(bound))
+        for first, second in itertools.combinations(range(len(views)), 2):
+            if views[first].shape == views[second].shape:
+                views[first], views[second] = views[second], views[first]
+                break
+        rest = iter(views)
+        return tuple(tuple(itertools.islice(rest, len(part))) for part in bound)
+
+    patch.setattr(Execution, "_bind", swapped)
 
 
-MUTANTS: tuple[Patch, ...] = (
-    skip_a_wait, release_early, wrong_offset, stale_home, stale_copy, overrun, short_read, swapped_weights,
-)  # fmt: skip
+MUTANTS: tuple[tuple[Patch, type[AssertionError]], ...] = (
+    (skip_a_wait, PoisonReachedResultError),
+    (release_early, PoisonReachedResultError),
+    (short_read, PoisonReachedResultError),
+    (wrong_offset, DifferentError),
+    (stale_home, DifferentError),
+    (stale_copy, DifferentError),
+    (swapped_weights, DifferentError),
+    (overrun_before, GuardError),
+    (overrun_after, GuardError),
+    (longer_read, GuardError),
+)
 
 
 def stream_and_compare(directory: Path, capture: str) -> None:
@@ -129,8 +187,11 @@ def test_the_engine_as_it_is_passes(capture: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capture", ["graphs", "operators"])
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
-def test_every_mutant_is_noticed(mutant: Patch, capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mutant", "found_by"), MUTANTS, ids=[mutant.__name__ for mutant, _ in MUTANTS])
+def test_every_mutant_is_noticed(
+    mutant: Patch, found_by: type[AssertionError], capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mutant(monkeypatch)
-    with pytest.raises((AssertionError, KeyError, RuntimeError, execution_module.StorageError)):
+    with pytest.raises(found_by) as caught:
         stream_and_compare(tmp_path, capture)
+    assert caught.type is found_by

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,24 +67,44 @@ def test_autocast(capture: str, tmp_path: Path) -> None:
     assert_streamed(model)
 
 
-def test_autograd_inside_a_pass_never_sees_another_weights_bytes(tmp_path: Path) -> None:
-    class Forces(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(6)))
+class Forces(nn.Module):
+    """Differentiates itself in forward, whatever the caller says, as models of molecules do."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                return torch.autograd.grad(self.layers(x).pow(2).sum(), x)[0]
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(6)))
 
-    plain, model = make(Forces), make(Forces)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.layers(x).pow(2).sum(), x)[0]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_autograd_inside_a_pass_of_operators_is_right(frozen: bool, tmp_path: Path) -> None:
+    """Autograd keeps homes, above the mode that exchanges them: they hold the right bytes at any time."""
+    plain, model = make(Forces).requires_grad_(not frozen), make(Forces).requires_grad_(not frozen)
     wrap_hostile(model, int(weight_bytes(model) * 0.75), swap_dir=tmp_path, capture="operators")
-    try:
-        got = run(model, call)
-    except (AutogradError, RuntimeError):
-        return
-    assert_same(got, run(plain, call))
+    for _ in range(3):
+        assert_same(run(model, call), run(plain, call))
+        assert_streamed(model)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_autograd_inside_a_captured_graph_is_refused_or_right(frozen: bool, tmp_path: Path) -> None:
+    """Autograd keeps slots there: once they are reused the backward pass fails; where all fit it is right."""
+    plain, model = make(Forces).requires_grad_(not frozen), make(Forces).requires_grad_(not frozen)
+    wrap_hostile(model, int(weight_bytes(model) * 0.75), swap_dir=tmp_path)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            run(model, call)
+        assert mball.report(model).graphs > 0
+    mball.unwrap(model)
+    torch._dynamo.reset()
+    wrap_hostile(model, int(weight_bytes(model) * 2), swap_dir=tmp_path)
+    for _ in range(3):
+        assert_same(run(model, call), run(plain, call))
+    assert mball.report(model).graphs > 0
 
 
 def test_wrapping_twice(wrapped: nn.Module, expected: torch.Tensor) -> None:
@@ -271,6 +292,85 @@ def test_balloon_as_context_manager_and_decorator(tmp_path: Path, expected: torc
         loop(model)
     assert type(model) is nn.Sequential
     assert_same(run(model, call), expected)
+
+
+def new_module(model: Any) -> None:
+    model[1][0] = nn.Linear(64, 128)
+
+
+def new_parameter(model: Any) -> None:
+    model.register_parameter("extra", nn.Parameter(torch.zeros(3)))
+
+
+def new_submodule(model: Any) -> None:
+    model[1][2].lora = nn.Sequential(nn.Linear(128, 2, bias=False), nn.Linear(2, 64, bias=False)).requires_grad_(False)
+
+
+def other_parameter(model: Any) -> None:
+    model[2].weight = nn.Parameter(torch.ones(64))
+
+
+def untied(model: Any) -> None:
+    model[4].weight = nn.Parameter(model[4].weight.detach().clone())
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (new_module, ("1.0.weight", "1.0.bias")),
+        (new_parameter, ("extra",)),
+        (new_submodule, ("1.2.lora.0.weight", "1.2.lora.1.weight")),
+        (other_parameter, ("2.weight",)),
+        (untied, ("4.weight",)),
+    ],
+)
+@pytest.mark.parametrize("before_the_first_pass", [False, True])
+def test_a_parameter_that_came_after_wrap_is_refused(
+    before_the_first_pass: bool,
+    change: Callable[[Any], None],
+    names: tuple[str, ...],
+    capture: str,
+    tmp_path: Path,
+    expected: torch.Tensor,
+) -> None:
+    """It would be outside the budget, and nothing would say so."""
+    model = make(tied_sequential)
+    wrap_hostile(model, int(weight_bytes(model) * 0.75), swap_dir=tmp_path, capture=capture)
+    if not before_the_first_pass:
+        assert_same(run(model, call), expected)
+    change(model)
+    for _ in range(2):
+        with pytest.raises(WrapError, match="unwrap") as caught:
+            run(model, call)
+        assert any(f"{name!r}" in str(caught.value) for name in names), caught.value
+    # What the message says to do works.
+    mball.unwrap(model)
+    torch._dynamo.reset()
+    plain = copy.deepcopy(model)
+    wrap_hostile(model, int(weight_bytes(model) * 0.85), swap_dir=tmp_path, capture=capture)
+    for _ in range(2):
+        assert_same(run(model, call), run(plain, call))
+        assert_streamed(model)
+
+
+def test_a_submodule_that_came_after_wrap_is_refused_at_its_own_door(wrapped: Any) -> None:
+    """`generate()` and the like call parts of a model directly."""
+    new_module(wrapped)
+    with pytest.raises(WrapError, match=r"'1\.0\.(weight|bias)'(.|\n)*unwrap"):
+        run(wrapped, lambda m: m[1](X))
+
+
+def test_a_parameter_that_went_and_came_back(wrapped: Any, expected: torch.Tensor) -> None:
+    run(wrapped, call)
+    weight = wrapped[2].weight
+    other_parameter(wrapped)
+    with pytest.raises(WrapError, match=r"'2\.weight'(.|\n)*unwrap"):
+        run(wrapped, call)
+    wrapped[2].weight = weight
+    for _ in range(2):
+        assert_same(run(wrapped, call), expected)
+        assert_streamed(wrapped)
 
 
 def test_a_forked_child_is_told_so(wrapped: nn.Module, expected: torch.Tensor) -> None:

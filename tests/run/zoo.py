@@ -180,6 +180,36 @@ def t5_generate(model: Any) -> Any:
     return model.generate(ids(2, 7), max_new_tokens=5, do_sample=False)
 
 
+def whisper() -> nn.Module:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        vocab_size=128,
+        num_mel_bins=80,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=6,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        max_source_positions=1500,
+        max_target_positions=64,
+        decoder_start_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    return WhisperForConditionalGeneration(config)
+
+
+def whisper_generate(model: Any) -> Any:
+    # Half a minute of sound, as the feature extractor makes it: 80 mel bins, 3000 frames.
+    return model.generate(input_features=noise(1, 80, 3000), max_new_tokens=5, do_sample=False)
+
+
 def bert() -> nn.Module:
     from transformers import BertConfig, BertModel
 
@@ -232,6 +262,12 @@ ZOO: dict[str, Specimen] = {
     "mixtral": Specimen(make=mixtral, runs=(logits(1, 6), logits(2, 3)), budget=0.7),
     "experts": Specimen(make=Experts, runs=tuple((lambda m, s=s: m(noise(8, 64, seed=s))) for s in range(4))),
     "t5": Specimen(make=t5, runs=(t5_generate,), budget=0.5),
+    # Most of the budget is for the encoder's activations.
+    "whisper": Specimen(
+        make=whisper,
+        runs=(whisper_generate, lambda m: m.model.encoder(noise(1, 80, 3000))[0]),
+        budget=3.1,
+    ),
     "bert-bf16": Specimen(
         make=lambda: bert().to(torch.bfloat16),
         runs=(lambda m: m(ids(2, 9))[0], lambda m: m.encoder.layer[0](noise(1, 4, 64, dtype=torch.bfloat16))),

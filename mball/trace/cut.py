@@ -1,0 +1,110 @@
+"""Cuts a graph captured by Dynamo wherever it begins to read another weight.
+
+[Note: steps of a graph]
+The nodes are cut wherever a node reads a weight that the current stretch does not read yet: that is the
+finest step there is, and what a Trace records. A plan merges neighbouring steps. A node whose result is a
+view of a weight reads nothing; it is run again in every step that uses the view, because the
+weight may lie elsewhere by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from mball import torch_private
+
+
+class UnsupportedGraphError(Exception):
+    """The graph does something with a weight that steps cannot express; it must run as it is."""
+
+
+@dataclass(slots=True)
+class StepNodes:
+    """One finest step: its nodes in order, and the weights they read."""
+
+    nodes: list[torch.fx.Node] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
+
+
+class Cut:
+    """The nodes of a captured graph, by finest step.
+
+    Args:
+        name: of the graph, for messages.
+        module: Dynamo's graph; weights are placeholders.
+        weight_of: for each placeholder the index of the managed weight it stands for, or None.
+
+    Attributes:
+        weights: the placeholders that stand for weights.
+        views: nodes whose result is a view of a weight; they belong to no step.
+        steps: all other nodes.
+
+    Raises:
+        UnsupportedGraphError: the graph writes to a weight, or mixes a weight's memory into a result.
+    """
+
+    def __init__(self, name: str, module: torch.fx.GraphModule, weight_of: Sequence[int | None]) -> None:
+        self.name = name
+        self.module = module
+        self.placeholders = module.graph.find_nodes(op="placeholder")
+        self.weights: dict[torch.fx.Node, int] = {
+            node: weight for node, weight in zip(self.placeholders, weight_of, strict=True) if weight is not None
+        }
+        self._owner: dict[int, int] = {}
+        for node, weight in self.weights.items():
+            for tensor in tensors_of(node):
+                if tensor._version > 0:
+                    raise UnsupportedGraphError(f"{name} writes to weight {node.name}")
+                self._owner[torch_private.storage_key(tensor)] = weight
+        self.views: set[torch.fx.Node] = set()
+        self.steps = [StepNodes()]
+        for node in module.graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                self._place(node)
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """Returns whether this fake tensor lies in the memory of a weight."""
+        return torch_private.storage_key(tensor) in self._owner
+
+    def _place(self, node: torch.fx.Node) -> None:
+        reads = self._weights_read(node)
+        if reads and self._is_view(node):
+            self.views.add(node)
+            return
+        current = self.steps[-1]
+        if current.reads and any(weight not in current.reads for weight in reads):
+            current = StepNodes()
+            self.steps.append(current)
+        current.nodes.append(node)
+        current.reads += [weight for weight in reads if weight not in current.reads]
+
+    def _weights_read(self, node: torch.fx.Node) -> list[int]:
+        """Returns the weights whose bytes `node` reads, in argument order."""
+        found: dict[int, None] = {}
+        for argument in node.all_input_nodes:
+            for tensor in tensors_of(argument):
+                weight = self._owner.get(torch_private.storage_key(tensor))
+                if weight is not None:
+                    found[weight] = None
+        return list(found)
+
+    def _is_view(self, node: torch.fx.Node) -> bool:
+        owned = [self.owns(tensor) for tensor in tensors_of(node)]
+        if any(owned) and not all(owned):
+            raise UnsupportedGraphError(f"{self.name}: {node.name} returns a weight's memory beside its own")
+        return any(owned)
+
+
+def tensors_of(node: torch.fx.Node) -> list[torch.Tensor]:
+    """Returns the fake tensors that Dynamo recorded as the result of `node`."""
+    value: Any = torch_private.example_value(node)
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (tuple, list, dict)):
+        return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return []

@@ -1,0 +1,107 @@
+"""Learns what the steps of a graph cost, from its first two runs.
+
+The first run counts operations and sees how far memory rises within each step; it is slow, and the libraries
+under torch warm up in it. The second one takes times.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from mball import torch_private
+from mball.trace.driver import StepHooks
+from mball.trace.graph import StepFacts
+
+
+class Gauge(Protocol):
+    """Measures by how much memory rose at most."""
+
+    def reset(self) -> None:
+        """Begins a measurement."""
+
+    def rise_bytes(self) -> int:
+        """Returns the highest use since `reset` less the use at `reset`; 0 where it cannot be measured."""
+
+
+class _Profile:
+    """Stands between driver and hooks, and knows when a step begins and ends."""
+
+    def __init__(self, steps: Sequence[StepFacts], hooks: StepHooks) -> None:
+        self.steps = steps
+        self.hooks = hooks
+        self.current: StepFacts | None = None
+
+    def enter(self, step: int) -> Sequence[torch.Tensor]:
+        if self.current is not None:
+            self.ended(self.current)
+            self.current = None
+        weights = self.hooks.enter(step)
+        self.current = self.steps[step]
+        self.began(self.current)
+        return weights
+
+    def finish(self) -> None:
+        if self.current is not None:
+            self.ended(self.current)
+            self.current = None
+        self.hooks.finish()
+
+    def began(self, step: StepFacts) -> None:
+        raise NotImplementedError
+
+    def ended(self, step: StepFacts) -> None:
+        raise NotImplementedError
+
+
+class TimeProfile(_Profile):
+    """Times each step, without the waits between steps."""
+
+    def __init__(self, steps: Sequence[StepFacts], hooks: StepHooks) -> None:
+        super().__init__(steps, hooks)
+        self._began_s = 0.0
+
+    def began(self, step: StepFacts) -> None:
+        self._began_s = time.perf_counter()
+
+    def ended(self, step: StepFacts) -> None:
+        step.time_s = time.perf_counter() - self._began_s
+
+
+class CostProfile(_Profile):
+    """Counts each step's operations and measures by how much memory rises within it."""
+
+    def __init__(self, steps: Sequence[StepFacts], hooks: StepHooks, gauge: Gauge) -> None:
+        super().__init__(steps, hooks)
+        self._gauge = gauge
+
+    def began(self, step: StepFacts) -> None:
+        step.flops = 0
+        self._gauge.reset()
+
+    def ended(self, step: StepFacts) -> None:
+        step.rise_bytes = self._gauge.rise_bytes()
+
+    def counting(self) -> torch_private.TorchDispatchMode:
+        """Returns the mode under which the operators of the run must be dispatched."""
+        return _FlopMode(self)
+
+
+class _FlopMode(torch_private.TorchDispatchMode):
+    """Counts operators as they run, unchanged."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, profile: CostProfile) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type its modes
+        self.profile = profile
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        step = self.profile.current
+        if step is not None:
+            step.flops += torch_private.count_flops(func, args, kwargs or {}, result)
+        return result
