@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mball.errors import BudgetError as BudgetError
     from mball.errors import MballError as MballError
     from mball.observe.report import Report as Report
+    from mball.torch_private import capturing as capturing
 
 __version__ = "0.1.0"
 
@@ -30,9 +31,10 @@ _HOMES = {
     "BudgetError": "mball.errors",
     "MballError": "mball.errors",
     "Report": "mball.observe.report",
+    "capturing": "mball.torch_private",
 }
 
-__all__ = ["BudgetError", "Config", "MballError", "Report", "balloon", "report", "unwrap", "wrap"]
+__all__ = ["BudgetError", "Config", "MballError", "Report", "balloon", "capturing", "report", "unwrap", "wrap"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mball.integrations import make_faithful
 from mball.memory import libc
 from mball.run.doors import Gate, check_graph_inputs
 from mball.run.engine import Engine
@@ -36,6 +37,10 @@ class GraphSegment:
     @property
     def key(self) -> Hashable:
         return self._key
+
+    @property
+    def family(self) -> Hashable:
+        return self._graph.name
 
     def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:
         return self._graph.schema_steps(self._weight_bytes, self._values, workspace=workspace)
@@ -103,6 +108,7 @@ class Backend:
     def __init__(
         self, gate: Gate, parameters: Sequence[tuple[torch.nn.Parameter, int]], buffers: Sequence[torch.Tensor]
     ):
+        make_faithful()
         self.runners: list[GraphRunner] = []
         self.unsupported: list[str] = []
         self._gate = gate

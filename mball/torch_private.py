@@ -7,6 +7,7 @@ mode alone: the same results and the same budget, without the knowledge that a c
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ _USED = (
 __all__ = [
     "PrivateApi",
     "TorchDispatchMode",
+    "capturing",
     "compile_faithfully",
     "count_flops",
     "example_value",
@@ -193,6 +195,19 @@ def no_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(True)
 
 
+class _Capture(threading.local):
+    active = False
+
+
+_capture = _Capture()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's decorator has no types
+def capturing() -> bool:
+    """Returns whether a wrapped model runs, and is perhaps captured, in this thread. Dynamo takes it as a constant."""
+    return _capture.active
+
+
 def compile_faithfully(call: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `torch.compile(call, backend=backend)`, made to do what `call` does uncompiled.
 
@@ -203,7 +218,12 @@ def compile_faithfully(call: Callable[..., Any], backend: Callable[..., Any]) ->
     compiled = torch.compile(call, backend=backend)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-            return compiled(*args, **kwargs)
+        before = _capture.active
+        try:
+            _capture.active = True
+            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+                return compiled(*args, **kwargs)
+        finally:
+            _capture.active = before
 
     return run

@@ -37,6 +37,8 @@ class Gate:
         self.engine = engine
         self._mode = BindingMode(engine)
         self._parameters = [parameter for parameter, _ in parameters]
+        self._weights = [weight for _, weight in parameters]
+        self._require_grad: list[bool] = []
         self._homes = [engine.homes.homes[weight] for _, weight in parameters]
         self._addresses = [home.tensor.data_ptr() for home in self._homes]
         self._managed = {id(parameter) for parameter in self._parameters}
@@ -68,6 +70,7 @@ class Gate:
             self._check_household()
             self._check_weights()
             self._check_autograd(args, kwargs)
+            self._follow_requires_grad()
             self._mode.paused = False
             with torch_private.no_autocast_cache(), self._mode:
                 result = call(*args, **kwargs)
@@ -110,6 +113,15 @@ class Gate:
                     f"{tuple(parameter.shape)}, its home is {tensor.dtype} {tuple(tensor.shape)}): copy values into it "
                     "instead (p.copy_(...)), or mball.unwrap(model), change it, and wrap it again"
                 )
+
+    def _follow_requires_grad(self) -> None:
+        now = [parameter.requires_grad for parameter in self._parameters]
+        if now != self._require_grad:
+            flags = [False] * len(self.engine.homes)
+            for weight, flag in zip(self._weights, now, strict=True):
+                flags[weight] |= flag
+            self.engine.execution.set_requires_grad(flags)
+            self._require_grad = now
 
     def _check_autograd(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if not torch.is_grad_enabled():

@@ -213,7 +213,9 @@ class Engine:
         if self._tape:
             tape = tuple(self._tape)
             known = self._next.get(tape[0])
-            if known is None or (known != tape and self.last.unplanned_fetches * 4 > len(tape)):
+            # Another order of operators is tolerated while it costs little: plans for each would take turns.
+            tolerated = any(isinstance(self._segments[key], OperatorSegment) for key in tape)
+            if known is None or not tolerated or self.last.unplanned_fetches * 4 > len(tape):
                 self._next[tape[0]] = tape
 
     # -- graphs --------------------------------------------------------------------------------------------------
@@ -352,10 +354,7 @@ class Engine:
 
     def _replan(self, key: Hashable) -> int:
         """Adopts a plan for the pass that is expected to go on with segment `key`; returns the segment's position."""
-        predicted = self._next.get(key, (key,))
-        if isinstance(self._segments[key], OperatorSegment) and key not in self._next:
-            expected = tuple(segment.key for segment in self._expected)
-            predicted = expected if key in expected else (*expected, key)
+        predicted = self._predict(key)
         operators = any(isinstance(self._segments[other], OperatorSegment) for other in predicted)
         reserve = self._reserve() if operators else 0
         planned = self._plans.get((predicted, reserve))
@@ -371,7 +370,21 @@ class Engine:
         self.execution.adopt(plan, [step.reads for step in planned.tape.trace.steps])
         self._active = planned
         self._stale = False
-        return planned.positions[key][0]
+        here = len(self._tape)
+        return here if here < len(predicted) and predicted[here] == key else planned.positions[key][0]
+
+    def _predict(self, key: Hashable) -> tuple[Hashable, ...]:
+        """Returns the whole pass that segment `key` is expected to belong to."""
+        if isinstance(self._segments[key], OperatorSegment) and key not in self._next:
+            expected = tuple(segment.key for segment in self._expected)
+            return expected if key in expected else (*expected, key)
+        if not self._tape:
+            return self._next.get(key, (key,))
+        # What ran so far, this, and what followed last time, if it was the same graph at other sizes.
+        here = len(self._tape)
+        known = self._next.get(self._tape[0], ())
+        alike = here < len(known) and self._segments[known[here]].family == self._segments[key].family
+        return (*self._tape, key, *(known[here + 1 :] if alike else ()))
 
     def _make(self, keys: tuple[Hashable, ...], reserve: int, operators: bool) -> _Planned:
         began_s = time.perf_counter()

@@ -130,6 +130,14 @@ class Execution:
         if len(self._views) > 8 * len(self.homes):
             self._views.clear()
 
+    def set_requires_grad(self, flags: Sequence[bool]) -> None:
+        """Says for each weight whether what is bound for it requires grad, as the user's Parameter does."""
+        self.homes.requires_grad[:] = flags
+        self._views.clear()
+        self._bound = [None] * len(self._bound)
+        for occupant in self._occupants.values():
+            occupant.views.clear()
+
     def smallest_region(self, weights: Iterable[int]) -> int:
         """Returns the arena bytes that the bundles of `weights` take together."""
         assert self.plan is not None
@@ -374,7 +382,9 @@ class Execution:
                 with torch.inference_mode(False):
                     length = like.span_bytes // like.tensor.element_size()
                     flat = self.arena.tensor(offset, like.tensor.dtype, (length,))
-                    view = flat.as_strided(like.tensor.shape, like.tensor.stride())
+                    # No view in autograd's eyes, as a Parameter is none: ATen asks the base whether it requires grad.
+                    view = flat.as_strided(like.tensor.shape, like.tensor.stride()).data
+                    view.requires_grad_(self.homes.requires_grad[weight])
                 self._views[(weight, offset)] = view
             occupant.views[weight] = view
         return view

@@ -21,7 +21,6 @@ import torch
 from mball.memory.mapping import PrivateMapping
 from mball.schema import Extent, Weight
 from mball.storage.swapfile import SwapFile
-from mball.units import format_bytes, round_down, round_up
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +156,8 @@ class Homes:
         self.homes = list(homes)
         self.files = files
         self.swap = swap
+        # Whether the user's Parameters require grad: kernels are chosen by it, with autograd off too.
+        self.requires_grad = [False] * len(self.homes)
         self.weight_of_storage = {home.tensor.untyped_storage()._cdata: i for i, home in enumerate(self.homes)}
         self._spans = {
             name: sorted(
@@ -205,33 +206,3 @@ class Homes:
     def close(self) -> None:
         """Closes the swap file. Homes that somebody still holds stay readable. Idempotent."""
         self.swap.close()
-
-
-def map_homes(
-    file: str,
-    descriptor: int,
-    swap: SwapFile,
-    placed: Sequence[tuple[str, int, torch.Tensor]],
-) -> tuple[HomeFile, list[Home]]:
-    """Maps the part of a file that holds weights.
-
-    Args:
-        file: the file's name in plans.
-        descriptor: open for reading; may be closed afterwards.
-        swap: takes written pages.
-        placed: for each weight its name, its offset in the file in bytes, and a tensor (on any device, meta
-            too) with its dtype, shape and strides.
-    """
-    from mball.run.census import span_bytes
-
-    first = round_down(min(offset for _, offset, _ in placed), PAGE_BYTES)
-    end = max(offset + span_bytes(like) for _, offset, like in placed)
-    mapping = PrivateMapping(descriptor, first, round_up(end - first, PAGE_BYTES))
-    homes = []
-    for name, offset, like in placed:
-        span = span_bytes(like)
-        flat = mapping.tensor(offset - first, like.dtype, (span // like.element_size(),))
-        tensor = flat.as_strided(like.shape, like.stride())
-        homes.append(Home(name=name, tensor=tensor, file=file, offset_bytes=offset, span_bytes=span))
-    logger.debug("mapped %s of %s as homes", format_bytes(end - first), file)
-    return HomeFile(file, mapping, first, swap, is_swap=file == swap.name), homes

@@ -16,6 +16,10 @@ class Segment(Protocol):
     def key(self) -> Hashable:
         """Equal for segments that read the same weights in the same order and take the same room."""
 
+    @property
+    def family(self) -> Hashable:
+        """Equal for segments that differ in their sizes only."""
+
     def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:
         """Returns its steps and activations, numbered from 0.
 
@@ -33,6 +37,10 @@ class OperatorSegment:
 
     @property
     def key(self) -> Hashable:
+        return self.weights
+
+    @property
+    def family(self) -> Hashable:
         return self.weights
 
     def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:

@@ -2,8 +2,8 @@
 
 The numbers are those of PyTorch's CPU kernels, as measured: a convolution reorders its whole weight before it
 computes; a half-precision matrix product whose left operand cannot be seen as one matrix becomes a batched one,
-which copies the right operand (ATen's `matmul` folds the batch only when the strides allow it). What is not
-known here is measured in the first run.
+which copies the right operand (ATen's `matmul` folds the batch when the strides allow it, or the right operand requires
+grad). What is not known here is measured in the first run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def assumed_workspace_bytes(node: torch.fx.Node) -> int:
         return 0
     if node.target in _CONVOLUTIONS:
         return _bytes(right)
-    if node.target in _PRODUCTS and right.dtype in _HALF and not _has_bias(node) and not _folds(left):
+    if node.target in _PRODUCTS and right.dtype in _HALF and not _has_bias(node) and not _folds(left, right):
         return _bytes(right)
     return 0
 
@@ -52,7 +52,9 @@ def _has_bias(node: torch.fx.Node) -> bool:
     return (node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")) is not None
 
 
-def _folds(left: torch.Tensor) -> bool:
+def _folds(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if right.requires_grad:  # ATen folds then, for the sake of a backward pass, even where none will come
+        return True
     # Hints, not the symbols themselves: asking a symbol would add a guard to the graph.
     sizes = [torch_private.hint_of(size) for size in left.shape]
     strides = [torch_private.hint_of(stride) for stride in left.stride()]

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import mball
 from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes, wrap_hostile
-from tests.run.zoo import ZOO, generate, llama
+from tests.run.zoo import ZOO, generate, llama, noise
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -42,22 +43,39 @@ def test_operators_alone(name: str, tmp_path: Path) -> None:
         assert assert_streamed(model).graphs == 0
 
 
-def test_static_cache_with_grouped_heads(tmp_path: Path) -> None:
-    """transformers itself takes another attention path while it is being compiled.
-
-    So with graphs the result is that of the same model under torch.compile(backend="eager"), and only
-    with operators alone it is that of the plain model.
-    """
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_static_cache_with_grouped_heads(capture: str, tmp_path: Path) -> None:
+    """transformers chooses another attention while it is compiled, unless it is told that mball captures."""
     call = generate("static")
-    compiled = make(lambda: llama(layers=2))
-    compiled.compile(backend="eager")
-    expected = run(compiled, call)
-    torch._dynamo.reset()
     model = make(lambda: llama(layers=2))
-    wrap_hostile(model, int(weight_bytes(model) * 0.7), swap_dir=tmp_path)
-    assert_same(run(model, call), expected)
+    wrap_hostile(model, int(weight_bytes(model) * 0.7), swap_dir=tmp_path, capture=capture)
+    assert_same(run(model, call), run(make(lambda: llama(layers=2)), call))
     assert_streamed(model)
-    watched = make(lambda: llama(layers=2))
-    wrap_hostile(watched, int(weight_bytes(watched) * 0.7), swap_dir=tmp_path, capture="operators")
-    assert_same(run(watched, call), run(make(lambda: llama(layers=2)), call))
-    assert_streamed(watched)
+
+
+class LastToken(nn.Module):
+    """Scores the last token only: a batch of rows that cannot be seen as one matrix without a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(576, 576, bias=False)
+        self.scores = nn.Linear(576, 4096, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scores(self.inner(x)[:, -1:])
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_kernels_chosen_by_requires_grad(capture: str, tmp_path: Path) -> None:
+    """ATen folds such a batch when the weight requires grad, even under no_grad, and the last bits tell."""
+    x = noise(1, 32, 576).bfloat16()
+    plain, model = (make(lambda: LastToken().bfloat16()) for _ in range(2))
+    folded = run(plain, lambda m: m(x))
+    wrap_hostile(model, int(weight_bytes(model) * 0.98), swap_dir=tmp_path, capture=capture)
+    for flag in (True, False, True):
+        plain.requires_grad_(flag)
+        model.requires_grad_(flag)
+        for _ in range(2):
+            assert_same(run(model, lambda m: m(x)), run(plain, lambda m: m(x)), f"requires_grad={flag}")
+    plain.requires_grad_(False)
+    assert not torch.equal(run(plain, lambda m: m(x)), folded), "this CPU's kernels do not tell them apart"

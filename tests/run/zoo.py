@@ -234,10 +234,8 @@ def transformer_encoder() -> nn.Module:
 ZOO: dict[str, Specimen] = {
     "llama-fp32": Specimen(make=llama, runs=(logits(1, 9), logits(2, 5), logits(1, 1), logits(3, 17))),
     "llama-bf16-dynamic-cache": Specimen(make=lambda: llama(dtype=torch.bfloat16), runs=(generate("dynamic"),)),
-    # With grouped heads and a static cache, transformers chooses another attention when it is compiled:
-    # see test_static_cache_with_grouped_heads.
     "llama-tied-static-cache": Specimen(
-        make=lambda: llama(tied=True, kv_heads=4),
+        make=lambda: llama(tied=True),
         runs=(generate("static"), generate("static", 7)),
     ),
     "llama-fp16": Specimen(make=lambda: llama(dtype=torch.float16), runs=(logits(2, 6),)),

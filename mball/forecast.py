@@ -1,0 +1,80 @@
+"""What is known before anything ran: the machine, the operators to expect, and the smallest budget for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mball.errors import BudgetError
+from mball.plan import smallest_budget
+from mball.run.census import Census
+from mball.run.homes import PAGE_BYTES, Homes
+from mball.schema import Machine, Step, Trace
+from mball.storage import FileTable, measure_link
+from mball.units import format_bytes
+
+
+def measure_machine(homes: Homes, files: FileTable) -> Machine:
+    """Returns this machine, its link measured by reading the file of the largest weight."""
+    largest = max(homes.homes, key=lambda home: home.span_bytes)
+    link = measure_link(files, largest.file)
+    return Machine(name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link)
+
+
+def expected_operators(roots: Sequence[torch.nn.Module], census: Census) -> list[tuple[int, ...]]:
+    """Returns in module order the weights that one operator will probably read together.
+
+    A module with a weight and a bias reads both at once; one with more of them (a recurrent one) reads them in parts.
+    """
+    of_module: dict[int, list[int]] = {}
+    for number, weight in enumerate(census.weights):
+        for owner in weight.owners:
+            of_module.setdefault(id(owner.module), []).append(number)
+    expected: list[tuple[int, ...]] = []
+    for module in {id(module): None for root in roots for module in root.modules()}:
+        own = tuple(dict.fromkeys(of_module.get(module, ())))
+        if len(own) <= 2:
+            expected += [own] if own else []
+        else:
+            expected += [(weight,) for weight in own]
+    return expected
+
+
+def check_budget(
+    budget_bytes: int, homes: Homes, machine: Machine, fixed_bytes: int, expected: Sequence[tuple[int, ...]]
+) -> None:
+    """Refuses a budget that cannot hold the model even one module at a time.
+
+    Args:
+        budget_bytes: the budget.
+        homes: of all weights.
+        machine: the machine that runs the model.
+        fixed_bytes: bytes of buffers.
+        expected: see `expected_operators`.
+
+    Raises:
+        BudgetError: the budget is too small; it names the smallest and what sets it.
+    """
+    steps = tuple(
+        Step(
+            name=homes.homes[weights[0]].name.rpartition(".")[0] or "the model",
+            graph=None,
+            reads=weights,
+            scratch_bytes=0,
+            flops=0,
+            time_s=0.0,
+        )
+        for weights in expected
+    )
+    trace = Trace(name="one module at a time", weights=homes.schema(), steps=steps)
+    smallest = smallest_budget(trace, machine, fixed_bytes=fixed_bytes)
+    if budget_bytes < smallest.size_bytes:
+        raise BudgetError(
+            f"a budget of {format_bytes(budget_bytes)} ({budget_bytes} B) is too small: the smallest "
+            f"that holds the model one module at a time is {smallest.size_bytes} B "
+            f"({format_bytes(smallest.size_bytes)}), set by {smallest.limited_by}; activations come on top",
+            budget_bytes=budget_bytes,
+            smallest_bytes=smallest.size_bytes,
+            limited_by=smallest.limited_by,
+        )

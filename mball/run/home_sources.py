@@ -1,0 +1,110 @@
+"""Where homes come from: the checkpoint itself, or a swap file that the model's own weights are written to."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+import torch
+
+from mball.errors import WrapError
+from mball.memory.mapping import PrivateMapping
+from mball.run.census import Census, span_bytes
+from mball.run.homes import PAGE_BYTES, Home, HomeFile, Homes
+from mball.storage import FileTable, SwapFile, TensorEntry
+from mball.units import format_bytes, round_down, round_up
+
+logger = logging.getLogger(__name__)
+
+# Where vector instructions like their operands to begin.
+WEIGHT_ALIGNMENT_BYTES = 64
+
+
+def write_homes(census: Census, swap: SwapFile) -> Homes:
+    """Writes every weight to the swap file once; returns the homes there.
+
+    Raises:
+        WrapError: a weight is on the meta device, so there are no bytes to write.
+        StorageError: the swap file cannot take them.
+    """
+    _refuse_meta(census)
+    offsets, end = [], 0
+    for weight in census.weights:
+        offsets.append(end)
+        end = round_up(end + span_bytes(weight.parameter), WEIGHT_ALIGNMENT_BYTES)
+    start = swap.allocate(end)
+    placed = []
+    for weight, offset in zip(census.weights, offsets, strict=True):
+        data = weight.parameter.detach()
+        flat = data.as_strided((span_bytes(data) // data.element_size(),), (1,))
+        swap.write(start + offset, flat.view(torch.uint8).numpy())
+        placed.append((weight.name, start + offset, data))
+    swap.flush()
+    home_file, homes = _map_homes(swap.name, swap.fd, swap, placed)
+    return Homes(homes, {swap.name: home_file}, swap)
+
+
+def map_checkpoint(census: Census, entries: Sequence[TensorEntry], swap: SwapFile, files: FileTable) -> Homes:
+    """Returns homes that are the checkpoint itself, in place.
+
+    Args:
+        census: the weights.
+        entries: where each of them is in the checkpoint.
+        swap: takes the pages that are written.
+        files: the checkpoint's files are added to it.
+    """
+    by_file: dict[str, list[int]] = {}
+    for number, entry in enumerate(entries):
+        by_file.setdefault(entry.file, []).append(number)
+    home_files, homes = {}, dict[int, Home]()
+    for path, numbers in by_file.items():
+        files.add_path(path)
+        placed = []
+        for number in numbers:
+            like = torch.empty(entries[number].shape, dtype=getattr(torch, entries[number].dtype), device="meta")
+            placed.append((census.weights[number].name, entries[number].offset_bytes, like))
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            home_files[path], mapped = _map_homes(path, descriptor, swap, placed)
+        finally:
+            os.close(descriptor)
+        homes.update(zip(numbers, mapped, strict=True))
+    return Homes([homes[number] for number in range(len(entries))], home_files, swap)
+
+
+def _refuse_meta(census: Census) -> None:
+    on_meta = [weight.name for weight in census.weights if weight.parameter.is_meta]
+    if on_meta:
+        raise WrapError(
+            f"{len(on_meta)} weights are on the meta device ({on_meta[0]!r} first) and no checkpoint was given: "
+            "pass weights=<safetensors file or directory>"
+        )
+
+
+def _map_homes(
+    file: str,
+    descriptor: int,
+    swap: SwapFile,
+    placed: Sequence[tuple[str, int, torch.Tensor]],
+) -> tuple[HomeFile, list[Home]]:
+    """Maps the part of a file that holds weights.
+
+    Args:
+        file: the file's name in plans.
+        descriptor: open for reading; may be closed afterwards.
+        swap: takes written pages.
+        placed: for each weight its name, its offset in the file in bytes, and a tensor (on any device, meta
+            too) with its dtype, shape and strides.
+    """
+    first = round_down(min(offset for _, offset, _ in placed), PAGE_BYTES)
+    end = max(offset + span_bytes(like) for _, offset, like in placed)
+    mapping = PrivateMapping(descriptor, first, round_up(end - first, PAGE_BYTES))
+    homes = []
+    for name, offset, like in placed:
+        span = span_bytes(like)
+        flat = mapping.tensor(offset - first, like.dtype, (span // like.element_size(),))
+        tensor = flat.as_strided(like.shape, like.stride())
+        homes.append(Home(name=name, tensor=tensor, file=file, offset_bytes=offset, span_bytes=span))
+    logger.debug("mapped %s of %s as homes", format_bytes(end - first), file)
+    return HomeFile(file, mapping, first, swap, is_swap=file == swap.name), homes

@@ -1,0 +1,56 @@
+"""Tenants: the model's own parameters and buffers, as they move into their homes and out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mball.run.census import Census
+from mball.run.homes import Homes
+
+
+def move_in(census: Census, homes: Homes) -> list[tuple[torch.nn.Parameter, int]]:
+    """Makes every parameter its home; returns all parameters with the weight each of them is."""
+    parameters = []
+    for number, (weight, home) in enumerate(zip(census.weights, homes.homes, strict=True)):
+        moved: dict[int, torch.nn.Parameter] = {}
+        for owner in weight.owners:
+            old = owner.module._parameters[owner.attribute]
+            assert old is not None
+            if id(old) not in moved:
+                moved[id(old)] = _at_home(old, home.tensor)
+                parameters.append((moved[id(old)], number))
+            if moved[id(old)] is not old:
+                # Through setattr, since some modules keep lists of their own parameters.
+                setattr(owner.module, owner.attribute, moved[id(old)])
+    return parameters
+
+
+def place_buffers(census: Census, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Makes the buffers of these names these tensors."""
+    for name, tensor in tensors.items():
+        owner = census.buffer_owners[name]
+        owner.module._buffers[owner.attribute] = tensor
+
+
+def move_out(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    """Gives parameters ordinary memory with the bytes of their homes, tied ones the same.
+
+    Args:
+        pairs: each parameter with its home.
+    """
+    fresh: dict[int, torch.Tensor] = {}
+    for parameter, home in pairs:
+        if id(home) not in fresh:
+            fresh[id(home)] = home.clone(memory_format=torch.preserve_format)
+        parameter.data = fresh[id(home)]
+
+
+def _at_home(parameter: torch.nn.Parameter, home: torch.Tensor) -> torch.nn.Parameter:
+    if parameter.is_meta:
+        fresh = torch.nn.Parameter(home, requires_grad=parameter.requires_grad)
+        fresh.__dict__.update(parameter.__dict__)
+        return fresh
+    parameter.data = home
+    return parameter
