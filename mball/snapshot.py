@@ -8,7 +8,7 @@ from mball.observe.report import Report
 from mball.run.engine import Engine
 from mball.schema import Plan
 
-NOT_COUNTED = ("Python and torch themselves", "graph capture", "workspace inside operators", "tensors the user keeps")
+NOT_COUNTED = ("Python and torch themselves", "graphs while they are captured", "tensors the user keeps")
 
 
 def take_report(engine: Engine, *, link_bytes_per_s: float, io_path: str, weights_owned: int, graphs: int) -> Report:
@@ -35,6 +35,9 @@ def take_report(engine: Engine, *, link_bytes_per_s: float, io_path: str, weight
         buffer_bytes=engine.fixed_bytes,
         activation_bytes=activations,
         arena_bytes=arena,
+        capture_bytes=engine.capture_bytes,
+        capture_is_counted=plan is not None and plan.budget_bytes < engine.ledger.budget_bytes,
+        workspace_is_counted=engine.workspace_fits,
         weight_bytes=sum(weight.size_bytes for weight in engine.weights),
         resident_bytes=resident,
         streamed_bytes_per_pass=streamed,

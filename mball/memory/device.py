@@ -60,6 +60,9 @@ class Gauge(Protocol):
     def rise_bytes(self) -> int:
         """Returns the highest use since `reset` less the use at `reset`; 0 where it cannot be measured."""
 
+    def used_bytes(self) -> int:
+        """Returns what this process uses of the device's memory now, arena included; 0 where that is not known."""
+
 
 class Device(Protocol):
     """Where steps run: memory, copies into it, and the order of copies and compute."""

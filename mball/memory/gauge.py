@@ -10,6 +10,7 @@ from mball.units import KIB
 
 _HIGHEST = re.compile(rb"^VmHWM:\s+(\d+) kB", re.MULTILINE)
 _NOW = re.compile(rb"^VmRSS:\s+(\d+) kB", re.MULTILINE)
+_ANONYMOUS = re.compile(rb"^RssAnon:\s+(\d+) kB", re.MULTILINE)
 _RESET_HIGHEST = "5"
 
 
@@ -38,6 +39,10 @@ class HostGauge:
             return 0
         highest = self._read(_HIGHEST)
         return 0 if highest is None else max(highest - self._at_reset, 0)
+
+    def used_bytes(self) -> int:
+        """Returns the anonymous memory of the process now, 0 where the kernel does not tell."""
+        return self._read(_ANONYMOUS) or 0
 
     def _read(self, pattern: re.Pattern[bytes]) -> int | None:
         try:

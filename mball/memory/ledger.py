@@ -17,6 +17,7 @@ class Kind(Enum):
     BUFFERS = "buffers"
     ARENA = "arena"
     ACTIVATIONS = "activations"
+    CAPTURE = "capture"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,8 @@ class Report:
 
     Attributes:
         peak_bytes: the most that weights, buffers and predicted activations took together.
+        capture_bytes: what captured graphs hold, in the compiler too; in the budget if `capture_is_counted`.
+        workspace_is_counted: whether there is room in the budget for what operators allocate inside.
         streamed_bytes_per_pass: what the plan brings in each pass.
         bytes_read: all bytes read so far; `bytes_read_last_pass` those of the last pass.
         roofline_s: the larger of the compute time and the streamed bytes at the measured speed of the link.
@@ -27,6 +29,9 @@ class Report:
     buffer_bytes: int
     activation_bytes: int
     arena_bytes: int
+    capture_bytes: int
+    capture_is_counted: bool
+    workspace_is_counted: bool
     weight_bytes: int
     resident_bytes: int
     streamed_bytes_per_pass: int
@@ -86,6 +91,12 @@ class Report:
                 "roofline",
                 f"{self.roofline_s * 1e3:.1f} ms at {self.link_bytes_per_s / 1e9:.2f} GB/s; "
                 f"measured / roofline {ratio}",
+            ),
+            (
+                "capture",
+                f"{format_bytes(self.capture_bytes)} held by captured graphs, "
+                f"{'in the budget' if self.capture_is_counted else 'on top of the budget'}"
+                f"{'' if self.workspace_is_counted else '; so is workspace inside operators'}",
             ),
             ("swap file", format_bytes(self.swap_bytes)),
             (

@@ -9,6 +9,7 @@ with the same segment. A segment that was not predicted is the moment to change 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -31,6 +32,8 @@ from mball.units import format_bytes
 logger = logging.getLogger(__name__)
 
 MAX_PLANS = 32
+# What captured graphs hold is taken from the budget while it is no more than this part of it, else it comes on top.
+LARGEST_CAPTURE_SHARE = 1 / 8
 
 # plan(trace, budget_bytes) -> Plan; raises BudgetError
 Planner = Callable[[Trace, int], Plan]
@@ -59,6 +62,7 @@ class _Planned:
     positions: dict[Hashable, tuple[int, ...]]
     reserve: int
     has_operators: bool
+    workspace_fits: bool
 
 
 @dataclass(slots=True)
@@ -126,6 +130,9 @@ class Engine:
         self._stale = False  # the active plan was made with less knowledge than there is now
         self._began_s = 0.0
         self._before = PassFacts()
+        self.capture_bytes = 0  # what captured graphs hold, Dynamo's part included
+        self._gauge = execution.device.gauge()
+        self._used_bytes = 0  # at the last mark, without the arena
         self._unclear = False  # a pass began and did not end
         self._collecting = False  # written homes are being found
         self._closed = False
@@ -169,7 +176,20 @@ class Engine:
         self._before = PassFacts(
             stall_s=counters.stall_s, bytes_read=counters.bytes_read, unplanned_fetches=counters.unplanned_fetches
         )
+        self.mark_memory()
         self._began_s = time.perf_counter()
+
+    def mark_memory(self) -> None:
+        """Says that what memory is used from now on is a capture's, if one comes."""
+        self._used_bytes = self._gauge.used_bytes() - self.execution.arena.backed_bytes
+
+    def note_capture(self) -> None:
+        """Says that a graph was captured since the last mark: it shares the budget from now on."""
+        before = self._used_bytes
+        self.mark_memory()
+        self.capture_bytes += max(self._used_bytes - before, 0)
+        self._plans.clear()
+        self._stale = True
 
     def end_pass(self) -> None:
         """Ends a pass that went well."""
@@ -365,8 +385,11 @@ class Engine:
                 self._plans.popitem(last=False)
         plan = planned.plan
         self.ledger.set(Kind.ACTIVATIONS, 0)
+        self.ledger.set(Kind.CAPTURE, 0)
         self.ledger.set(Kind.ARENA, plan.arena_bytes)
         self.ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
+        if plan.budget_bytes < self.ledger.budget_bytes:
+            self.ledger.set(Kind.CAPTURE, self.capture_bytes)
         self.execution.adopt(plan, [step.reads for step in planned.tape.trace.steps])
         self._active = planned
         self._stale = False
@@ -389,7 +412,7 @@ class Engine:
     def _make(self, keys: tuple[Hashable, ...], reserve: int, operators: bool) -> _Planned:
         began_s = time.perf_counter()
         segments = [self._segments[key] for key in keys]
-        tape, plan = self._fit(segments, reserve)
+        tape, plan, workspace_fits = self._fit(segments, reserve)
         stretches = _stretches(tape, plan)
         positions: dict[Hashable, tuple[int, ...]] = {}
         for position, key in enumerate(keys):
@@ -403,14 +426,24 @@ class Engine:
             format_bytes(plan.prediction.streamed_bytes),
             format_bytes(plan.activation_bytes),
         )
-        return _Planned(tape, plan, stretches, positions, reserve, operators)
+        return _Planned(tape, plan, stretches, positions, reserve, operators, workspace_fits)
 
-    def _fit(self, segments: Sequence[Segment], reserve: int) -> tuple[Tape, Plan]:
-        """Returns a tape of these segments and its plan; what is only measured or guessed yields to the budget."""
-        name, budget = f"pass of {len(segments)} segments", self.ledger.budget_bytes
+    def _fit(self, segments: Sequence[Segment], reserve: int) -> tuple[Tape, Plan, bool]:
+        """Returns a tape of these segments, its plan, and whether that has room for workspace.
+
+        What is only measured or guessed yields: capture first, then workspace.
+        """
+        budget = self.ledger.budget_bytes
+        if self.capture_bytes <= budget * LARGEST_CAPTURE_SHARE:
+            with contextlib.suppress(BudgetError):
+                return self._fit_into(budget - self.capture_bytes, segments, reserve)
+        return self._fit_into(budget, segments, reserve)
+
+    def _fit_into(self, budget: int, segments: Sequence[Segment], reserve: int) -> tuple[Tape, Plan, bool]:
+        name = f"pass of {len(segments)} segments"
         tape = make_tape(name, self.weights, segments, reserve)
         try:
-            return tape, self._plan(tape.trace, budget)
+            return tape, self._plan(tape.trace, budget), True
         except BudgetError as error:
             refused = error
         tape = make_tape(name, self.weights, segments, reserve, workspace=False)
@@ -429,7 +462,12 @@ class Engine:
                 format_bytes(budget),
                 format_bytes(refused.smallest_bytes),
             )
-        return tape, plan
+        return tape, plan, False
+
+    @property
+    def workspace_fits(self) -> bool:
+        """Whether the plan has room for what operators allocate inside."""
+        return self._active is None or self._active.workspace_fits
 
     @property
     def plan(self) -> Plan | None:
