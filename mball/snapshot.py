@@ -8,7 +8,7 @@ from mball.observe.report import Report
 from mball.run.engine import Engine
 from mball.schema import Plan
 
-NOT_COUNTED = ("Python and torch themselves", "graphs while they are captured", "tensors the user keeps")
+NOT_COUNTED = ("Python and torch themselves", "tensors the user keeps")
 
 
 def take_report(engine: Engine, *, link_bytes_per_s: float, io_path: str, weights_owned: int, graphs: int) -> Report:

@@ -32,8 +32,8 @@ from mball.units import format_bytes
 logger = logging.getLogger(__name__)
 
 MAX_PLANS = 32
-# What captured graphs hold is taken from the budget while it is no more than this part of it, else it comes on top.
-LARGEST_CAPTURE_SHARE = 1 / 8
+# What capture takes is taken from the budget while it is no more than this part of it, else it comes on top.
+LARGEST_CAPTURE_SHARE = 1 / 4
 
 # plan(trace, budget_bytes) -> Plan; raises BudgetError
 Planner = Callable[[Trace, int], Plan]
@@ -132,7 +132,9 @@ class Engine:
         self._before = PassFacts()
         self.capture_bytes = 0  # what captured graphs hold, Dynamo's part included
         self._gauge = execution.device.gauge()
+        self._capturing_bytes = 0  # what capturing one graph took besides, at most: the next one may come at any time
         self._used_bytes = 0  # at the last mark, without the arena
+        self._marked_arena_bytes = 0
         self._unclear = False  # a pass began and did not end
         self._collecting = False  # written homes are being found
         self._closed = False
@@ -181,13 +183,19 @@ class Engine:
 
     def mark_memory(self) -> None:
         """Says that what memory is used from now on is a capture's, if one comes."""
-        self._used_bytes = self._gauge.used_bytes() - self.execution.arena.backed_bytes
+        self._marked_arena_bytes = self.execution.arena.backed_bytes
+        self._used_bytes = self._gauge.used_bytes() - self._marked_arena_bytes
+        self._gauge.reset()
 
     def note_capture(self) -> None:
         """Says that a graph was captured since the last mark: it shares the budget from now on."""
-        before = self._used_bytes
+        used_bytes, arena_bytes = self._used_bytes, self._marked_arena_bytes
+        rise_bytes = self._gauge.rise_bytes()
         self.mark_memory()
-        self.capture_bytes += max(self._used_bytes - before, 0)
+        held_bytes = max(self._used_bytes - used_bytes, 0)
+        more_arena_bytes = max(self._marked_arena_bytes - arena_bytes, 0)
+        self.capture_bytes += held_bytes
+        self._capturing_bytes = max(self._capturing_bytes, rise_bytes - more_arena_bytes - held_bytes)
         self._plans.clear()
         self._stale = True
 
@@ -389,7 +397,7 @@ class Engine:
         self.ledger.set(Kind.ARENA, plan.arena_bytes)
         self.ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
         if plan.budget_bytes < self.ledger.budget_bytes:
-            self.ledger.set(Kind.CAPTURE, self.capture_bytes)
+            self.ledger.set(Kind.CAPTURE, self.ledger.budget_bytes - plan.budget_bytes)
         self.execution.adopt(plan, [step.reads for step in planned.tape.trace.steps])
         self._active = planned
         self._stale = False
@@ -434,9 +442,10 @@ class Engine:
         What is only measured or guessed yields: capture first, then workspace.
         """
         budget = self.ledger.budget_bytes
-        if self.capture_bytes <= budget * LARGEST_CAPTURE_SHARE:
+        capture_bytes = self.capture_bytes + self._capturing_bytes
+        if capture_bytes <= budget * LARGEST_CAPTURE_SHARE:
             with contextlib.suppress(BudgetError):
-                return self._fit_into(budget - self.capture_bytes, segments, reserve)
+                return self._fit_into(budget - capture_bytes, segments, reserve)
         return self._fit_into(budget, segments, reserve)
 
     def _fit_into(self, budget: int, segments: Sequence[Segment], reserve: int) -> tuple[Tape, Plan, bool]:
