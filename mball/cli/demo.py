@@ -37,10 +37,10 @@ def run_demo(*, budget: str, prompt: str, max_new_tokens: int) -> int:
         "SmolLM2-135M-Instruct, bfloat16. The weights are dequantised Q4_1: real, and a little worse than the original."
     )
     console.print(f"[bold]> {escape(prompt)}[/]")
-    wrapped, report = _ask_wrapped(console, checkpoint, budget_bytes, prompt, max_new_tokens)
+    wrapped, report = ask_wrapped(console, checkpoint, budget_bytes, prompt, max_new_tokens)
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
     with console.status("the same prompt on the unwrapped model, in a process of its own"):
-        unwrapped = _ask_unwrapped(checkpoint, prompt, max_new_tokens)
+        unwrapped = ask_unwrapped(checkpoint, prompt, max_new_tokens)
     same = wrapped["token_ids"] == unwrapped["token_ids"] and wrapped["text"] == unwrapped["text"]
     console.print(_comparison(wrapped, unwrapped, budget_bytes))
     if same:
@@ -62,9 +62,10 @@ def _checkpoint(console: Console) -> Path:
     return made
 
 
-def _ask_wrapped(
+def ask_wrapped(
     console: Console, checkpoint: Path, budget_bytes: int, prompt: str, max_new_tokens: int
 ) -> tuple[dict[str, Any], Any]:
+    """Returns the wrapped model's answer with its times, and its report. Raises WrapError if it was not managed."""
     # Loaded before memory is measured, as in the other process: libraries are no part of the model.
     import torch._dynamo  # noqa: F401
     from transformers import AutoTokenizer
@@ -89,7 +90,8 @@ def _ask_wrapped(
     return result, report
 
 
-def _ask_unwrapped(checkpoint: Path, prompt: str, max_new_tokens: int) -> dict[str, Any]:
+def ask_unwrapped(checkpoint: Path, prompt: str, max_new_tokens: int) -> dict[str, Any]:
+    """Returns the same of the unwrapped model, from a process of its own. Raises CheckpointError if that fails."""
     program = Path(__file__).with_name("plain_answer.py")
     # -P: the folder of the program is no place to import from.
     command = [sys.executable, "-P", str(program), str(checkpoint), prompt, str(max_new_tokens)]

@@ -49,14 +49,14 @@ def test_same_answer_and_both_measured(checkpoint: Path, capsys: pytest.CaptureF
 def test_another_answer_fails(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    honest = demo._ask_unwrapped
+    honest = demo.ask_unwrapped
 
     def lie(*arguments: Any) -> dict[str, Any]:
         result = honest(*arguments)
         result["token_ids"][-1] += 1
         return result
 
-    monkeypatch.setattr(demo, "_ask_unwrapped", lie)
+    monkeypatch.setattr(demo, "ask_unwrapped", lie)
     assert demo.run_demo(budget="400KiB", prompt="why", max_new_tokens=4) == 1
     assert "DIFFERENT" in capsys.readouterr().out
 
