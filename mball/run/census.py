@@ -41,9 +41,9 @@ class Census:
     buffer_owners: dict[str, Owner]
 
     def buffer_bytes(self) -> int:
-        """Returns the bytes of all buffers, shared storage counted once."""
-        storages = {b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in self.buffers.values()}
-        return sum(storages.values())
+        """Returns the bytes of all buffers that hold any, shared storage counted once."""
+        held = [buffer.untyped_storage() for buffer in self.buffers.values() if not buffer.is_meta]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
 
 def take_census(roots: Sequence[torch.nn.Module]) -> Census:

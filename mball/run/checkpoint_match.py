@@ -82,5 +82,10 @@ def _read_tensor(entry: TensorEntry) -> torch.Tensor:
     if entry.size_bytes:
         with open(entry.file, "rb") as file:
             file.seek(entry.offset_bytes)
-            file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            num_read = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if num_read != entry.size_bytes:
+            raise CheckpointError(
+                f"{entry.file} ends at byte {entry.offset_bytes + num_read}, in the middle of {entry.name!r} "
+                f"({entry.size_bytes} bytes from {entry.offset_bytes}): it is truncated; copy or download it again"
+            )
     return tensor

@@ -255,6 +255,28 @@ def test_a_meta_model_never_exists_whole(tmp_path: Path) -> None:
     assert_streamed(model)
 
 
+def test_unwrapped_parameters_are_ordinary_memory(wrapped: Any, expected: torch.Tensor) -> None:
+    run(wrapped, call)
+    homes = {parameter.data_ptr() for parameter in wrapped.parameters()}
+    mball.unwrap(wrapped)
+    assert homes.isdisjoint(parameter.data_ptr() for parameter in wrapped.parameters())
+    assert wrapped[0].weight.data_ptr() == wrapped[4].weight.data_ptr(), "tied before, tied after"
+    assert_same(run(wrapped, call), expected)
+
+
+def test_buffers_of_a_meta_model_are_counted_once(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = make(lambda: nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)))
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = make(lambda: nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)))
+    wrap_hostile(model, 28 << 10, tmp_path / "model.safetensors", swap_dir=tmp_path)
+    assert mball.report(model).buffer_bytes == 2 * 64 * 4 + 8
+    assert_same(run(model, call), run(source, call))
+    assert_streamed(model)
+
+
 def test_deleting_the_model_gives_everything_back(tmp_path: Path) -> None:
     def open_files() -> int:
         return len(os.listdir("/proc/self/fd"))
