@@ -29,7 +29,7 @@ class MachineFacts:
         cpu: the model, as the kernel names it.
         cores: those that this process may run on.
         memory_bytes: all of the machine's.
-        kernel: its release.
+        kernel: its version, without what a distributor or host adds.
         transformers: version, None where it is not installed.
         gpu: name of the first GPU, None without one.
         gpu_driver: version, None without a GPU.
@@ -57,7 +57,7 @@ def machine_facts() -> MachineFacts:
         cpu=_cpu(),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=machine_memory().total_bytes,
-        kernel=platform.release(),
+        kernel=platform.release().partition("-")[0],
         python=platform.python_version(),
         torch=importlib.metadata.version("torch"),
         transformers=_version("transformers"),
