@@ -23,7 +23,7 @@ from mball.observe.report import Report
 from mball.plan import make_plan
 from mball.run.census import Census, take_census
 from mball.run.checkpoint_match import load_buffers, match_weights
-from mball.run.doors import Gate, Wrapped, hang_door, mix_in, mix_out
+from mball.run.doors import Gate, Wrapped, hang_door, mix_in, mix_out, mixed_class
 from mball.run.engine import Engine
 from mball.run.execution import Execution
 from mball.run.home_sources import map_checkpoint, write_homes
@@ -98,6 +98,7 @@ def _wrap(
     adapt_device: AdaptDevice = lambda device: device,
 ) -> None:
     _check_roots(roots)
+    classes = [_mixed(root) for root in roots]
     census = take_census(roots)
     if not census.weights:
         raise WrapError("the model has no weights, so there is nothing to stream")
@@ -141,7 +142,7 @@ def _wrap(
     place_buffers(census, new_buffers)
     gate = Gate(engine, parameters, roots)
     backend = Backend(gate, parameters, [b for root in roots for b in root.buffers()])
-    _hang_doors(roots, gate, backend, config)
+    _hang_doors(roots, classes, gate, backend, config)
     closer = weakref.finalize(roots[0], _close, engine, reader, files)
     state = _State(
         config=config,
@@ -304,19 +305,35 @@ def _nothing_to_verify() -> None:
     """A swap file has no name: nobody can change it."""
 
 
-def _hang_doors(roots: Sequence[torch.nn.Module], gate: Gate, backend: Backend, config: Config) -> None:
+def _mixed(root: torch.nn.Module) -> type[torch.nn.Module]:
+    try:
+        return mixed_class(type(root))
+    except TypeError as error:
+        raise WrapError(
+            f"{type(root).__name__} cannot be derived from ({error}), and mball derives a class to wrap it: put the "
+            "model into a plain module and wrap that"
+        ) from error
+
+
+def _hang_doors(
+    roots: Sequence[torch.nn.Module],
+    classes: Sequence[type[torch.nn.Module]],
+    gate: Gate,
+    backend: Backend,
+    config: Config,
+) -> None:
     capture = config.capture
     missing = torch_private.missing_for_capture()
     if capture is Capture.GRAPHS and missing:
         logger.warning("this torch lacks %s: no graphs are captured, operators are watched instead", ", ".join(missing))
         capture = Capture.OPERATORS
-    for root in roots:
+    for root, mixed in zip(roots, classes, strict=True):
         for module in root.modules():
             if torch_private.get_call(module) is None and any(True for _ in module.parameters()):
                 hang_door(module, gate)
         if capture is Capture.GRAPHS:
             hang_door(root, gate, torch_private.compile_faithfully(torch_private.plain_call(root), backend))
-        mix_in(root, gate)
+        mix_in(root, mixed, gate)
 
 
 def _close(engine: Engine, reader: ThreadedReader, files: FileTable) -> None:

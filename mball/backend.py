@@ -16,13 +16,11 @@ from mball.run.doors import Gate, check_graph_inputs
 from mball.run.engine import Engine
 from mball.schema import Activation, Step
 from mball.trace.cut import Cut, UnsupportedGraphError
-from mball.trace.driver import Driver, build_driver
+from mball.trace.driver import Driver, StepHooks, build_driver
 from mball.trace.graph import CapturedGraph
 from mball.trace.profile import CostProfile, TimeProfile
 
 logger = logging.getLogger(__name__)
-
-NUM_PROFILES = 2
 
 
 class GraphSegment:
@@ -31,7 +29,7 @@ class GraphSegment:
     def __init__(self, graph: CapturedGraph, weight_bytes: Sequence[int], values: Mapping[Any, int]) -> None:
         self._graph = graph
         self._weight_bytes = weight_bytes
-        self._values = values
+        self.values = values
         self._key = (graph.name, tuple(values.values()))
 
     @property
@@ -43,7 +41,7 @@ class GraphSegment:
         return self._graph.name
 
     def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:
-        return self._graph.schema_steps(self._weight_bytes, self._values, workspace=workspace)
+        return self._graph.schema_steps(self._weight_bytes, self.values, workspace=workspace)
 
 
 class GraphRunner:
@@ -56,40 +54,56 @@ class GraphRunner:
         self._engine: Engine = gate.engine
         self._weight_bytes = [weight.size_bytes for weight in self._engine.weights]
         self._segments: dict[tuple[int, ...], GraphSegment] = {}
-        self._profiles_left = NUM_PROFILES
+        self._is_new = True
+        self._costs_due = True
+        self._costed: dict[Any, int] = {}  # the largest sizes at which costs were measured
+        self._times_due = True
 
     def __call__(self, *args: Any) -> Any:
         return self._gate.run(self._run, args, {})
 
     def _run(self, *args: Any) -> Any:
         check_graph_inputs(args[number] for number in self.graph.others)
-        if self._profiles_left == NUM_PROFILES:
+        if self._is_new:
             # Capture has just ended, and what it freed is as large as many layers.
             gc.collect()
             libc.trim_heap()
             self._engine.note_capture()
+            self._is_new = False
         values = self.graph.symbol_values(args)
-        self._engine.start_graph(self._segment(values))
-        if self._profiles_left:
-            return self._profiled(values, args)
-        return self._gate.run_graph(self._driver, (self._engine, *args))
+        segment = self._segment(values)
+        if any(size > self._costed.get(symbol, 0) for symbol, size in segment.values.items()):
+            self._costs_due = True
+        self._engine.start_graph(segment)
+        if self._costs_due:
+            return self._with_costs(values, segment, args)
+        if self._times_due:
+            return self._with_times(args)
+        return self._execute(self._engine, args)
 
-    def _profiled(self, values: Mapping[Any, int], args: Sequence[Any]) -> Any:
-        """Runs the graph and learns from it what its steps cost; plans are made anew with that."""
-        if self._profiles_left == NUM_PROFILES:
-            costs = CostProfile(self.graph.steps, self._engine, self._engine.execution.device.gauge())
-            with costs.counting():
-                result = self._gate.run_graph(self._driver, (costs, *args))
-            learned = self.graph.learn_workspace(values)
-            self._engine.mark_memory()  # results are no capture's
-        else:
-            times = TimeProfile(self.graph.steps, self._engine)
-            result = self._gate.run_graph(self._driver, (times, *args))
-            learned = True
-        self._profiles_left -= 1
-        if learned:
-            self._engine.forget_plans(segment.key for segment in self._segments.values())
+    def _execute(self, hooks: StepHooks, args: Sequence[Any]) -> Any:
+        return self._gate.run_graph(self._driver, (hooks, *args), higher_order=self.graph.has_higher_order)
+
+    def _with_costs(self, values: Mapping[Any, int], segment: GraphSegment, args: Sequence[Any]) -> Any:
+        """Runs the graph and learns what its steps allocate: in its first run, and when its sizes outgrow that."""
+        costs = CostProfile(self.graph.steps, self._engine, self._engine.execution.device.gauge())
+        with costs.counting():
+            result = self._execute(costs, args)
+        self._costs_due = False
+        self._costed = {symbol: max(size, self._costed.get(symbol, 0)) for symbol, size in segment.values.items()}
+        if self.graph.learn_workspace(values):
+            self._forget_plans()
+        self._engine.mark_memory()  # results are no capture's
         return result
+
+    def _with_times(self, args: Sequence[Any]) -> Any:
+        result = self._execute(TimeProfile(self.graph.steps, self._engine), args)
+        self._times_due = False
+        self._forget_plans()
+        return result
+
+    def _forget_plans(self) -> None:
+        self._engine.forget_plans(segment.key for segment in self._segments.values())
 
     def _segment(self, values: Mapping[Any, int]) -> GraphSegment:
         rounded = {symbol: _bucket(value) for symbol, value in values.items()}
@@ -124,11 +138,11 @@ class Backend:
         is_buffer = [id(value) in self._buffers for value in example_inputs]
         try:
             cut = Cut(name, module, weight_of)
+            graph = CapturedGraph(cut, is_buffer)
         except UnsupportedGraphError as error:
             logger.warning("%s; the graph runs operator by operator", error)
             self.unsupported.append(str(error))
             return module.forward
-        graph = CapturedGraph(cut, is_buffer)
         logger.info("captured %s: %d steps, %d weights", name, len(graph.steps), len(set(cut.weights.values())))
         runner = GraphRunner(graph, build_driver(cut), self._gate)
         self.runners.append(runner)

@@ -94,9 +94,9 @@ class Report:
             ),
             (
                 "capture",
-                f"{format_bytes(self.capture_bytes)} held by captured graphs, "
-                f"{'in the budget' if self.capture_is_counted else 'on top of the budget'}"
-                f"{'' if self.workspace_is_counted else '; so is workspace inside operators'}",
+                f"{format_bytes(self.capture_bytes)} held by captured graphs"
+                f"{'' if not self.capture_bytes else ', in the budget' if self.capture_is_counted else ', on top'}"
+                f"{'' if self.workspace_is_counted else '; workspace inside operators is on top of the budget'}",
             ),
             ("swap file", format_bytes(self.swap_bytes)),
             (

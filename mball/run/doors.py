@@ -80,9 +80,13 @@ class Gate:
             raise
         return result
 
-    def run_graph(self, call: Callable[..., _R], args: Sequence[Any]) -> _R:
-        """Returns `call(*args)` for a captured graph. It binds its own weights: the mode need not see its operators."""
-        if torch_private.is_only_mode(self._mode) and not any(map(torch_private.is_subclass, args)):
+    def run_graph(self, call: Callable[..., _R], args: Sequence[Any], *, higher_order: bool = False) -> _R:
+        """Returns `call(*args)` for a captured graph. It binds its own weights: the mode need not see its operators.
+
+        An operator of higher order looks for modes itself, and must find ours where it is active.
+        """
+        plain = not higher_order and not any(map(torch_private.is_subclass, args))
+        if plain and torch_private.is_only_mode(self._mode):
             with torch_private.without_dispatch():
                 return call(*args)
         # A mode of the user's sees them all, and so does ours.
@@ -193,18 +197,23 @@ class Wrapped:
         )
 
 
-def mix_in(module: torch.nn.Module, gate: Gate) -> None:
-    """Gives `module` a class that derives from `Wrapped` and its own, under the same name."""
-    original = type(module)
+def mixed_class(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """Returns a class that derives from `Wrapped` and `original`, under the name of the latter."""
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return original.forward(self, *args, **kwargs)
-        return gate.run(original.forward, (self, *args), kwargs)
+        return self._mball_gate.run(original.forward, (self, *args), kwargs)
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    module.__class__ = type(original.__name__, (Wrapped, original), {**names, "forward": forward, "_mball_gate": gate})
+    return type(original.__name__, (Wrapped, original), {**names, "forward": forward})
+
+
+def mix_in(module: torch.nn.Module, mixed: type[Any], gate: Gate) -> None:
+    """Gives `module` the class that was made of its own."""
+    mixed._mball_gate = gate
+    module.__class__ = mixed
 
 
 def mix_out(module: torch.nn.Module) -> None:

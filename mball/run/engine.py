@@ -9,7 +9,6 @@ with the same segment. A segment that was not predicted is the moment to change 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import threading
@@ -207,6 +206,8 @@ class Engine:
     def recover(self) -> None:
         """Makes everything consistent after a pass that did not end well."""
         self.execution.abort()
+        if self._active is None:
+            self.execution.empty()
         if self._collecting:  # nobody knows any more which homes were written
             self.execution.forget(range(len(self.homes)))
             self._collecting = False
@@ -388,9 +389,10 @@ class Engine:
         planned = self._plans.get((predicted, reserve))
         if planned is None:
             planned = self._make(predicted, reserve, operators)
-            self._plans[(predicted, reserve)] = planned
-            if len(self._plans) > MAX_PLANS:
-                self._plans.popitem(last=False)
+            self._plans[predicted, reserve] = planned
+        self._plans.move_to_end((predicted, reserve))
+        while len(self._plans) > MAX_PLANS:
+            self._plans.popitem(last=False)
         plan = planned.plan
         self.ledger.set(Kind.ACTIVATIONS, 0)
         self.ledger.set(Kind.CAPTURE, 0)
@@ -398,6 +400,7 @@ class Engine:
         self.ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
         if plan.budget_bytes < self.ledger.budget_bytes:
             self.ledger.set(Kind.CAPTURE, self.ledger.budget_bytes - plan.budget_bytes)
+        self._active = None  # until the plan is adopted whole: `recover` sees by this what an interrupt left
         self.execution.adopt(plan, [step.reads for step in planned.tape.trace.steps])
         self._active = planned
         self._stale = False
@@ -441,37 +444,32 @@ class Engine:
 
         What is only measured or guessed yields: capture first, then workspace.
         """
-        budget = self.ledger.budget_bytes
+        name, budget = f"pass of {len(segments)} segments", self.ledger.budget_bytes
         capture_bytes = self.capture_bytes + self._capturing_bytes
+        attempts = [(budget, True), (budget, False)]
         if capture_bytes <= budget * LARGEST_CAPTURE_SHARE:
-            with contextlib.suppress(BudgetError):
-                return self._fit_into(budget - capture_bytes, segments, reserve)
-        return self._fit_into(budget, segments, reserve)
-
-    def _fit_into(self, budget: int, segments: Sequence[Segment], reserve: int) -> tuple[Tape, Plan, bool]:
-        name = f"pass of {len(segments)} segments"
-        tape = make_tape(name, self.weights, segments, reserve)
-        try:
-            return tape, self._plan(tape.trace, budget), True
-        except BudgetError as error:
-            refused = error
-        tape = make_tape(name, self.weights, segments, reserve, workspace=False)
-        try:
-            plan = self._plan(tape.trace, budget)
-        except BudgetError as error:
-            # Nothing is known yet of what operators allocate: keep what there is.
-            spare = budget - (error.smallest_bytes - reserve)
-            if self._operator_bytes is not None or not reserve or spare < 0:
-                raise
-            tape = make_tape(name, self.weights, segments, spare, workspace=False)
-            plan = self._plan(tape.trace, budget)
-        else:
-            logger.warning(
-                "operators take workspace that does not fit the budget of %s: %s would hold it too; it comes on top",
-                format_bytes(budget),
-                format_bytes(refused.smallest_bytes),
-            )
-        return tape, plan, False
+            attempts.insert(0, (budget - capture_bytes, True))
+        refused: list[BudgetError] = []
+        for limit, workspace in attempts:
+            tape = make_tape(name, self.weights, segments, reserve, workspace=workspace)
+            try:
+                plan = self._plan(tape.trace, limit)
+            except BudgetError as error:
+                refused.append(error)
+                continue
+            if not workspace:
+                logger.warning(
+                    "operators take workspace that does not fit the budget of %s: %s would hold it too; it is on top",
+                    format_bytes(budget),
+                    format_bytes(refused[-1].smallest_bytes),
+                )
+            return tape, plan, workspace
+        # Nothing is known yet of what operators allocate: keep what there is.
+        spare = budget - (refused[-1].smallest_bytes - reserve)
+        if self._operator_bytes is not None or not reserve or spare < 0:
+            raise refused[-1]
+        tape = make_tape(name, self.weights, segments, spare, workspace=False)
+        return tape, self._plan(tape.trace, budget), False
 
     @property
     def workspace_fits(self) -> bool:

@@ -43,6 +43,7 @@ class Cut:
         weights: the placeholders that stand for weights.
         views: nodes whose result is a view of a weight; they belong to no step.
         steps: all other nodes.
+        has_higher_order: whether a node is an operator on functions, such as `torch.cond`.
 
     Raises:
         UnsupportedGraphError: the graph writes to a weight, or mixes a weight's memory into a result.
@@ -52,6 +53,9 @@ class Cut:
         self.name = name
         self.module = module
         self.placeholders = module.graph.find_nodes(op="placeholder")
+        self.has_higher_order = any(
+            isinstance(node.target, torch._ops.HigherOrderOperator) for node in module.graph.nodes
+        )
         self.weights: dict[torch.fx.Node, int] = {
             node: weight for node, weight in zip(self.placeholders, weight_of, strict=True) if weight is not None
         }

@@ -61,10 +61,12 @@ class CapturedGraph:
     Attributes:
         steps: the finest steps, in order.
         others: positions of the arguments that are no weights.
+        has_higher_order: see Cut.
     """
 
     def __init__(self, cut: Cut, is_buffer: Sequence[bool]) -> None:
         self.name = cut.name
+        self.has_higher_order = cut.has_higher_order
         self.steps = [
             StepFacts(
                 name=f"{cut.name}/{number} {step.nodes[0].name if step.nodes else 'empty'}",

@@ -71,16 +71,28 @@ def call(model: nn.Module) -> torch.Tensor:
 
 def interrupted_after(delay_s: float, act: Callable[[], object]) -> list[traceback.FrameSummary]:
     """Does `act` again and again until a real Ctrl-C ends it; returns where it was then."""
-    timer = threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    over = threading.Event()
+
+    def strike() -> None:
+        time.sleep(delay_s)
+        while not over.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            # Python drops what is raised in a finalizer, a Ctrl-C too: then another one is needed.
+            over.wait(5)
+
+    striker = threading.Thread(target=strike, daemon=True)
+    striker.start()
 
     def again_and_again() -> None:
-        while True:
-            act()
+        try:
+            while True:
+                act()
+        finally:
+            over.set()
 
     with pytest.raises(KeyboardInterrupt) as caught:
         again_and_again()
-    timer.join()
+    striker.join()
     return list(traceback.extract_tb(caught.tb))
 
 
