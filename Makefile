@@ -1,4 +1,5 @@
-# Every target makes the virtual environment that it needs; nothing has to be installed before.
+# Every target makes the virtual environment that it needs; nothing has to be installed before. Only `gpu` and `gpu-bench`
+# use what is there.
 PYTHON ?= python3
 # `make gpu` runs with this machine's own Python, whose torch was built for its driver.
 GPU_PYTHON ?= python3

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import mball
 from mball.api import _states, trace_and_plan
+from mball.run.engine import Engine
+from mball.run.execution import Execution
 from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes, wrap_hostile
 from tests.run.zoo import noise
 
@@ -96,3 +101,84 @@ def test_what_capture_holds_shares_a_budget_that_is_large_enough(tmp_path: Path)
     assert report.capture_is_counted
     assert report.arena_bytes + report.activation_bytes + report.capture_bytes <= report.budget_bytes
     assert report.peak_bytes <= report.budget_bytes
+
+
+class Turns(nn.Module):
+    """The same layers in either order: two passes with a plan each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+
+    def forward(self, x: torch.Tensor, reverse: bool = False) -> torch.Tensor:
+        for layer in reversed(self.layers) if reverse else self.layers:
+            x = layer(x)
+        return x
+
+
+def strike_once(place: tuple[str, int] | None, act: Any) -> list[tuple[str, int]]:
+    """Runs `act`, with KeyboardInterrupt at a line of the code that changes plans; returns the lines it ran."""
+    codes = {Engine._replan.__code__, Execution.adopt.__code__}
+    lines: list[tuple[str, int]] = []
+
+    def local(frame: FrameType, event: str, _: object) -> Any:
+        here = (frame.f_code.co_name, frame.f_lineno)
+        if event == "line" and here not in lines:
+            lines.append(here)
+            if here == place:
+                raise KeyboardInterrupt
+        return local
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, _, __: local if frame.f_code in codes else None)
+    try:
+        act()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_ctrl_c_while_plans_change(capture: str, tmp_path: Path) -> None:
+    plain, model = make(Turns), make(Turns)
+    mball.wrap(model, budget=int(weight_bytes(model) * 0.6), swap_dir=tmp_path, capture=capture)
+    x = noise(4, 64)
+    expected = {reverse: run(plain, lambda m, r=reverse: m(x, reverse=r)) for reverse in (False, True)}
+
+    def go(reverse: bool) -> torch.Tensor:
+        return run(model, lambda m: m(x, reverse=reverse))
+
+    def settle() -> None:
+        for reverse in (False, False, True, True, False, False):
+            assert_same(go(reverse), expected[reverse])
+
+    settle()
+    settle()
+    lines = strike_once(None, lambda: go(True))
+    assert len(lines) > 20
+    settle()
+    for place in lines:
+        with pytest.raises(KeyboardInterrupt):
+            strike_once(place, lambda: go(True))
+        for reverse in (False, False, True, False):
+            assert_same(go(reverse), expected[reverse], f"after an interrupt at {place}")
+
+
+class Decides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.yes, self.no, self.last = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = torch.cond(x.sum() > 0, lambda x: self.yes(x) + 1, lambda x: self.no(x) - 1, (x,))
+        return self.last(x)
+
+
+def test_a_graph_that_calls_graphs(tmp_path: Path) -> None:
+    plain, model = make(Decides), make(Decides)
+    wrap_hostile(model, int(weight_bytes(model) * 0.8), swap_dir=tmp_path)
+    for seed in range(4):
+        x = noise(4, 64, seed=seed)
+        assert_same(run(model, lambda m, x=x: m(x)), run(plain, lambda m, x=x: m(x)), f"pass {seed}")
+    assert_streamed(model)

@@ -296,6 +296,19 @@ def test_deleting_the_model_gives_everything_back(tmp_path: Path) -> None:
     assert open_files() <= files
 
 
+def test_children_of_a_dropped_model_go_with_it(tmp_path: Path) -> None:
+    """Also where a child knows its parent, and while Dynamo still keeps what it captured."""
+    model: Any = make(tied_sequential)
+    mball.wrap(model, budget=int(weight_bytes(model) * 0.6), swap_dir=tmp_path)
+    run(model, call)
+    model[1].register_forward_hook(model.zero_grad)  # a bound method of the root
+    gone = [weakref.ref(model), weakref.ref(model[2])]
+    del model
+    for _ in range(2):
+        gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
 def test_balloon_as_context_manager_and_decorator(tmp_path: Path, expected: torch.Tensor) -> None:
     model = make(tied_sequential)
     budget = int(weight_bytes(model) * 0.6)
