@@ -20,7 +20,7 @@ HEADING = Heading(
     name="real-model",
     topic=Topic.EQUALITY,
     device=Device.CPU,
-    headline="{dynamic} logits of SmolLM2 the same bits with a dynamic, {static} with a static cache",
+    headline="{dynamic} of SmolLM2 have the same bits with a dynamic cache, {static} with a static one",
 )
 
 BUDGET_BYTES = 130 * MIB
@@ -69,7 +69,7 @@ def test_logits(cache: str, checkpoint: Path, benchmark: BenchmarkFixture, findi
     assert same == sum(logits.numel() for logits in expected)
     findings.add(
         Measurement.of(
-            cache, [same], unit="equal", compared_with="the unwrapped model in eager mode",
+            cache, [same], unit="logits", compared_with="the unwrapped model in eager mode",
             description=f"logits of {NUM_NEW_TOKENS} tokens that have the same bits, budget 130 MiB of 257 MiB",
         )
     )  # fmt: skip
