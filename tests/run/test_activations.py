@@ -90,10 +90,10 @@ def test_the_planned_peak_is_the_real_one(
     gate = _states[model].gate
     run_graph = gate.run_graph
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         # Inside the captured graph, where every operator is seen as it runs; around it, Dynamo would step aside.
         with watch:
-            return run_graph(*args)
+            return run_graph(*args, **kwargs)
 
     monkeypatch.setattr(gate, "run_graph", watched)
     assert_same(run(model, call), expected)
