@@ -296,6 +296,24 @@ def test_deleting_the_model_gives_everything_back(tmp_path: Path) -> None:
     assert open_files() <= files
 
 
+class Registry(nn.Sequential):
+    def __init_subclass__(cls, *, key: str) -> None:
+        super().__init_subclass__()
+
+
+class Entry(Registry, key="entry"):
+    pass
+
+
+def test_a_class_that_cannot_be_derived_from(tmp_path: Path) -> None:
+    model = make(lambda: Entry(nn.Linear(64, 64)))
+    with pytest.raises(WrapError, match="Entry cannot be derived from"):
+        mball.wrap(model, budget="1MiB", swap_dir=tmp_path)
+    assert type(model) is Entry
+    assert not list(tmp_path.iterdir())
+    mball.wrap(nn.Sequential(model), budget="1MiB", swap_dir=tmp_path)
+
+
 def test_children_of_a_dropped_model_go_with_it(tmp_path: Path) -> None:
     """Also where a child knows its parent, and while Dynamo still keeps what it captured."""
     model: Any = make(tied_sequential)
