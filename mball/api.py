@@ -332,7 +332,10 @@ def _hang_doors(
             if torch_private.get_call(module) is None and any(True for _ in module.parameters()):
                 hang_door(module, gate)
         if capture is Capture.GRAPHS:
-            hang_door(root, gate, torch_private.compile_faithfully(torch_private.plain_call(root), backend))
+            call = torch_private.compile_faithfully(
+                torch_private.plain_call(root), backend, before_capture=gate.engine.capture.begin
+            )
+            hang_door(root, gate, call)
         mix_in(root, mixed, gate)
 
 

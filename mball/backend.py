@@ -93,7 +93,6 @@ class GraphRunner:
         self._costed = {symbol: max(size, self._costed.get(symbol, 0)) for symbol, size in segment.values.items()}
         if self.graph.learn_workspace(values):
             self._forget_plans()
-        self._engine.mark_memory()  # results are no capture's
         return result
 
     def _with_times(self, args: Sequence[Any]) -> Any:

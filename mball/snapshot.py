@@ -35,7 +35,7 @@ def take_report(engine: Engine, *, link_bytes_per_s: float, io_path: str, weight
         buffer_bytes=engine.fixed_bytes,
         activation_bytes=activations,
         arena_bytes=arena,
-        capture_bytes=engine.capture_bytes,
+        capture_bytes=engine.capture.held_bytes,
         capture_is_counted=plan is not None and plan.budget_bytes < engine.ledger.budget_bytes,
         workspace_is_counted=engine.workspace_fits,
         weight_bytes=sum(weight.size_bytes for weight in engine.weights),

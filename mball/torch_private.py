@@ -6,6 +6,7 @@ mode alone: the same results and the same budget, without the knowledge that a c
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import threading
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ _USED = (
     ),
     ("torch._C._DisableTorchDispatch", "keeps the dispatch mode away from captured graphs"),
     ("torch._dynamo.config.skip_nnmodule_hook_guards", "notices hooks that come after capture"),
+    ("torch._dynamo.callback.callback_handler", "says when a capture begins, so that its memory is known"),
     ("torch._ops.OpOverload", "tells views and writes from reads"),
     ("torch.utils.flop_counter.flop_registry", "counts floating point operations"),
     ("torch.autograd.graph.increment_version", "makes autograd notice that a slot was reused"),
@@ -208,22 +210,34 @@ def capturing() -> bool:
     return _capture.active
 
 
-def compile_faithfully(call: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+def compile_faithfully(
+    call: Callable[..., Any], backend: Callable[..., Any], *, before_capture: Callable[[], None]
+) -> Callable[..., Any]:
     """Returns `torch.compile(call, backend=backend)`, made to do what `call` does uncompiled.
 
-    By default Dynamo does not look whether hooks came or went since it captured a graph.
+    By default Dynamo does not look whether hooks came or went since it captured a graph. `before_capture` is called
+    in the calling thread whenever Dynamo begins to capture.
     """
     import torch._dynamo
+    from torch._dynamo.callback import callback_handler
 
     compiled = torch.compile(call, backend=backend)
+
+    def started(_: object) -> None:
+        if _capture.active:
+            before_capture()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         before = _capture.active
         try:
             _capture.active = True
+            # Here and not once for all: `torch._dynamo.reset()` removes what is registered.
+            callback_handler.register_start_callback(started)
             with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
                 return compiled(*args, **kwargs)
         finally:
+            with contextlib.suppress(ValueError):
+                callback_handler.remove_start_callback(started)
             _capture.active = before
 
     return run

@@ -18,7 +18,8 @@ class HostGauge:
     """The kernel's own high-water mark, which it lets a process reset. Exact to some hundred KiB, about 0.1 ms a use.
 
     It sees what no allocator tells: workspace of the libraries under torch. It also sees what other threads
-    allocate meanwhile, and pages of files that are read through a mapping.
+    allocate meanwhile, and pages of files that are read through a mapping. There is one mark for the whole process:
+    `reset` begins anew for every gauge, and for whoever else reads VmHWM.
     """
 
     def __init__(self, proc: Path = Path("/proc/self")) -> None:

@@ -22,6 +22,7 @@ import torch
 from mball.errors import BudgetError, WrapError
 from mball.memory.ledger import Kind, Ledger
 from mball.run.activations import LiveBytes
+from mball.run.capture_cost import CaptureCost
 from mball.run.execution import Bound, Execution
 from mball.run.homes import PAGE_BYTES, Homes
 from mball.run.segments import OperatorSegment, Segment, Tape, make_tape
@@ -31,8 +32,6 @@ from mball.units import format_bytes
 logger = logging.getLogger(__name__)
 
 MAX_PLANS = 32
-# What capture takes is taken from the budget while it is no more than this part of it, else it comes on top.
-LARGEST_CAPTURE_SHARE = 1 / 4
 
 # plan(trace, budget_bytes) -> Plan; raises BudgetError
 Planner = Callable[[Trace, int], Plan]
@@ -72,7 +71,6 @@ class PassFacts:
     stall_s: float = 0.0
     bytes_read: int = 0
     unplanned_fetches: int = 0
-    segments: int = 0
     steps: int = 0
     in_place_bytes: int = 0
 
@@ -129,11 +127,7 @@ class Engine:
         self._stale = False  # the active plan was made with less knowledge than there is now
         self._began_s = 0.0
         self._before = PassFacts()
-        self.capture_bytes = 0  # what captured graphs hold, Dynamo's part included
-        self._gauge = execution.device.gauge()
-        self._capturing_bytes = 0  # what capturing one graph took besides, at most: the next one may come at any time
-        self._used_bytes = 0  # at the last mark, without the arena
-        self._marked_arena_bytes = 0
+        self.capture = CaptureCost(execution.device.gauge(), execution.arena)
         self._unclear = False  # a pass began and did not end
         self._collecting = False  # written homes are being found
         self._closed = False
@@ -177,24 +171,12 @@ class Engine:
         self._before = PassFacts(
             stall_s=counters.stall_s, bytes_read=counters.bytes_read, unplanned_fetches=counters.unplanned_fetches
         )
-        self.mark_memory()
+        self.capture.abandon()
         self._began_s = time.perf_counter()
 
-    def mark_memory(self) -> None:
-        """Says that what memory is used from now on is a capture's, if one comes."""
-        self._marked_arena_bytes = self.execution.arena.backed_bytes
-        self._used_bytes = self._gauge.used_bytes() - self._marked_arena_bytes
-        self._gauge.reset()
-
     def note_capture(self) -> None:
-        """Says that a graph was captured since the last mark: it shares the budget from now on."""
-        used_bytes, arena_bytes = self._used_bytes, self._marked_arena_bytes
-        rise_bytes = self._gauge.rise_bytes()
-        self.mark_memory()
-        held_bytes = max(self._used_bytes - used_bytes, 0)
-        more_arena_bytes = max(self._marked_arena_bytes - arena_bytes, 0)
-        self.capture_bytes += held_bytes
-        self._capturing_bytes = max(self._capturing_bytes, rise_bytes - more_arena_bytes - held_bytes)
+        """Says that a graph was captured: what that took shares the budget from now on."""
+        self.capture.end()
         self._plans.clear()
         self._stale = True
 
@@ -226,7 +208,6 @@ class Engine:
             stall_s=counters.stall_s - before.stall_s,
             bytes_read=counters.bytes_read - before.bytes_read,
             unplanned_fetches=counters.unplanned_fetches - before.unplanned_fetches,
-            segments=len(self._tape),
             steps=self.last.steps,
             in_place_bytes=0 if self.written_now else self.homes.touched_bytes(),
         )
@@ -445,10 +426,7 @@ class Engine:
         What is only measured or guessed yields: capture first, then workspace.
         """
         name, budget = f"pass of {len(segments)} segments", self.ledger.budget_bytes
-        capture_bytes = self.capture_bytes + self._capturing_bytes
-        attempts = [(budget, True), (budget, False)]
-        if capture_bytes <= budget * LARGEST_CAPTURE_SHARE:
-            attempts.insert(0, (budget - capture_bytes, True))
+        attempts = [(budget - self.capture.share_of(budget), True), (budget, True), (budget, False)]
         refused: list[BudgetError] = []
         for limit, workspace in attempts:
             tape = make_tape(name, self.weights, segments, reserve, workspace=workspace)

@@ -64,7 +64,7 @@ class Cut:
             for tensor in tensors_of(node):
                 if tensor._version > 0:
                     raise UnsupportedGraphError(f"{name} writes to weight {node.name}")
-                self._owner[torch_private.storage_key(tensor)] = weight
+                self._owner[storage_of(tensor)] = weight
         self.views: set[torch.fx.Node] = set()
         self.steps = [StepNodes()]
         for node in module.graph.nodes:
@@ -73,7 +73,7 @@ class Cut:
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Returns whether this fake tensor lies in the memory of a weight."""
-        return torch_private.storage_key(tensor) in self._owner
+        return storage_of(tensor) in self._owner
 
     def _place(self, node: torch.fx.Node) -> None:
         reads = self._weights_read(node)
@@ -92,7 +92,7 @@ class Cut:
         found: dict[int, None] = {}
         for argument in node.all_input_nodes:
             for tensor in tensors_of(argument):
-                weight = self._owner.get(torch_private.storage_key(tensor))
+                weight = self._owner.get(storage_of(tensor))
                 if weight is not None:
                     found[weight] = None
         return list(found)
@@ -102,6 +102,18 @@ class Cut:
         if any(owned) and not all(owned):
             raise UnsupportedGraphError(f"{self.name}: {node.name} returns a weight's memory beside its own")
         return any(owned)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Returns a number that all tensors over the same storage share.
+
+    Raises:
+        UnsupportedGraphError: the tensor has none of its own, such as one that `torch.vmap` batches.
+    """
+    try:
+        return torch_private.storage_key(tensor)
+    except NotImplementedError as error:
+        raise UnsupportedGraphError(f"the memory of a tensor in the graph is not known ({error})") from error
 
 
 def tensors_of(node: torch.fx.Node) -> list[torch.Tensor]:

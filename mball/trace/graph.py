@@ -13,7 +13,7 @@ import torch
 
 from mball import torch_private
 from mball.schema import Activation, LiveRange, Step
-from mball.trace.cut import Cut, tensors_of
+from mball.trace.cut import Cut, storage_of, tensors_of
 from mball.trace.workspace import assumed_workspace_bytes
 from mball.units import MIB
 
@@ -159,13 +159,13 @@ def _find_lives(cut: Cut, buffers: set[torch.fx.Node]) -> list[_Tensor]:
     name: dict[int, str] = {}
     first: dict[int, tuple[int, int]] = {}
     last: dict[int, tuple[int, int]] = {}
-    buffer_keys = {torch_private.storage_key(tensor) for node in buffers for tensor in tensors_of(node)}
+    buffer_keys = {storage_of(tensor) for node in buffers for tensor in tensors_of(node)}
     for position, node in enumerate(cut.module.graph.nodes):
         # Inputs are held by the caller, results by whoever gets them: both live to the end.
         step = 0 if node.op == "placeholder" else step_of.get(node, end - 1)
         here = (step, position)
         for tensor in tensors_of(node):
-            key = torch_private.storage_key(tensor)
+            key = storage_of(tensor)
             if key in buffer_keys or cut.owns(tensor):
                 continue
             if key not in first:
@@ -175,7 +175,7 @@ def _find_lives(cut: Cut, buffers: set[torch.fx.Node]) -> list[_Tensor]:
             last[key] = (end, position) if node.op == "placeholder" else max(last.get(key, here), here)
         for argument in node.all_input_nodes:
             for tensor in tensors_of(argument):
-                key = torch_private.storage_key(tensor)
+                key = storage_of(tensor)
                 if key in last:
                     last[key] = max(last[key], (end, position) if node.op == "output" else here)
     return [_Tensor(name=name[key], size_bytes=size[key], first=first[key], last=last[key]) for key in first]

@@ -18,7 +18,10 @@ from mball.trace.graph import StepFacts
 
 
 class Gauge(Protocol):
-    """Measures by how much memory rose at most."""
+    """Measures by how much memory rose at most.
+
+    The part of a device's gauge that is used here: traces know nothing of devices, so it has its own name for it.
+    """
 
     def reset(self) -> None:
         """Begins a measurement."""

@@ -12,9 +12,14 @@ import torch
 from torch import nn
 
 import mball
-from mball.api import _states, trace_and_plan
+from mball.api import _states, _wrap, trace_and_plan
+from mball.config import Config
+from mball.memory import Device
+from mball.memory.device import Gauge
 from mball.run.engine import Engine
 from mball.run.execution import Execution
+from mball.units import MIB
+from tests.adaptors import DeviceAdaptor
 from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes, wrap_hostile
 from tests.run.zoo import noise
 
@@ -92,15 +97,86 @@ def test_what_capture_holds_shares_a_budget_that_is_large_enough(tmp_path: Path)
     for _ in range(3):
         assert_same(run(model, lambda m: m(x)), run(plain, lambda m: m(x)))
     engine = _states[model].engine
-    assert not mball.report(model).capture_is_counted or engine.capture_bytes == 0
-    # What really was measured is larger than this whole model.
-    engine.capture_bytes, engine._capturing_bytes = engine.ledger.budget_bytes // 16, 0
+    # What really was measured is larger than this whole model, so it is on top.
+    assert engine.capture.held_bytes + engine.capture.passing_bytes > engine.ledger.budget_bytes
+    assert not mball.report(model).capture_is_counted
+    engine.capture.held_bytes, engine.capture.passing_bytes = engine.ledger.budget_bytes // 16, 0
     engine.forget_plans(list(engine._segments))
     assert_same(run(model, lambda m: m(x)), run(plain, lambda m: m(x)))
     report = mball.report(model)
     assert report.capture_is_counted
     assert report.arena_bytes + report.activation_bytes + report.capture_bytes <= report.budget_bytes
     assert report.peak_bytes <= report.budget_bytes
+
+
+class SaidGauge:
+    """Says that memory rises by what the test wants."""
+
+    rises_bytes = 0
+
+    def reset(self) -> None: ...
+
+    def rise_bytes(self) -> int:
+        return self.rises_bytes
+
+    def used_bytes(self) -> int:
+        return 0
+
+
+class SaidDevice(DeviceAdaptor):
+    def __init__(self, device: Device, said: SaidGauge) -> None:
+        super().__init__(device)
+        self.said = said
+
+    def gauge(self) -> Gauge:
+        return self.said
+
+
+def test_workspace_is_measured_again_when_sizes_outgrow_it(tmp_path: Path) -> None:
+    _, model = wrapped_pieces(tmp_path)
+    mball.unwrap(model)
+    gauge = SaidGauge()
+    _wrap((model,), Config.of(budget="256MiB", swap_dir=tmp_path), None, {}, lambda device: SaidDevice(device, gauge))
+
+    def rows(number: int) -> int:
+        run(model, lambda m: m(noise(number, 64)))
+        run(model, lambda m: m(noise(number, 64)))  # planned with what the first one told
+        return mball.report(model).activation_bytes
+
+    for number in (32, 48, 64):  # captured once more, with a size that varies
+        small = rows(number)
+    assert small < 1 * MIB
+    gauge.rises_bytes = 32 * MIB
+    assert rows(64) == small, "a size that was measured is not measured again"
+    graphs = mball.report(model).graphs
+    assert rows(1024) > 32 * MIB
+    assert mball.report(model).graphs == graphs, "a new graph would have been measured in any case"
+
+
+class Mapped(nn.Module):
+    """Dynamo's graph of `vmap` holds tensors whose memory nobody can name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(2))
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.vmap(lambda row: row * self.scale)(self.first(x)))
+
+
+def test_a_graph_with_tensors_of_unknown_memory_runs_operator_by_operator(tmp_path: Path) -> None:
+    plain, model = make(Mapped), make(Mapped)
+    wrap_hostile(model, int(weight_bytes(model) * 0.6), swap_dir=tmp_path)
+    x = noise(4, 64)
+    for number in range(3):
+        assert_same(run(model, lambda m: m(x)), run(plain, lambda m: m(x)), f"pass {number}")
+    report = mball.report(model)
+    assert _states[model].backend.unsupported
+    assert report.graphs == 0
+    assert report.weights_managed == report.weights_owned == 9
+    assert report.steps > 1
+    assert report.bytes_read_last_pass > 0
 
 
 class Turns(nn.Module):
