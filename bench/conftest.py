@@ -1,4 +1,4 @@
-"""What all benches share: where their measurements go, and the marker that skips without a GPU."""
+"""What all benches share: where their measurements go."""
 
 from __future__ import annotations
 
@@ -17,18 +17,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--save-results", action="store_true", help="write a result file of each bench that ran whole")
     group.addoption("--results-dir", default=str(RESULTS), help="where to write them")
     group.addoption("--note", default="", help="what a reader of the results has to know about this run")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips benches marked `gpu` where torch sees none."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 _PARTIAL = pytest.StashKey[set[Path]]()

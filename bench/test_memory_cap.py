@@ -57,9 +57,7 @@ def test_capped(tmp_path: Path, benchmark: BenchmarkFixture, findings: Findings)
         ("capture", done["capture_bytes"], "anonymous memory beside arena and buffers after the run", None),
         ("read", done["report"]["bytes_read"], "bytes read from the checkpoint", None),
     ):
-        findings.add(
-            Measurement.of(name, [value], unit="bytes", description=description, compared_with=compared_with)
-        )
+        findings.add(Measurement.of(name, [value], unit="bytes", description=description, compared_with=compared_with))
     findings.add(
         Measurement.of(
             "generate", [done["generate_s"]], unit="s",

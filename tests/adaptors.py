@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mball.errors import MballError
 from mball.memory.arena import POISON_BYTE, Arena
 from mball.memory.device import ArenaRead, Device, Event, Gauge
 
@@ -122,11 +123,12 @@ class GuardedDevice(DeviceAdaptor):
             if (self._state[each] != self._FREE).any():
                 self._fail(f"a copy goes to bytes [{each.start}, {each.stop}) of the arena, which are not free")
             self._state[each] = self._COPYING
+        event = None
         try:
             event = self.device.copy(reads, after)
-        except Exception:
-            self._settle(ranges, self._FREE)
-            raise
+        finally:
+            if event is None:
+                self._settle(ranges, self._FREE)
         self._copying[id(event)] = event, ranges
         return event
 
@@ -242,7 +244,7 @@ class _DelayedCopy:
         self._reads = reads
         self._after = after
         self._event: Event | None = None
-        self._error: Exception | None = None
+        self._error: MballError | None = None
         self.delay = delay
 
     @property
@@ -255,7 +257,7 @@ class _DelayedCopy:
             return
         try:
             self._event = self._device.copy(self._reads, self._after)
-        except Exception as error:
+        except MballError as error:
             self._error = error
 
     def done(self) -> bool:

@@ -1,4 +1,4 @@
-"""What all tests share: markers that skip where the hardware is missing, and the models that packages carry."""
+"""What all tests share: one thread, no network, and the models that packages carry."""
 
 from __future__ import annotations
 
@@ -18,18 +18,6 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where torch sees none."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(scope="session")

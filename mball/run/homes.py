@@ -117,7 +117,10 @@ class HomeFile:
         self.swap.write(offset, memoryview(content).cast("B"))
         if is_new:
             insort(self._moved, _Moved(first=first, end=end, swap_offset=offset), key=lambda moved: moved.first)
-        self.mapping.replace(start, stop, self.swap.fd, offset)
+        if self.is_swap:  # the very place that is mapped
+            self.mapping.drop_written(start, stop)
+        else:
+            self.mapping.replace(start, stop, self.swap.fd, offset)
 
     def _pieces(self, first: int, end: int) -> Iterator[tuple[int, int, int | None]]:
         """Yields `[first, end)` split by where its current bytes are: a swap offset, or None for this file."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -36,3 +39,26 @@ def reader(files: FileTable) -> Iterator[ThreadedReader]:
     result = ThreadedReader(files, num_threads=3, chunk_bytes=8192)
     yield result
     result.close()
+
+
+@dataclass(frozen=True, slots=True)
+class HeldReads:
+    """Every read of the reader's waits, once it has begun, until it is let go."""
+
+    begun: threading.Event = field(default_factory=threading.Event)
+    let_go: threading.Event = field(default_factory=threading.Event)
+
+
+@pytest.fixture
+def held_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldReads]:
+    held = HeldReads()
+    real = os.preadv
+
+    def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        held.begun.set()
+        held.let_go.wait()
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    yield held
+    held.let_go.set()

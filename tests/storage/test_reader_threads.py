@@ -15,6 +15,7 @@ import pytest
 
 from mball.errors import DeviceError, StorageError
 from mball.storage import FileTable, ThreadedReader
+from tests.storage.conftest import HeldReads
 from tests.storage.reads import memory, num_descriptors, read
 
 
@@ -71,23 +72,14 @@ def test_a_reader_closed_before_its_first_submit_stays_closed(files: FileTable) 
         reader.submit([])
 
 
-def test_close_fails_what_has_not_begun(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, inside = threading.Event(), threading.Event()
-    real = os.preadv
-
-    def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        inside.set()
-        gate.wait()
-        return real(descriptor, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", slow)
+def test_close_fails_what_has_not_begun(path: str, held_reads: HeldReads) -> None:
     files = FileTable()
     files.add_path(path)
     reader = ThreadedReader(files, num_threads=1)
     first = reader.submit([read(path, 0, 4096, memory(4096))])
     second = reader.submit([read(path, 0, 4096, memory(4096))])
-    inside.wait()
-    threading.Timer(0.05, gate.set).start()
+    held_reads.begun.wait()
+    threading.Timer(0.05, held_reads.let_go.set).start()
     reader.close()
     first.wait()
     with pytest.raises(StorageError, match="reader was closed"):
@@ -95,15 +87,7 @@ def test_close_fails_what_has_not_begun(path: str, monkeypatch: pytest.MonkeyPat
     files.close()
 
 
-def test_an_interrupted_wait_can_be_waited_again(path: str, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.Event()
-    real = os.preadv
-
-    def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        gate.wait()
-        return real(descriptor, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", slow)
+def test_an_interrupted_wait_can_be_waited_again(path: str, content: bytes, held_reads: HeldReads) -> None:
     files = FileTable()
     files.add_path(path)
     reader = ThreadedReader(files)
@@ -116,7 +100,7 @@ def test_an_interrupted_wait_can_be_waited_again(path: str, content: bytes, monk
             blocked()
         timer.join()
         assert not handle.done()
-    gate.set()
+    held_reads.let_go.set()
     handle.wait()
     assert bytes(destination) == content[:65536]
     reader.submit([read(path, 0, 4096, destination)]).wait()
@@ -124,15 +108,7 @@ def test_an_interrupted_wait_can_be_waited_again(path: str, content: bytes, monk
     files.close()
 
 
-def test_a_forked_child_is_refused(reader: ThreadedReader, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.Event()
-    real = os.preadv
-
-    def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        gate.wait()
-        return real(descriptor, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", slow)
+def test_a_forked_child_is_refused(reader: ThreadedReader, path: str, held_reads: HeldReads) -> None:
     handle = reader.submit([read(path, 0, 4096, memory(4096))])
     child = os.fork()
     if not child:
@@ -150,7 +126,7 @@ def test_a_forked_child_is_refused(reader: ThreadedReader, path: str, monkeypatc
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    gate.set()
+    held_reads.let_go.set()
     handle.wait()
 
 
