@@ -15,7 +15,7 @@ import torch
 
 from mball import torch_private
 from mball.backend import Backend
-from mball.config import Capture, Config, Io
+from mball.config import Capture, Compile, Config, Io
 from mball.errors import WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
 from mball.memory import CpuDevice, Device, Kind, Ledger
@@ -141,7 +141,7 @@ def _wrap(
     parameters = move_in(census, homes)
     place_buffers(census, new_buffers)
     gate = Gate(engine, parameters, roots)
-    backend = Backend(gate, parameters, [b for root in roots for b in root.buffers()])
+    backend = Backend(gate, parameters, [b for root in roots for b in root.buffers()], config)
     _hang_doors(roots, classes, gate, backend, config)
     closer = weakref.finalize(roots[0], _close, engine, reader, files)
     state = _State(
@@ -332,8 +332,13 @@ def _hang_doors(
             if torch_private.get_call(module) is None and any(True for _ in module.parameters()):
                 hang_door(module, gate)
         if capture is Capture.GRAPHS:
-            call = torch_private.compile_faithfully(
-                torch_private.plain_call(root), backend, before_capture=gate.engine.capture.begin
+            call = torch_private.compile_call(
+                torch_private.plain_call(root),
+                backend,
+                before_capture=gate.engine.capture.begin,
+                faithful=config.compile is Compile.EAGER,
+                fullgraph=config.fullgraph,
+                dynamic=config.dynamic,
             )
             hang_door(root, gate, call)
         mix_in(root, mixed, gate)

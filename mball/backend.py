@@ -1,15 +1,24 @@
-"""The torch.compile backend: turns each graph that Dynamo captures into steps that the engine runs."""
+"""The torch.compile backend: turns each graph that Dynamo captures into steps that the engine runs.
+
+[Note: two ways] A graph's steps run as Dynamo captured them, or compiled by Inductor. A model that fits the budget is
+compiled in one piece.
+"""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import logging
+import time
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from mball import torch_private
+from mball.config import Compile, Config
+from mball.errors import BudgetError
 from mball.integrations import make_faithful
 from mball.memory import libc
 from mball.run.doors import Gate, check_graph_inputs
@@ -18,6 +27,8 @@ from mball.schema import Activation, Step
 from mball.trace.cut import Cut, UnsupportedGraphError
 from mball.trace.driver import Driver, StepHooks, build_driver
 from mball.trace.graph import CapturedGraph
+from mball.trace.grouping import Blocks, EveryWeight, Whole, default_step_bytes
+from mball.trace.inductor import CutBy, compile_steps
 from mball.trace.profile import CostProfile, TimeProfile
 
 logger = logging.getLogger(__name__)
@@ -44,20 +55,89 @@ class GraphSegment:
         return self._graph.schema_steps(self._weight_bytes, self.values, workspace=workspace)
 
 
-class GraphRunner:
-    """What Dynamo calls in place of the graph."""
+class Program:
+    """One way to run a graph: steps, the driver that runs them, and what is known of them.
 
-    def __init__(self, graph: CapturedGraph, driver: Driver, gate: Gate) -> None:
+    Args:
+        graph: the facts of its steps.
+        driver: runs them; takes `StepHooks` and the graph's arguments.
+        counts_flops: whether operations are still to be counted as the steps run.
+    """
+
+    def __init__(
+        self, graph: CapturedGraph, driver: Driver, weight_bytes: Sequence[int], *, counts_flops: bool
+    ) -> None:
         self.graph = graph
         self._driver = driver
-        self._gate = gate
-        self._engine: Engine = gate.engine
-        self._weight_bytes = [weight.size_bytes for weight in self._engine.weights]
+        self._weight_bytes = weight_bytes
+        self._counts_flops = counts_flops
         self._segments: dict[tuple[int, ...], GraphSegment] = {}
-        self._is_new = True
         self._costs_due = True
         self._costed: dict[Any, int] = {}  # the largest sizes at which costs were measured
         self._times_due = True
+
+    def segment(self, values: Mapping[Any, int]) -> GraphSegment:
+        """Returns the part of a pass that this is for these sizes."""
+        rounded = {symbol: _bucket(value) for symbol, value in values.items()}
+        key = tuple(rounded.values())
+        if key not in self._segments:
+            self._segments[key] = GraphSegment(self.graph, self._weight_bytes, rounded)
+        return self._segments[key]
+
+    def run(self, gate: Gate, args: Sequence[Any]) -> Any:
+        """Runs the steps, and learns from it what is not known yet.
+
+        Raises:
+            BudgetError: the steps do not fit the budget; nothing was changed.
+        """
+        values = self.graph.symbol_values(args)
+        segment = self.segment(values)
+        if any(size > self._costed.get(symbol, 0) for symbol, size in segment.values.items()):
+            self._costs_due = True
+        gate.engine.start_graph(segment)
+        if self._costs_due:
+            return self._with_costs(gate, values, segment, args)
+        if self._times_due:
+            return self._with_times(gate, args)
+        return self._execute(gate, gate.engine, args)
+
+    def _execute(self, gate: Gate, hooks: StepHooks, args: Sequence[Any]) -> Any:
+        return gate.run_graph(self._driver, (hooks, *args), higher_order=self.graph.has_higher_order)
+
+    def _with_costs(self, gate: Gate, values: Mapping[Any, int], segment: GraphSegment, args: Sequence[Any]) -> Any:
+        """Runs the graph and learns what its steps allocate: in its first run, and when its sizes outgrow that."""
+        engine = gate.engine
+        costs = CostProfile(self.graph.steps, engine, engine.execution.device.gauge())
+        with costs.counting() if self._counts_flops else nullcontext():
+            result = self._execute(gate, costs, args)
+        self._costs_due = False
+        self._costed = {symbol: max(size, self._costed.get(symbol, 0)) for symbol, size in segment.values.items()}
+        if self.graph.learn_workspace(values):
+            self._forget_plans(engine)
+        return result
+
+    def _with_times(self, gate: Gate, args: Sequence[Any]) -> Any:
+        result = self._execute(gate, TimeProfile(self.graph.steps, gate.engine), args)
+        self._times_due = False
+        self._forget_plans(gate.engine)
+        return result
+
+    def _forget_plans(self, engine: Engine) -> None:
+        engine.forget_plans(segment.key for segment in self._segments.values())
+
+
+class GraphRunner:
+    """What Dynamo calls in place of the graph: runs the first of its programs that fits the budget."""
+
+    def __init__(self, programs: Sequence[Program], gate: Gate) -> None:
+        self._programs = list(programs)
+        self._gate = gate
+        self._is_new = True
+
+    @property
+    def graph(self) -> CapturedGraph:
+        """The facts of the program that runs."""
+        return self._programs[0].graph
 
     def __call__(self, *args: Any) -> Any:
         return self._gate.run(self._run, args, {})
@@ -68,52 +148,30 @@ class GraphRunner:
             # Capture has just ended, and what it freed is as large as many layers.
             gc.collect()
             libc.trim_heap()
-            self._engine.note_capture()
+            self._gate.engine.note_capture()
             self._is_new = False
-        values = self.graph.symbol_values(args)
-        segment = self._segment(values)
-        if any(size > self._costed.get(symbol, 0) for symbol, size in segment.values.items()):
-            self._costs_due = True
-        self._engine.start_graph(segment)
-        if self._costs_due:
-            return self._with_costs(values, segment, args)
-        if self._times_due:
-            return self._with_times(args)
-        return self._execute(self._engine, args)
-
-    def _execute(self, hooks: StepHooks, args: Sequence[Any]) -> Any:
-        return self._gate.run_graph(self._driver, (hooks, *args), higher_order=self.graph.has_higher_order)
-
-    def _with_costs(self, values: Mapping[Any, int], segment: GraphSegment, args: Sequence[Any]) -> Any:
-        """Runs the graph and learns what its steps allocate: in its first run, and when its sizes outgrow that."""
-        costs = CostProfile(self.graph.steps, self._engine, self._engine.execution.device.gauge())
-        with costs.counting():
-            result = self._execute(costs, args)
-        self._costs_due = False
-        self._costed = {symbol: max(size, self._costed.get(symbol, 0)) for symbol, size in segment.values.items()}
-        if self.graph.learn_workspace(values):
-            self._forget_plans()
-        return result
-
-    def _with_times(self, args: Sequence[Any]) -> Any:
-        result = self._execute(TimeProfile(self.graph.steps, self._engine), args)
-        self._times_due = False
-        self._forget_plans()
-        return result
-
-    def _forget_plans(self) -> None:
-        self._engine.forget_plans(segment.key for segment in self._segments.values())
-
-    def _segment(self, values: Mapping[Any, int]) -> GraphSegment:
-        rounded = {symbol: _bucket(value) for symbol, value in values.items()}
-        key = tuple(rounded.values())
-        if key not in self._segments:
-            self._segments[key] = GraphSegment(self.graph, self._weight_bytes, rounded)
-        return self._segments[key]
+        if len(self._programs) > 1:
+            try:
+                return self._programs[0].run(self._gate, args)
+            except BudgetError as error:
+                logger.warning(
+                    "%s does not fit the budget any more in one piece (%s): from now on it runs in steps, which are "
+                    "not compiled; a larger budget, or step_bytes=..., has them compiled",
+                    self.graph.name,
+                    error,
+                )
+                del self._programs[0]
+        return self._programs[0].run(self._gate, args)
 
 
 class Backend:
     """A torch.compile backend for the modules behind one gate.
+
+    Args:
+        gate: of the modules.
+        parameters: as the user holds them, each with the weight it is.
+        buffers: of the modules.
+        config: says how steps are compiled.
 
     Attributes:
         runners: the graphs captured so far.
@@ -121,13 +179,21 @@ class Backend:
     """
 
     def __init__(
-        self, gate: Gate, parameters: Sequence[tuple[torch.nn.Parameter, int]], buffers: Sequence[torch.Tensor]
+        self,
+        gate: Gate,
+        parameters: Sequence[tuple[torch.nn.Parameter, int]],
+        buffers: Sequence[torch.Tensor],
+        config: Config,
     ):
-        make_faithful()
+        if config.compile is Compile.EAGER:
+            make_faithful()
         self.runners: list[GraphRunner] = []
         self.unsupported: list[str] = []
         self._gate = gate
+        self._config = config
+        self._options = dict(config.options) or torch_private.options_of_mode(config.mode)
         self._weights = {id(parameter): weight for parameter, weight in parameters}
+        self._weight_bytes = [weight.size_bytes for weight in gate.engine.weights]
         self._buffers = {id(buffer) for buffer in buffers}
         self._numbers = itertools.count()
 
@@ -136,16 +202,69 @@ class Backend:
         weight_of = [self._weights.get(id(value)) for value in example_inputs]
         is_buffer = [id(value) in self._buffers for value in example_inputs]
         try:
-            cut = Cut(name, module, weight_of)
+            cut = Cut(name, module, weight_of, EveryWeight())
             graph = CapturedGraph(cut, is_buffer)
         except UnsupportedGraphError as error:
             logger.warning("%s; the graph runs operator by operator", error)
             self.unsupported.append(str(error))
             return module.forward
-        logger.info("captured %s: %d steps, %d weights", name, len(graph.steps), len(set(cut.weights.values())))
-        runner = GraphRunner(graph, build_driver(cut), self._gate)
+        programs = []
+        if self._config.compile is Compile.INDUCTOR:
+            programs += self._compiled(cut, example_inputs, weight_of, is_buffer)
+        if not programs or len(programs[0].graph.steps) == 1:
+            # What is compiled in one piece cannot be streamed, should it not fit one day.
+            programs.append(Program(graph, build_driver(cut), self._weight_bytes, counts_flops=True))
+        runner = GraphRunner(programs, self._gate)
+        logger.info("captured %s: %d steps, %d weights", name, len(runner.graph.steps), len(set(cut.weights.values())))
         self.runners.append(runner)
         return runner
+
+    def _compiled(
+        self, called: Cut, example_inputs: Sequence[Any], weight_of: Sequence[int | None], is_buffer: Sequence[bool]
+    ) -> list[Program]:
+        """Returns the program of compiled steps, or none, said once, where they cannot be compiled."""
+        facts: list[CapturedGraph] = []
+
+        def choose(cut_by: CutBy, arguments: Sequence[int]) -> Cut:
+            buffers = [is_buffer[argument] for argument in arguments]
+            step_bytes = self._config.step_bytes or default_step_bytes(self._config.budget_bytes)
+            blocks = Blocks(names=self._names(), sizes_bytes=self._weight_bytes, step_bytes=step_bytes)
+            for grouping in (Whole(), blocks) if self._config.step_bytes is None else (blocks,):
+                cut = cut_by(grouping)
+                graph = CapturedGraph(cut, buffers, called)
+                if grouping is blocks or self._fits(graph):
+                    break
+            facts.append(graph)
+            return cut
+
+        began_s = time.perf_counter()
+        try:
+            compiled = compile_steps(called.name, called.module, example_inputs, weight_of, choose, self._options)
+        except (UnsupportedGraphError, torch_private.inductor_failure()) as error:
+            logger.warning(
+                "%s cannot be compiled in steps (%s); its steps run as they were captured", called.name, error
+            )
+            return []
+        (graph,) = facts
+        for step, flops in zip(graph.steps, compiled.flops, strict=True):
+            step.flops = flops
+        logger.info(
+            "compiled %s in %.1f s: %d steps, %d of them different",
+            called.name,
+            time.perf_counter() - began_s,
+            len(graph.steps),
+            compiled.num_pieces,
+        )
+        return [Program(graph, compiled.driver, self._weight_bytes, counts_flops=False)]
+
+    def _names(self) -> list[str]:
+        return [weight.name for weight in self._gate.engine.weights]
+
+    def _fits(self, graph: CapturedGraph) -> bool:
+        """Returns whether all weights and what this graph needs besides fit the budget, for the sizes of this call."""
+        if sum(self._weight_bytes) > self._config.budget_bytes:
+            return False
+        return self._gate.engine.fits(GraphSegment(graph, self._weight_bytes, graph.traced_values()))
 
 
 def _bucket(size: int) -> int:

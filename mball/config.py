@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,17 @@ class Capture(Enum):
     OPERATORS = "operators"
 
 
+class Compile(Enum):
+    """How captured steps run.
+
+    EAGER runs their operators as they are: the numbers of the unwrapped model. INDUCTOR compiles them, as
+    `torch.compile` does: the numbers of torch.compile, with fusion ending where steps end.
+    """
+
+    EAGER = "eager"
+    INDUCTOR = "inductor"
+
+
 class Io(Enum):
     """How homes are read: AUTO tries O_DIRECT and falls back to buffered reads, once, with a log line."""
 
@@ -40,6 +52,14 @@ class Config:
         swap_dir: directory of the swap file; default the variable MBALL_SWAP_DIR, else the system's directory for
             temporary files.
         capture: how mball learns what the model will read.
+        compile: how captured steps run.
+        step_bytes: weights that one compiled step reads at most, unless a single one is larger; default by the budget.
+            The cuts between steps decide what is fused: the same cuts give the same bits, whatever the budget. Without
+            it a model that fits the budget is compiled in one piece.
+        mode: see `torch.compile`; for compiled steps.
+        options: Inductor's, see `torch.compile`; for compiled steps.
+        fullgraph: see `torch.compile`.
+        dynamic: see `torch.compile`.
         io: how homes are read.
         io_threads: threads that read.
     """
@@ -47,12 +67,28 @@ class Config:
     budget_bytes: int
     swap_dir: Path
     capture: Capture = Capture.GRAPHS
+    compile: Compile = Compile.EAGER
+    step_bytes: int | None = None
+    mode: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fullgraph: bool = False
+    dynamic: bool | None = None
     io: Io = Io.AUTO
     io_threads: int = 4
 
     def __post_init__(self) -> None:
         if self.budget_bytes <= 0:
             raise ConfigError(f"budget is {format_bytes(self.budget_bytes)}; it must be more than zero")
+        if self.compile is not Compile.INDUCTOR and (self.mode or self.options or self.step_bytes):
+            raise ConfigError(
+                "mode, options and step_bytes are for compiled steps; add compile='inductor', or drop them"
+            )
+        if self.capture is not Capture.GRAPHS and self.compile is Compile.INDUCTOR:
+            raise ConfigError("compile='inductor' needs graphs; drop capture='operators'")
+        if self.mode and self.options:
+            raise ConfigError("mode and options exclude each other, as they do in torch.compile; give one of them")
+        if self.step_bytes is not None and self.step_bytes <= 0:
+            raise ConfigError(f"step_bytes is {self.step_bytes} B; it must be more than zero")
         if not 1 <= self.io_threads <= 64:
             raise ConfigError(f"io_threads is {self.io_threads}; give 1 to 64 threads")
 
@@ -67,9 +103,12 @@ class Config:
         if unknown := settings.keys() - known:
             raise ConfigError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
         directory = settings.pop("swap_dir", None) or os.environ.get("MBALL_SWAP_DIR") or tempfile.gettempdir()
-        for name, kind in (("capture", Capture), ("io", Io)):
+        for name, kind in (("capture", Capture), ("compile", Compile), ("io", Io)):
             if name in settings:
                 settings[name] = _choice(kind, settings[name], name)
+        if settings.get("step_bytes") is not None:
+            settings["step_bytes"] = parse_bytes(settings["step_bytes"], what="step_bytes")
+        settings["options"] = dict(settings.get("options") or {})
         return cls(budget_bytes=parse_bytes(budget, what="budget"), swap_dir=Path(directory), **settings)
 
 

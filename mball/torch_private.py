@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,7 @@ __all__ = [
     "PrivateApi",
     "TorchDispatchMode",
     "capturing",
-    "compile_faithfully",
+    "compile_call",
     "count_flops",
     "example_value",
     "get_call",
@@ -128,8 +130,8 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def example_value(node: torch.fx.Node) -> Any:
-    """Returns the fake value that Dynamo recorded for `node`, or None."""
-    return node.meta.get("example_value")
+    """Returns the fake value that Dynamo or AOTAutograd recorded for `node`, or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def writes_and_aliases(func: Any) -> tuple[frozenset[str | int], bool]:
@@ -155,14 +157,117 @@ def count_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result
     return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
 
 
+def count_node_flops(node: torch.fx.Node) -> int:
+    """Returns the floating point operations of a node of a graph of basic operators, at the sizes that were traced."""
+
+    def sized(value: Any) -> Any:
+        if isinstance(value, torch.fx.Node):
+            value = example_value(value)
+        if isinstance(value, torch.Tensor):
+            return torch.empty([hint_of(size) for size in value.shape], dtype=value.dtype, device="meta")
+        return hint_of(value) if isinstance(value, torch.SymInt) else value
+
+    from torch.utils.flop_counter import flop_registry
+
+    if getattr(node.target, "_overloadpacket", None) not in flop_registry:
+        return 0
+    args, kwargs, result = tree_map(sized, (node.args, node.kwargs, example_value(node)))
+    return count_flops(node.target, args, kwargs, result)
+
+
 def symbol_of(value: Any) -> Any:
     """Returns the sympy expression of a symbolic int, or the int itself."""
     return value.node.expr if isinstance(value, torch.SymInt) else value
 
 
+def unified(value: Any) -> Any:
+    """Returns a symbolic int under the name that sizes have which turned out to be equal; other values as they are.
+
+    Shapes are written in these names, and Inductor looks for them among the arguments.
+    """
+    if not isinstance(value, torch.SymInt):
+        return value
+    return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
+
+
+def is_size(value: Any) -> bool:
+    """Returns whether this fake value is a number, symbolic or not."""
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def symbols_of(value: Any) -> set[Any]:
+    """Returns the symbols that this fake value is made of."""
+    found: set[Any] = set()
+    for leaf in tree_leaves(value):
+        sizes = (*leaf.shape, *leaf.stride(), leaf.storage_offset()) if isinstance(leaf, torch.Tensor) else (leaf,)
+        for size in sizes:
+            if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                found |= size.node.expr.free_symbols
+    return found
+
+
+def kind_of(value: Any) -> Hashable:
+    """Returns what code that is compiled for this fake value depends on."""
+    if not isinstance(value, torch.Tensor):
+        return str(symbol_of(value))
+    sizes = (*value.shape, "strides", *value.stride(), "from", value.storage_offset())
+    return value.dtype, value.device, value.is_inference(), tuple(str(symbol_of(size)) for size in sizes)
+
+
 def hint_of(value: Any) -> int:
     """Returns the value that a symbolic int had while tracing, or the int itself."""
     return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+
+
+def is_elementwise(node: torch.fx.Node) -> bool:
+    """Returns whether Inductor computes the operator element by element, in the loop of whoever reads the result."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def is_reduction(node: torch.fx.Node) -> bool:
+    """Returns whether the operator reduces; Inductor reads its argument in the loop that makes it."""
+    reduction = getattr(torch.Tag, "reduction", None)
+    return reduction is not None and reduction in getattr(node.target, "tags", ())
+
+
+def name_sizes(graph: torch.fx.Graph) -> dict[Any, torch.fx.Node]:
+    """Returns for each symbol that an argument's size is made of the node that is its value.
+
+    Where no argument is the symbol itself, a node that asks a tensor for it is added after the arguments.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    found = {
+        value.node.expr: node
+        for node in placeholders
+        if isinstance(value := example_value(node), torch.SymInt) and value.node.expr.is_Symbol
+    }
+    for node in placeholders:
+        tensor = example_value(node)
+        for dimension, size in enumerate(tensor.shape if isinstance(tensor, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.expr not in found:
+                with graph.inserting_after(placeholders[-1]):
+                    asked = graph.call_function(torch.ops.aten.sym_size.int, (node, dimension))
+                asked.meta["val"] = size
+                found[size.node.expr] = asked
+    return found
+
+
+def takes_part_of_tuple(node: torch.fx.Node) -> bool:
+    """Returns whether `node` takes one of the results of an operator that has several."""
+    return node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node)
+
+
+def writes_argument(node: torch.fx.Node) -> bool:
+    """Returns whether `node` is how AOTAutograd writes a result to an argument of the graph."""
+    return node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder"  # type: ignore[union-attr]
+
+
+def argument_of(placeholder: torch.fx.Node) -> int | None:
+    """Returns which argument of Dynamo's graph a placeholder of AOTAutograd's is, None if it is made of others."""
+    from torch._functorch._aot_autograd.descriptors import PlainAOTInput
+
+    described = placeholder.meta.get("desc")
+    return described.idx if isinstance(described, PlainAOTInput) else None
 
 
 def is_only_mode(mode: TorchDispatchMode) -> bool:
@@ -204,33 +309,48 @@ class _Capture(threading.local):
 _capture = _Capture()
 
 
+class _Running(threading.local):
+    here = False
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's decorator has no types
 def capturing() -> bool:
-    """Returns whether a wrapped model runs, and is perhaps captured, in this thread. Dynamo takes it as a constant."""
+    """Returns whether a wrapped model runs whose numbers are to be those of the uncompiled one, in this thread.
+
+    Perhaps it is being captured. Dynamo takes it as a constant.
+    """
     return _capture.active
 
 
-def compile_faithfully(
-    call: Callable[..., Any], backend: Callable[..., Any], *, before_capture: Callable[[], None]
+def compile_call(
+    call: Callable[..., Any],
+    backend: Callable[..., Any],
+    *,
+    before_capture: Callable[[], None],
+    faithful: bool,
+    fullgraph: bool,
+    dynamic: bool | None,
 ) -> Callable[..., Any]:
-    """Returns `torch.compile(call, backend=backend)`, made to do what `call` does uncompiled.
+    """Returns `torch.compile(call, backend=backend)`, made to notice hooks that come or go after capture.
 
-    By default Dynamo does not look whether hooks came or went since it captured a graph. `before_capture` is called
-    in the calling thread whenever Dynamo begins to capture.
+    With `faithful` the model is told by `capturing` to do what it does uncompiled. `before_capture` is called in
+    the calling thread whenever Dynamo begins to capture.
     """
     import torch._dynamo
     from torch._dynamo.callback import callback_handler
 
-    compiled = torch.compile(call, backend=backend)
+    compiled = torch.compile(call, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
+
+    running = _Running()
 
     def started(_: object) -> None:
-        if _capture.active:
+        if running.here:
             before_capture()
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        before = _capture.active
+        before = _capture.active, running.here
         try:
-            _capture.active = True
+            _capture.active, running.here = faithful, True
             # Here and not once for all: `torch._dynamo.reset()` removes what is registered.
             callback_handler.register_start_callback(started)
             with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
@@ -238,6 +358,84 @@ def compile_faithfully(
         finally:
             with contextlib.suppress(ValueError):
                 callback_handler.remove_start_callback(started)
-            _capture.active = before
+            _capture.active, running.here = before
 
     return run
+
+
+def compile_through_inductor(
+    module: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    compile_graph: Callable[[torch.fx.GraphModule, Mapping[str, Any]], Callable[[list[Any]], Any]],
+    options: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """Returns what Inductor makes of Dynamo's graph, but with `compile_graph` instead of its own compilation.
+
+    `compile_graph` is given the graph of basic operators and settings for `compile_piece`, and returns a function
+    of a list of all arguments. `module` is copied, since it is changed meanwhile.
+    """
+    import torch._functorch.config
+    from torch._guards import TracingContext
+    from torch._inductor.compile_fx import compile_fx
+
+    def inner(graph: torch.fx.GraphModule, _: Sequence[Any], **settings: Any) -> Any:
+        call = compile_graph(graph, settings)
+        context = TracingContext.try_get()
+        if context is not None and context.output_strides is not None:
+            # What AOTAutograd would read; each piece left its own there.
+            context.output_strides.clear()
+            results: Any = graph.graph.output_node().args[0]
+            context.output_strides.extend(None for _ in results)
+        call._boxed_call = True  # type: ignore[attr-defined]  # how AOTAutograd knows that it takes a list
+        return call
+
+    copy = torch.fx.Graph()
+    copy.output(copy.graph_copy(module.graph, {}))
+    copy.output_node().meta = dict(module.graph.output_node().meta)
+    copied = torch.fx.GraphModule(module, copy)
+    copied.meta = dict(module.meta)
+    # That cache does not know that graphs are compiled in another way here.
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        call: Any = compile_fx(copied, inputs, inner_compile=inner, config_patches=dict(options))
+    compiled: Callable[..., Any] = call
+    return compiled
+
+
+def compile_piece(
+    module: torch.fx.GraphModule, num_weights: int, settings: Mapping[str, Any]
+) -> Callable[[list[Any]], Any]:
+    """Returns the compiled form of a part of a graph of basic operators: a function of a list, which it empties.
+
+    Its results have the strides that were traced. The first `num_weights` arguments are weights.
+
+    Raises:
+        torch._inductor.exc.InductorError: it cannot be compiled.
+    """
+    from torch._guards import TracingContext
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    output = module.graph.output_node()
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
+    context = TracingContext.try_get()
+    if context is not None and context.output_strides is not None:
+        context.output_strides.clear()
+    inputs = [example_value(node) for node in module.graph.find_nodes(op="placeholder")]
+    compiled: Callable[[list[Any]], Any] = compile_fx_inner(
+        module, inputs, **{**settings, "static_input_idxs": list(range(num_weights))}
+    )
+    return compiled
+
+
+def inductor_failure() -> type[Exception]:
+    """Returns what Inductor raises when it cannot compile, a missing compiler included."""
+    from torch._inductor.exc import InductorError
+
+    failure: type[Exception] = InductorError
+    return failure
+
+
+def options_of_mode(mode: str | None) -> dict[str, Any]:
+    """Returns the options of Inductor that a mode of torch.compile stands for. Raises RuntimeError if it is unknown."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode)) if mode else {}

@@ -449,6 +449,14 @@ class Engine:
         tape = make_tape(name, self.weights, segments, spare, workspace=False)
         return tape, self._plan(tape.trace, budget), False
 
+    def fits(self, segment: Segment) -> bool:
+        """Returns whether a pass of this segment alone fits the budget."""
+        try:
+            self._fit([segment], 0)
+        except BudgetError:
+            return False
+        return True
+
     @property
     def workspace_fits(self) -> bool:
         """Whether the plan has room for what operators allocate inside."""

@@ -1,8 +1,8 @@
-"""Cuts a graph captured by Dynamo wherever it begins to read another weight.
+"""Cuts a captured graph, before or after AOTAutograd, wherever it begins to read other weights.
 
 [Note: steps of a graph]
-The nodes are cut wherever a node reads a weight that the current stretch does not read yet: that is the
-finest step there is, and what a Trace records. A plan merges neighbouring steps. A node whose result is a
+The nodes are cut wherever a node reads a weight that the current stretch does not read yet and may not join: that is
+the finest step there is, and what a Trace records. A plan merges neighbouring steps. A node whose result is a
 view of a weight reads nothing; it is run again in every step that uses the view, because the
 weight may lie elsewhere by then.
 """
@@ -17,6 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from mball import torch_private
+from mball.trace.grouping import Grouping
 
 
 class UnsupportedGraphError(Exception):
@@ -36,8 +37,9 @@ class Cut:
 
     Args:
         name: of the graph, for messages.
-        module: Dynamo's graph; weights are placeholders.
+        module: the graph; weights are placeholders.
         weight_of: for each placeholder the index of the managed weight it stands for, or None.
+        grouping: says which weights one step may read.
 
     Attributes:
         weights: the placeholders that stand for weights.
@@ -49,8 +51,11 @@ class Cut:
         UnsupportedGraphError: the graph writes to a weight, or mixes a weight's memory into a result.
     """
 
-    def __init__(self, name: str, module: torch.fx.GraphModule, weight_of: Sequence[int | None]) -> None:
+    def __init__(
+        self, name: str, module: torch.fx.GraphModule, weight_of: Sequence[int | None], grouping: Grouping
+    ) -> None:
         self.name = name
+        self._grouping = grouping
         self.module = module
         self.placeholders = module.graph.find_nodes(op="placeholder")
         self.has_higher_order = any(
@@ -81,11 +86,13 @@ class Cut:
             self.views.add(node)
             return
         current = self.steps[-1]
-        if current.reads and any(weight not in current.reads for weight in reads):
+        new = [weight for weight in reads if weight not in current.reads]
+        if current.reads and not all(self._grouping.joins(weight, current.reads) for weight in new):
             current = StepNodes()
             self.steps.append(current)
+            new = reads
         current.nodes.append(node)
-        current.reads += [weight for weight in reads if weight not in current.reads]
+        current.reads += new
 
     def _weights_read(self, node: torch.fx.Node) -> list[int]:
         """Returns the weights whose bytes `node` reads, in argument order."""
@@ -117,7 +124,7 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 
 def tensors_of(node: torch.fx.Node) -> list[torch.Tensor]:
-    """Returns the fake tensors that Dynamo recorded as the result of `node`."""
+    """Returns the fake tensors that were recorded as the result of `node`."""
     value: Any = torch_private.example_value(node)
     if isinstance(value, torch.Tensor):
         return [value]

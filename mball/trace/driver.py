@@ -41,16 +41,16 @@ def build_driver(cut: Cut) -> Driver:
     env: dict[torch.fx.Node, torch.fx.Node] = {node: flat.node_copy(node) for node in cut.placeholders}
     for number, step in enumerate(cut.steps):
         handed = flat.call_method("enter", (hooks, number))
-        binder = _Binder(cut, flat, env, handed, {weight: place for place, weight in enumerate(step.reads)})
+        binder = Binder(cut, flat, env, handed, {weight: place for place, weight in enumerate(step.reads)})
         for node in step.nodes:
             env[node] = flat.node_copy(node, binder)
     flat.call_method("finish", (hooks,))
     # A result that is a weight, or a view of one, is the home: it outlives every slot.
-    flat.node_copy(cut.module.graph.output_node(), _Binder(cut, flat, env, None, {}))
-    return _compile(cut.module, flat)
+    flat.node_copy(cut.module.graph.output_node(), Binder(cut, flat, env, None, {}))
+    return compile_driver(cut.module, flat)
 
 
-def _compile(root: torch.nn.Module, flat: torch.fx.Graph) -> Driver:
+def compile_driver(root: object, flat: torch.fx.Graph) -> Driver:
     """Returns the function that `flat` describes, without the graphs: only code stays in memory."""
     parts = SimpleNamespace()
     for node in flat.nodes:
@@ -64,7 +64,7 @@ def _compile(root: torch.nn.Module, flat: torch.fx.Graph) -> Driver:
     return driver
 
 
-class _Binder:
+class Binder:
     """Maps a node of the captured graph to the node that stands for it in one step."""
 
     def __init__(

@@ -57,6 +57,7 @@ class CapturedGraph:
     Args:
         cut: the graph's nodes.
         is_buffer: for each placeholder whether it is a buffer, which is accounted elsewhere.
+        compiled_from: the graph that is called, where its steps are compiled: `cut` was made of it by AOTAutograd.
 
     Attributes:
         steps: the finest steps, in order.
@@ -64,7 +65,8 @@ class CapturedGraph:
         has_higher_order: see Cut.
     """
 
-    def __init__(self, cut: Cut, is_buffer: Sequence[bool]) -> None:
+    def __init__(self, cut: Cut, is_buffer: Sequence[bool], compiled_from: Cut | None = None) -> None:
+        called_as = compiled_from or cut
         self.name = cut.name
         self.has_higher_order = cut.has_higher_order
         self.steps = [
@@ -75,12 +77,16 @@ class CapturedGraph:
             )
             for number, step in enumerate(cut.steps)
         ]
-        self.others = [number for number, node in enumerate(cut.placeholders) if node not in cut.weights]
+        self.others = [number for number, node in enumerate(called_as.placeholders) if node not in called_as.weights]
         buffers = {node for node, flag in zip(cut.placeholders, is_buffer, strict=True) if flag}
-        self._lives = _find_lives(cut, buffers)
-        self._symbols = _find_symbols(cut.placeholders)
+        self._lives = _find_lives(cut, buffers, fused=_find_fused(cut) if compiled_from else set())
+        self._symbols = _find_symbols(called_as.placeholders)
         # A dtype cast of a weight under autocast is a temporary that the graph does not show.
         self._autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+    def traced_values(self) -> dict[Any, int]:
+        """Returns the value that each symbolic size had while tracing."""
+        return {symbol: hint for symbol, (_, _, hint) in self._symbols.items()}
 
     def symbol_values(self, args: Sequence[Any]) -> dict[Any, int]:
         """Returns the value of each symbolic size in one call."""
@@ -132,7 +138,7 @@ class CapturedGraph:
 
     def _memory(self, values: Mapping[Any, int]) -> tuple[list[Activation], list[int]]:
         """Returns the tensors that live beyond a step, and for each step the peak of those that do not."""
-        assumed = {symbol: hint for symbol, (_, _, hint) in self._symbols.items()} | dict(values)
+        assumed = self.traced_values() | dict(values)
         sizes: dict[Any, int] = {}
         num_steps = len(self.steps)
         activations: list[Activation] = []
@@ -152,7 +158,31 @@ class CapturedGraph:
         return activations, [_peak(intervals) for intervals in inside]
 
 
-def _find_lives(cut: Cut, buffers: set[torch.fx.Node]) -> list[_Tensor]:
+def _find_fused(cut: Cut) -> set[int]:
+    """Returns the storages that exist in registers only once steps are compiled.
+
+    Those are results of elementwise operators that only such operators and reductions of the same step read.
+    """
+    step_of = {node: number for number, step in enumerate(cut.steps) for node in step.nodes}
+    made_in: dict[int, int | None] = {}
+    kept: set[int] = set()
+    for node in cut.module.graph.nodes:
+        here = step_of.get(node)
+        results = {storage_of(tensor) for tensor in tensors_of(node)}
+        for key in results - made_in.keys():
+            made_in[key] = here
+            if here is None or not torch_private.is_elementwise(node):
+                kept.add(key)
+        read = {storage_of(tensor) for argument in node.all_input_nodes for tensor in tensors_of(argument)}
+        reads_fused = torch_private.is_elementwise(node) or torch_private.is_reduction(node)
+        # A view of what it reads is no reader of its own.
+        kept |= {key for key in read - results if made_in.get(key) != here or not reads_fused}
+        if node.op == "output":
+            kept |= read
+    return made_in.keys() - kept
+
+
+def _find_lives(cut: Cut, buffers: set[torch.fx.Node], fused: set[int]) -> list[_Tensor]:
     end = len(cut.steps)
     step_of = {node: number for number, step in enumerate(cut.steps) for node in step.nodes}
     size: dict[int, Any] = {}
@@ -166,7 +196,7 @@ def _find_lives(cut: Cut, buffers: set[torch.fx.Node]) -> list[_Tensor]:
         here = (step, position)
         for tensor in tensors_of(node):
             key = storage_of(tensor)
-            if key in buffer_keys or cut.owns(tensor):
+            if key in buffer_keys or key in fused or cut.owns(tensor):
                 continue
             if key not in first:
                 first[key] = (0, -1) if node.op == "placeholder" else here

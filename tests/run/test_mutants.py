@@ -7,14 +7,16 @@ copy outside its slot. What the harness checks besides (that bytes were streamed
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import mball
 from mball.memory import CpuDevice
 from mball.run.execution import Execution
 from mball.run.homes import PAGE_BYTES, HomeFile, Homes
@@ -166,32 +168,66 @@ MUTANTS: tuple[tuple[Patch, type[AssertionError]], ...] = (
 )
 
 
-def stream_and_compare(directory: Path, capture: str) -> None:
-    """The shortest run that reads, evicts, wraps around and is written to in between."""
-    plain, model = make(tied_sequential), make(tied_sequential)
-    wrap_hostile(model, int(weight_bytes(model) * 0.75), swap_dir=directory, capture=capture)
+MODES = ("graphs", "operators", "inductor")
+
+
+def play(model: torch.nn.Module) -> Iterator[tuple[bool, torch.Tensor]]:
+    """The shortest run that reads, evicts, wraps around and is written to in between; yields also if it was last."""
     for seed in range(4):
         with torch.no_grad():
-            for each in (plain, model):
-                for parameter in each.parameters():
-                    parameter.add_(0.01)
-        for _ in range(2):
-            x = noise(4, 64, seed=seed)
-            assert_same(run(model, lambda m, x=x: m(x)), run(plain, lambda m, x=x: m(x)))
-        assert_streamed(model)
+            for parameter in model.parameters():
+                parameter.add_(0.01)
+        for last in (False, True):
+            yield last, run(model, lambda m, seed=seed: m(noise(4, 64, seed=seed)))
 
 
-@pytest.mark.parametrize("capture", ["graphs", "operators"])
-def test_the_engine_as_it_is_passes(capture: str, tmp_path: Path) -> None:
-    stream_and_compare(tmp_path, capture)
+def settings(mode: str, model: torch.nn.Module) -> dict[str, Any]:
+    if mode == "inductor":
+        return {"compile": "inductor", "step_bytes": weight_bytes(model) // 8}
+    return {"capture": mode}
 
 
-@pytest.mark.parametrize("capture", ["graphs", "operators"])
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[torch.Tensor]]:
+    """What an engine that nobody broke computes: unwrapped, and for compiled steps with all weights resident."""
+
+    @cache
+    def results(mode: str) -> list[torch.Tensor]:
+        model = make(tied_sequential)
+        if mode == "inductor":
+            directory = tmp_path_factory.mktemp("resident")
+            mball.wrap(model, budget="64MiB", swap_dir=directory, **settings(mode, model))
+        return [result for _, result in play(model)]
+
+    return results
+
+
+def stream_and_compare(directory: Path, mode: str, expected: list[torch.Tensor]) -> None:
+    model = make(tied_sequential)
+    wrap_hostile(model, int(weight_bytes(model) * 0.75), swap_dir=directory, **settings(mode, model))
+    for (last, got), result in zip(play(model), expected, strict=True):
+        assert_same(got, result)
+        if last:
+            assert_streamed(model)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_engine_as_it_is_passes(mode: str, tmp_path: Path, expected: Callable[[str], list[torch.Tensor]]) -> None:
+    stream_and_compare(tmp_path, mode, expected(mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("mutant", "found_by"), MUTANTS, ids=[mutant.__name__ for mutant, _ in MUTANTS])
 def test_every_mutant_is_noticed(
-    mutant: Patch, found_by: type[AssertionError], capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mutant: Patch,
+    found_by: type[AssertionError],
+    mode: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    expected: Callable[[str], list[torch.Tensor]],
 ) -> None:
+    results = expected(mode)
     mutant(monkeypatch)
     with pytest.raises(found_by) as caught:
-        stream_and_compare(tmp_path, capture)
+        stream_and_compare(tmp_path, mode, results)
     assert caught.type is found_by

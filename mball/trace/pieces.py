@@ -1,0 +1,168 @@
+"""Takes the steps of a cut graph apart, so that each can be compiled by itself.
+
+[Note: what crosses a cut] A piece takes the weights it reads, then tensors and sizes that come from outside, and
+returns what later steps and the caller need. Views of weights and arithmetic on sizes never cross: every
+piece that needs them makes its own. Names inside are counted, not inherited, so that equal layers become equal pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx.node import map_arg
+
+from mball import torch_private
+from mball.trace.cut import Cut, tensors_of
+
+Node = torch.fx.Node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One step as a graph of its own.
+
+    Attributes:
+        module: takes the weights of the step in the order of its `reads`, then `inputs`; returns a tuple.
+        inputs: nodes of the cut graph.
+        outputs: nodes of the cut graph that the module returns, in order.
+        key: equal for pieces that compute the same on arguments of the same kind.
+    """
+
+    module: torch.fx.GraphModule
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    key: Hashable
+
+
+def settle(graph: torch.fx.Graph) -> None:
+    """Moves nodes of a graph to where a cut cannot part them from what they belong to; the results stay the same.
+
+    A part of a tuple comes right after the tuple, which cannot cross a cut. A write to an argument, which AOTAutograd
+    puts at the end of the graph, comes as early as it may: else its source would live until then, and could not be
+    made in the argument's own memory.
+    """
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if torch_private.takes_part_of_tuple(node):
+            node.args[0].append(node)
+        elif torch_private.writes_argument(node):
+            last = max((node.args[1], *_users_of_memory(graph, node)), key=lambda other: order[other])
+            if last.op != "placeholder":
+                _after_its_parts(last).append(node)
+    graph.lint()
+
+
+def _users_of_memory(graph: torch.fx.Graph, write: Node) -> Iterator[Node]:
+    """Yields the nodes that read the memory which `write` overwrites, directly or through a view."""
+    written = {torch_private.storage_key(tensor) for tensor in tensors_of(write.all_input_nodes[0])}
+    for node in graph.nodes:
+        if node is write or node.op == "output":
+            continue
+        for argument in node.all_input_nodes:
+            if any(torch_private.storage_key(tensor) in written for tensor in tensors_of(argument)):
+                yield node
+                break
+
+
+def _after_its_parts(node: Node) -> Node:
+    """Returns the last of the nodes that `settle` keeps together with `node`."""
+    while torch_private.takes_part_of_tuple(node.next):
+        node = node.next
+    return node
+
+
+def take_apart(cut: Cut, sizes: Mapping[Any, Node]) -> list[Piece]:
+    """Returns a piece for each step of `cut`, whose graph is settled; `sizes` are the nodes that symbols are."""
+    step_of = {node: number for number, step in enumerate(cut.steps) for node in step.nodes}
+    return [_Builder(cut, step_of, sizes, number).piece() for number in range(len(cut.steps))]
+
+
+def is_made_again(node: Node) -> bool:
+    """Returns whether `node` is made again wherever it is needed: constants, and arithmetic on sizes."""
+    return node.op == "get_attr" or (
+        node.op == "call_function"
+        and not isinstance(node.target, torch._ops.OpOverload)
+        and torch_private.is_size(torch_private.example_value(node))
+        and all(torch_private.is_size(torch_private.example_value(argument)) for argument in node.all_input_nodes)
+    )
+
+
+class _Builder:
+    def __init__(self, cut: Cut, step_of: dict[Node, int], sizes: Mapping[Any, Node], number: int) -> None:
+        self.cut, self.step_of, self.sizes, self.number = cut, step_of, sizes, number
+        self.step = cut.steps[number]
+        self.graph = torch.fx.Graph()
+        self.env: dict[Node, Node] = {}
+        self.kinds: list[Hashable] = []
+
+    def piece(self) -> Piece:
+        outputs = [node for node in self.step.nodes if not is_made_again(node) and self._is_needed_later(node)]
+        inputs = self._inputs()
+        placeholder_of = {weight: node for node, weight in self.cut.weights.items()}
+        for weight in self.step.reads:
+            self._placeholder(placeholder_of[weight])
+        for weight, node in ((weight, node) for node, weight in self.cut.weights.items()):
+            # Two arguments may stand for one weight.
+            if weight in self.step.reads:
+                self.env.setdefault(node, self.env[placeholder_of[weight]])
+        for node in inputs:
+            self._placeholder(node)
+        for node in self.step.nodes:
+            self._copy(node)
+        self._node("output", "output", (tuple(self.env[node] for node in outputs),), {}, {})
+        module = torch.fx.GraphModule(self.cut.module, self.graph)
+        constants = tuple(id(getattr(self.cut.module, str(n.target))) for n in self.graph.nodes if n.op == "get_attr")
+        return Piece(
+            module=module,
+            inputs=tuple(inputs),
+            outputs=tuple(outputs),
+            key=(module.code, tuple(self.kinds), constants),
+        )
+
+    def _is_needed_later(self, node: Node) -> bool:
+        return any(self.step_of.get(user) != self.number for user in node.users)
+
+    def _inputs(self) -> list[Node]:
+        """Returns what comes from outside, in the order of first use, and the sizes that shapes are made of."""
+        inputs: dict[Node, None] = {}
+        symbols: set[Any] = set()
+
+        def visit(node: Node) -> None:
+            value = torch_private.example_value(node)
+            symbols.update(torch_private.symbols_of(value))
+            if node in self.cut.weights or self.step_of.get(node) == self.number:
+                return
+            if node in self.cut.views or is_made_again(node):
+                for argument in node.all_input_nodes:
+                    visit(argument)
+            else:
+                inputs[node] = None
+
+        for node in self.step.nodes:
+            symbols.update(torch_private.symbols_of(torch_private.example_value(node)))
+            for argument in node.all_input_nodes:
+                visit(argument)
+        for symbol in sorted(symbols, key=str):
+            if symbol in self.sizes and self.step_of.get(self.sizes[symbol]) != self.number:
+                inputs[self.sizes[symbol]] = None
+        return list(inputs)
+
+    def _placeholder(self, node: Node) -> None:
+        meta = {"val": torch_private.unified(torch_private.example_value(node))}
+        self.env[node] = self._node("placeholder", f"arg{len(self.env)}_1", (), {}, meta)
+        self.kinds.append(torch_private.kind_of(meta["val"]))
+
+    def _copy(self, node: Node) -> Node:
+        if node not in self.env:
+            args, kwargs = map_arg((node.args, node.kwargs), self._copy)
+            self.env[node] = self._node(node.op, node.target, args, kwargs, dict(node.meta))
+        return self.env[node]
+
+    def _node(self, op: str, target: Any, args: Any, kwargs: Any, meta: dict[str, Any]) -> Node:
+        name = target if op in ("placeholder", "output") else f"n{len(self.graph.nodes)}"
+        made = self.graph.create_node(op, target, args, kwargs, name=name)
+        made.meta = meta
+        return made
