@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mball.api import balloon as balloon
     from mball.api import report as report
+    from mball.api import timeline as timeline
     from mball.api import unwrap as unwrap
     from mball.api import wrap as wrap
     from mball.config import Config as Config
@@ -27,6 +28,7 @@ _HOMES = {
     "unwrap": "mball.api",
     "balloon": "mball.api",
     "report": "mball.api",
+    "timeline": "mball.api",
     "Config": "mball.config",
     "BudgetError": "mball.errors",
     "MballError": "mball.errors",
@@ -34,7 +36,18 @@ _HOMES = {
     "capturing": "mball.torch_private",
 }
 
-__all__ = ["BudgetError", "Config", "MballError", "Report", "balloon", "capturing", "report", "unwrap", "wrap"]
+__all__ = [
+    "BudgetError",
+    "Config",
+    "MballError",
+    "Report",
+    "balloon",
+    "capturing",
+    "report",
+    "timeline",
+    "unwrap",
+    "wrap",
+]
 
 
 def __getattr__(name: str) -> Any:

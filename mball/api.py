@@ -1,4 +1,4 @@
-"""wrap, unwrap, balloon, report: the only place where the parts are put together."""
+"""wrap, unwrap, balloon, report, timeline: the only place where the parts are put together."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -29,7 +30,7 @@ from mball.run.execution import Execution
 from mball.run.home_sources import map_checkpoint, write_homes
 from mball.run.tenants import move_in, move_out, place_buffers
 from mball.schema import Machine, Plan, Trace
-from mball.snapshot import take_report
+from mball.snapshot import take_report, take_timeline
 from mball.storage import CheckpointIndex, DirectIO, FileTable, SwapFile, ThreadedReader
 from mball.units import format_bytes
 
@@ -252,6 +253,24 @@ def report(model: torch.nn.Module) -> Report:
         weights_owned=len(_census_of(state).weights),
         graphs=len(state.backend.runners),
     )
+
+
+def timeline(model: torch.nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Writes what ran when in the last pass that ended well to `path`, and returns that.
+
+    Compute, stalls and reads have a lane each. ``.json`` and ``.json.gz`` are Chrome traces, which Perfetto
+    (ui.perfetto.dev) opens; ``.png`` is a picture, and needs ``pip install 'mball[plot]'``.
+
+    Raises:
+        WrapError: the model is not wrapped, or no pass ended well yet.
+        ConfigError: `path` has another suffix.
+        StorageError: the file cannot be written.
+        MballError: a picture without matplotlib.
+    """
+    taken = take_timeline(_state_of(model).engine)
+    if taken is None:
+        raise WrapError("no pass ended well yet, so there is no timeline; call the model once")
+    return taken.save(path)
 
 
 def trace_and_plan(model: torch.nn.Module) -> tuple[Trace, Plan]:

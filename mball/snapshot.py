@@ -1,11 +1,14 @@
-"""Takes the report of a wrapped model from what its engine knows."""
+"""Takes the report and the timeline of a wrapped model from what its engine knows."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from mball.observe.report import Report
+from mball.observe.timeline import Lane, Span, Timeline
 from mball.run.engine import Engine
+from mball.run.recorder import PassRecord
 from mball.schema import Plan
 
 NOT_COUNTED = ("Python and torch themselves", "tensors the user keeps")
@@ -61,6 +64,52 @@ def take_report(engine: Engine, *, link_bytes_per_s: float, io_path: str, weight
         swap_bytes=engine.homes.swap.size_bytes,
         not_counted=NOT_COUNTED,
     )
+
+
+def take_timeline(engine: Engine) -> Timeline | None:
+    """Returns the timeline of the last pass that ended well; None before the first.
+
+    A read that nobody knows the end of is drawn until the end of the pass. May be called in any thread.
+    """
+    record = engine.execution.recorder.last
+    if record is None:
+        return None
+    weights = [weight.name for weight in engine.weights]
+    spans = []
+    steps = [_step(record, number, weights) for number in range(len(record.computes))]
+    for (name, step), (_, began_s, ended_s) in zip(steps, record.computes, strict=True):
+        spans.append(Span(lane=Lane.COMPUTE, name=name, start_s=began_s, end_s=ended_s, step=step))
+    for number, bundle, began_s, ended_s in record.stalls:
+        name = f"wait for {_named([weights[weight] for weight in bundle.weights])}"
+        step = steps[number][1] if number < len(steps) else None
+        spans.append(Span(lane=Lane.STALLS, name=name, start_s=began_s, end_s=ended_s, step=step))
+    for read in record.reads:
+        began_s, ended_s = read.times(record.ended_s)
+        spans.append(
+            Span(
+                lane=Lane.READS,
+                name=_named([weights[weight] for weight in read.bundle.weights]),
+                start_s=began_s,
+                end_s=ended_s,
+                size_bytes=read.size_bytes,
+                asked_s=read.asked_s,
+            )
+        )
+    return Timeline(spans=tuple(span.since(record.began_s) for span in spans), pass_s=record.ended_s - record.began_s)
+
+
+def _step(record: PassRecord, number: int, weights: Sequence[str]) -> tuple[str, int | None]:
+    """Returns the name of the pass's compute `number`, and its plan step if it was planned."""
+    step = record.computes[number][0]
+    if isinstance(step, tuple):
+        return f"{_named([weights[weight] for weight in step])}, not planned", None
+    _, trace, plan = record.plans[bisect_right(record.plans, number, key=lambda adopted: adopted[0]) - 1]
+    planned = plan.steps[step]
+    return _named([each.name for each in trace.steps[planned.first : planned.end]]), step
+
+
+def _named(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} + {len(names) - 1} more"
 
 
 def _weight_bytes(plan: Plan, bundles: Sequence[int], engine: Engine) -> int:

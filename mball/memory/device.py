@@ -17,7 +17,11 @@ from mball.memory.virtual import HostMemory, VirtualMemory
 
 
 class Event(Protocol):
-    """A point in the work of a device, which is reached once."""
+    """A point in the work of a device, which is reached once.
+
+    The event of a copy may have `began_s` and `ended_s`: when its first byte was asked of the storage and when its
+    last one was there, by `time.perf_counter`, None until then. Timelines are truer with them; nothing else asks.
+    """
 
     def done(self) -> bool:
         """Returns whether the point is reached (or the work failed). Does not block."""

@@ -173,6 +173,7 @@ class Engine:
         )
         self.capture.abandon()
         self._began_s = time.perf_counter()
+        self.execution.recorder.begin(self._began_s)
 
     def note_capture(self) -> None:
         """Says that a graph was captured: what that took shares the budget from now on."""
@@ -202,15 +203,17 @@ class Engine:
 
     def _learn(self) -> None:
         counters, before = self.execution.counters, self._before
+        ended_s = time.perf_counter()
         self.passes += 1
         self.last = PassFacts(
-            wall_s=time.perf_counter() - self._began_s,
+            wall_s=ended_s - self._began_s,
             stall_s=counters.stall_s - before.stall_s,
             bytes_read=counters.bytes_read - before.bytes_read,
             unplanned_fetches=counters.unplanned_fetches - before.unplanned_fetches,
             steps=self.last.steps,
             in_place_bytes=0 if self.written_now else self.homes.touched_bytes(),
         )
+        self.execution.recorder.end(ended_s)
         if self.last.in_place_bytes:
             logger.warning(
                 "%s of weights were read in place during the pass, outside the budget: an operation that mball does "
@@ -383,6 +386,7 @@ class Engine:
             self.ledger.set(Kind.CAPTURE, self.ledger.budget_bytes - plan.budget_bytes)
         self._active = None  # until the plan is adopted whole: `recover` sees by this what an interrupt left
         self.execution.adopt(plan, [step.reads for step in planned.tape.trace.steps])
+        self.execution.recorder.adopt(planned.tape.trace, plan)
         self._active = planned
         self._stale = False
         here = len(self._tape)

@@ -19,6 +19,7 @@ import torch
 from mball.errors import StorageError
 from mball.memory import Arena, Device, Event
 from mball.run.homes import Homes
+from mball.run.recorder import ReadRecord, Recorder
 from mball.schema import Bundle, Plan, Transfer
 from mball.storage import Read
 
@@ -51,10 +52,17 @@ class Occupant:
     event: Event | None
     planned: bool = True
     views: dict[int, torch.Tensor] = field(default_factory=dict)
+    record: ReadRecord | None = None
 
     @property
     def end_bytes(self) -> int:
         return self.offset_bytes + self.bundle.size_bytes
+
+    def settle(self) -> None:
+        """Says that its copy is over."""
+        if self.record is not None:
+            self.record.settle()
+        self.event = None
 
 
 @dataclass(slots=True)
@@ -81,6 +89,7 @@ class Execution:
         self.arena = arena
         self.homes = homes
         self.counters = Counters()
+        self.recorder = Recorder()
         self.plan: Plan | None = None
         self._occupants: dict[int, Occupant] = {}
         self._in_use: tuple[int, ...] = ()
@@ -162,11 +171,14 @@ class Execution:
             occupant = self._occupants.get(bundle)
             if occupant is None or (occupant.event is None and not occupant.planned):
                 self._fetch_now(bundle, step)
-        return self._bind(step, tuple(self._land(bundle) for bundle in reads))
+        bound = self._bind(step, tuple(self._land(bundle) for bundle in reads))
+        self.recorder.entered(step)
+        return bound
 
     def leave(self, step: int) -> None:
         """Releases the step's bundles and starts the transfers that may start now."""
         assert self.plan is not None
+        self.recorder.left()
         self._in_use = ()
         self._released = self.device.record()
         for number in self._ends[step]:
@@ -201,10 +213,13 @@ class Execution:
             self._bring(bundle, offset, planned=False)
             self.counters.unplanned_fetches += 1
         occupants = {bundle: self._land(bundle) for bundle in bundles}
-        return tuple(self._view(weight, occupants[self._bundle_of_weight[weight]]) for weight in weights)
+        views = tuple(self._view(weight, occupants[self._bundle_of_weight[weight]]) for weight in weights)
+        self.recorder.entered(tuple(weights))
+        return views
 
     def release(self) -> None:
         """Ends what `on_demand` began."""
+        self.recorder.left()
         self._in_use = ()
         self._released = self.device.record()
 
@@ -250,6 +265,7 @@ class Execution:
         self._occupants.clear()
         self._views.clear()
         self._bound.clear()
+        self.recorder = Recorder()  # events of copies may hold memory of the arena
         self.arena.close()
 
     # -- transfers -----------------------------------------------------------------------------------------------
@@ -334,9 +350,12 @@ class Execution:
         ]
         # Known before it starts: an interrupt in between leaves an occupant that `abort` removes.
         occupant = self._occupants[number] = Occupant(bundle, offset, _NOT_STARTED, planned)
-        occupant.event = self.device.copy(reads, self._released)
-        self.counters.bytes_read += sum(read.size_bytes for read in reads)
+        asked_s = time.perf_counter()
+        occupant.event = event = self.device.copy(reads, self._released)
+        size_bytes = sum(read.size_bytes for read in reads)
+        self.counters.bytes_read += size_bytes
         self.counters.reads += len(reads)
+        occupant.record = self.recorder.reading(bundle, size_bytes, asked_s, event)
 
     def _land(self, bundle: int) -> Occupant:
         occupant = self._occupants[bundle]
@@ -345,12 +364,14 @@ class Execution:
             try:
                 self.device.wait(occupant.event)
             except StorageError:
-                occupant.event = None
+                occupant.settle()
                 self._evict(bundle)
                 raise
             finally:
-                self.counters.stall_s += time.perf_counter() - began_s
-            occupant.event = None
+                ended_s = time.perf_counter()
+                self.counters.stall_s += ended_s - began_s
+                self.recorder.stalled(occupant.bundle, began_s, ended_s)
+            occupant.settle()
         return occupant
 
     def _evict(self, bundle: int) -> None:
@@ -359,7 +380,7 @@ class Execution:
             # Nobody reads these bytes; who needs them reads them again and sees the error.
             with contextlib.suppress(StorageError):
                 self.device.wait(occupant.event)
-            occupant.event = None
+            occupant.settle()
         del self._occupants[bundle]
         for view in occupant.views.values():
             torch.autograd.graph.increment_version(view)

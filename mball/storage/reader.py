@@ -46,6 +46,14 @@ class ReadHandle(Protocol):
     def size_bytes(self) -> int:
         """Bytes that the reads bring, up to the ends of their files."""
 
+    @property
+    def began_s(self) -> float | None:
+        """When the first request was made, by `time.perf_counter`; None before, and if none is needed."""
+
+    @property
+    def ended_s(self) -> float | None:
+        """When the last request was over; None before, and if none is needed."""
+
     def done(self) -> bool:
         """Returns whether nothing is under way any more, be it read or failed. Does not block."""
 

@@ -34,12 +34,14 @@ DEFAULT_CHUNK_BYTES = 8 * MIB
 class PendingReads:
     """The handle of one submit; see `ReadHandle`."""
 
-    __slots__ = ("_failure", "_gate", "_pid", "_remaining", "_size_bytes")
+    __slots__ = ("_failure", "_gate", "_pid", "_remaining", "_size_bytes", "began_s", "ended_s")
 
     def __init__(self, num_chunks: int, size_bytes: int) -> None:
         self._size_bytes = size_bytes
         self._remaining = num_chunks
         self._failure: tuple[str, BaseException] | None = None
+        self.began_s: float | None = None
+        self.ended_s: float | None = None
         self._pid = os.getpid()
         # Held until the last chunk is over. A bare lock: waiting on it can be interrupted and begun again safely.
         self._gate = threading.Lock()
@@ -75,6 +77,7 @@ class PendingReads:
             self._failure = failure
         self._remaining -= 1
         if not self._remaining:
+            self.ended_s = time.perf_counter()
             self._gate.release()
 
 
@@ -140,10 +143,14 @@ class _Pool:
                 self.ready.wait()
             if self.stopping:
                 return None
+            now_s = time.perf_counter()
             if not self.num_active:
-                self.busy_since_s = time.perf_counter()
+                self.busy_since_s = now_s
             self.num_active += 1
-            return self.pending.popleft()
+            chunk = self.pending.popleft()
+            if chunk.handle.began_s is None:
+                chunk.handle.began_s = now_s
+            return chunk
 
     def run(self, chunk: _Chunk) -> None:
         size_bytes = direct_bytes = num_requests = 0
