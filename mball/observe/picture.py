@@ -51,7 +51,7 @@ def draw(timeline: Timeline) -> bytes:
     last_ms = max((span.end_s * 1e3 for span in timeline.spans), default=0.0)
     left = max(min(first_ms, -_MARGIN * pass_ms), -3 * _MARGIN * pass_ms)
     right = min(max(last_ms, (1 + _MARGIN) * pass_ms), (1 + 3 * _MARGIN) * pass_ms)
-    axes.set_xlim(left, right)
+    axes.set_xlim(left, max(right, left + 1e-6))
     axes.set_ylim(len(Lane) - 0.45, -0.55)
     for edge_ms, outside_ms in ((0.0, left), (pass_ms, right)):
         axes.axvspan(min(edge_ms, outside_ms), max(edge_ms, outside_ms), color="#ececec", linewidth=0, zorder=0)

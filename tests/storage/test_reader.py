@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mball.storage import CheckpointIndex, DirectIO, FileTable, SwapFile, ThreadedReader
+from tests.storage.conftest import HeldReads
 from tests.storage.reads import FILE_BYTES, aligned, memory, read, with_one
 from tests.storage.test_checkpoint import tensors_of_all_dtypes
 
@@ -33,6 +35,25 @@ def test_a_whole_file_past_its_end(files: FileTable, reader: ThreadedReader, pat
     else:
         assert reader.path == "O_DIRECT"
         assert statistics.direct_bytes == FILE_BYTES
+
+
+def test_a_handle_knows_when_it_began_and_ended(reader: ThreadedReader, path: str, held_reads: HeldReads) -> None:
+    asked_s = time.perf_counter()
+    handle = reader.submit([read(path, 0, FILE_BYTES, memory(FILE_BYTES))])
+    assert held_reads.begun.wait(60)
+    held_s = time.perf_counter()
+    assert handle.began_s is not None
+    assert asked_s <= handle.began_s <= held_s
+    assert handle.ended_s is None
+    freed_s = time.perf_counter()
+    held_reads.let_go.set()
+    handle.wait()
+    assert handle.began_s <= held_s, "each chunk begins it anew"
+    assert handle.ended_s is not None
+    assert freed_s <= handle.ended_s <= time.perf_counter()
+    nothing = reader.submit([])
+    assert nothing.done()
+    assert nothing.began_s is nothing.ended_s is None
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
