@@ -85,6 +85,8 @@ def take_timeline(engine: Engine) -> Timeline | None:
         spans.append(Span(lane=Lane.STALLS, name=name, start_s=began_s, end_s=ended_s, step=step))
     for read in record.reads:
         began_s, ended_s = read.times(record.ended_s)
+        if max(read.asked_s, ended_s) <= record.began_s:
+            continue  # the pass before has it
         spans.append(
             Span(
                 lane=Lane.READS,

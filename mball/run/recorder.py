@@ -5,7 +5,8 @@ timeline, so only what they are found by is kept.
 
 [Note: reads across the end of a pass] A read belongs to the pass that asks for it, and to the next one too if it is
 still under way when that begins. When it really began and ended only the device's event can say, if it does; else it
-lasted from when it was asked for until a step had waited for it.
+lasted from when it was asked for until a step had waited for it. The next pass therefore starts out with all reads that
+nobody has waited for yet, and those that prove to have been over are left out when the timeline is taken.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class PassRecord:
     """What ran in one pass.
 
     Attributes:
+        reads: those asked for in the pass, after those that no step had waited for when it began.
         plans: the plans it ran under, each with the number of computes that were over when it was adopted.
     """
 
@@ -91,7 +93,7 @@ class Recorder:
         self._began_s = began_s
         # New lists: those of the pass before may be the ones that are kept.
         self._computes, self._stalls = [], []
-        self._reads = [read for read in self._reads if (event := read.event) is not None and not event.done()]
+        self._reads = [read for read in self._reads if read.event is not None]
         self._plans = [(0, trace, plan) for _, trace, plan in self._plans[-1:]]
 
     def end(self, ended_s: float) -> None:

@@ -111,6 +111,8 @@ def test_reads_asked_for_in_a_pass_are_the_bytes_of_the_report(settled: Any) -> 
         assert len(asked) == len(timeline.of(Lane.READS))
         assert max(asked) < timeline.pass_s
         assert any(span.name.startswith("layers.") for span in timeline.of(Lane.READS))
+        num_asked = sum(asked_s >= 0 for asked_s in asked)
+        assert len(engine_of(settled).execution.recorder.last.reads) <= 2 * num_asked, "reads of old passes pile up"
 
 
 def test_events_that_know_no_times_last_from_asking_to_landing(settled: Any) -> None:
@@ -196,6 +198,7 @@ def test_a_read_across_the_end_of_a_pass_is_in_both(
     before = timeline_of(model)
     late = [read for read in before.of(Lane.READS) if read.end_s >= before.pass_s]
     assert late
+    assert all(read.end_s == pytest.approx(max(read.start_s, before.pass_s)) for read in late)
     run(model, call)
     after = timeline_of(model)
     carried = [read for read in after.of(Lane.READS) if read.asked_s is not None and read.asked_s < 0]
@@ -203,6 +206,18 @@ def test_a_read_across_the_end_of_a_pass_is_in_both(
     assert all(read.end_s > 0 for read in carried)
     assert any(read.start_s < 0 for read in carried)
     assert after.bytes_read == mball.report(model).bytes_read_last_pass
+
+
+def test_a_read_that_was_over_before_a_pass_began_is_not_in_it(tmp_path: Path) -> None:
+    model = wrapped(tmp_path, "graphs")
+    for _ in range(5):
+        run(model, call)
+        engine_of(model).execution.device.synchronize()
+    timeline = timeline_of(model)
+    reads = timeline.of(Lane.READS)
+    assert len(engine_of(model).execution.recorder.last.reads) > len(reads), "no read was ahead of the pass"
+    assert all(read.asked_s is not None and read.asked_s > 0 for read in reads)
+    assert timeline.bytes_read == sum(read.size_bytes or 0 for read in reads)
 
 
 def test_a_pass_that_fails_leaves_the_timeline_of_the_last_good_one(
