@@ -17,7 +17,7 @@ import torch
 from mball import torch_private
 from mball.backend import Backend
 from mball.config import Capture, Compile, Config, Io
-from mball.errors import WrapError
+from mball.errors import ConfigError, WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
 from mball.memory import CpuDevice, Device, Kind, Ledger
 from mball.observe.report import Report
@@ -99,6 +99,7 @@ def _wrap(
     adapt_device: AdaptDevice = lambda device: device,
 ) -> None:
     _check_roots(roots)
+    options = _inductor_options(config)
     classes = [_mixed(root) for root in roots]
     census = take_census(roots)
     if not census.weights:
@@ -142,7 +143,7 @@ def _wrap(
     parameters = move_in(census, homes)
     place_buffers(census, new_buffers)
     gate = Gate(engine, parameters, roots)
-    backend = Backend(gate, parameters, [b for root in roots for b in root.buffers()], config)
+    backend = Backend(gate, parameters, [b for root in roots for b in root.buffers()], config, options)
     _hang_doors(roots, classes, gate, backend, config)
     closer = weakref.finalize(roots[0], _close, engine, reader, files)
     state = _State(
@@ -318,6 +319,13 @@ def _check_roots(roots: Sequence[torch.nn.Module]) -> None:
 
 def _plan(trace: Trace, budget_bytes: int, *, machine: Machine, fixed_bytes: int) -> Plan:
     return make_plan(trace, machine, budget_bytes, fixed_bytes=fixed_bytes)
+
+
+def _inductor_options(config: Config) -> dict[str, Any]:
+    try:
+        return dict(config.options) or torch_private.options_of_mode(config.mode)
+    except RuntimeError as error:
+        raise ConfigError(f"mode is {config.mode!r}: {error}") from error
 
 
 def _nothing_to_verify() -> None:

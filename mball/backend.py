@@ -172,6 +172,7 @@ class Backend:
         parameters: as the user holds them, each with the weight it is.
         buffers: of the modules.
         config: says how steps are compiled.
+        options: of Inductor.
 
     Attributes:
         runners: the graphs captured so far.
@@ -184,6 +185,7 @@ class Backend:
         parameters: Sequence[tuple[torch.nn.Parameter, int]],
         buffers: Sequence[torch.Tensor],
         config: Config,
+        options: Mapping[str, Any],
     ):
         if config.compile is Compile.EAGER:
             make_faithful()
@@ -191,7 +193,7 @@ class Backend:
         self.unsupported: list[str] = []
         self._gate = gate
         self._config = config
-        self._options = dict(config.options) or torch_private.options_of_mode(config.mode)
+        self._options = options
         self._weights = {id(parameter): weight for parameter, weight in parameters}
         self._weight_bytes = [weight.size_bytes for weight in gate.engine.weights]
         self._buffers = {id(buffer) for buffer in buffers}

@@ -27,7 +27,7 @@ def wrap_both(make_model: Callable[[], nn.Module], budget: float, directory: Pat
     """Returns the model streamed by a hostile device, and resident; both are cut alike."""
     streamed, resident = make(make_model), make(make_model)
     size = weight_bytes(streamed)
-    settings = {"compile": "inductor", "step_bytes": max(int(size * budget / 8), 1), "swap_dir": directory} | settings
+    settings = {"compile": "inductor", "step_bytes": int(size * budget / 3), "swap_dir": directory} | settings
     wrap_hostile(streamed, int(size * budget), **settings)
     mball.wrap(resident, budget=size * 4 + (64 << 20), **settings)
     return streamed, resident
@@ -42,15 +42,16 @@ def steps_compiled(model: nn.Module) -> list[int]:
 
 
 SPECIMENS = {
-    "llama": Specimen(make=lambda: llama(layers=2), runs=(logits(1, 9), logits(2, 5))),
-    "llama-generates": Specimen(make=lambda: llama(2, dtype=torch.bfloat16), runs=(generate("dynamic"),)),
-    "llama-static-cache": Specimen(make=lambda: llama(layers=2, tied=True), runs=(generate("static"),)),
+    "llama": Specimen(make=lambda: llama(layers=3), runs=(logits(1, 9),)),
+    "llama-generates": Specimen(make=lambda: llama(3, dtype=torch.bfloat16), runs=(generate("dynamic"),)),
+    "llama-static-cache": Specimen(make=lambda: llama(layers=3, tied=True), runs=(generate("static"),)),
     "sequential": ZOO["sequential"],
     "breaks": ZOO["breaks"],
     "convolutions": Specimen(make=Net, runs=(lambda m: m(noise(2, 3, 16, 16)),), budget=1.95),
     "bert": ZOO["bert-bf16"],
 }
-LONG = {name: ZOO[name] for name in ZOO if name not in SPECIMENS and ZOO[name].graphs}
+# Dynamo captures the gate alone of a loop over experts: one step.
+LONG = {name: ZOO[name] for name in ZOO if name not in SPECIMENS and ZOO[name].graphs and name != "experts"}
 
 
 def check(specimen: Specimen, directory: Path) -> None:
@@ -115,8 +116,8 @@ class Remembers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
-        self.register_buffer("memory", torch.zeros(4, 8, 32))
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.register_buffer("memory", torch.zeros(4, 8, 64))
 
     def forward(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         for number, layer in enumerate(self.layers):
@@ -127,10 +128,10 @@ class Remembers(nn.Module):
 
 
 def test_written_buffers(tmp_path: Path) -> None:
-    streamed, resident = wrap_both(Remembers, 0.8, tmp_path)
+    streamed, resident = wrap_both(Remembers, 0.9, tmp_path)
     plain = make(Remembers)
     for number in range(5):
-        x, place = noise(1, 32, seed=number), torch.tensor([number])
+        x, place = noise(1, 64, seed=number), torch.tensor([number])
         got = run(streamed, lambda m, x=x, place=place: m(x, place))
         assert_same(got, run(resident, lambda m, x=x, place=place: m(x, place)))
         torch.testing.assert_close(got, run(plain, lambda m, x=x, place=place: m(x, place)))
@@ -140,10 +141,10 @@ def test_written_buffers(tmp_path: Path) -> None:
 
 
 class Layers(nn.Module):
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, width: int = 64) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)) for _ in range(count)
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(count)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -177,13 +178,13 @@ def test_a_model_that_fits_is_one_graph_and_computes_what_torch_compile_does(tmp
 
 
 def test_one_graph_that_does_not_fit_any_more_runs_in_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    plain, model = make(lambda: Layers(6)), make(lambda: Layers(6))
-    budget = weight_bytes(model) + (2 << 20)
+    plain, model = (make(lambda: Layers(8, width=256)) for _ in range(2))
+    budget = weight_bytes(model) + (1 << 20)
     mball.wrap(model, budget=budget, swap_dir=tmp_path, compile="inductor")
     for rows in (4, 8, 12):
-        run(model, lambda m, rows=rows: m(noise(rows, 64)))
+        run(model, lambda m, rows=rows: m(noise(rows, 256)))
     assert steps_compiled(model)[0] == 1
-    x = noise(2500, 64)  # 2500 x (64 + 128) floats: 1.9 MB, and more inside
+    x = noise(1000, 256)  # 3 MB of activations at least, beside 8 MB of weights
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             torch.testing.assert_close(run(model, lambda m: m(x)), run(plain, lambda m: m(x)), rtol=1e-4, atol=1e-4)
