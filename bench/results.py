@@ -46,6 +46,8 @@ class Topic(Enum):
     MEMORY_CAP = "memory-cap"
     WRITES = "writes"
     SPEED = "speed"
+    PEERS = "peers"
+    START = "start"
     DEMO = "demo"
 
 

@@ -15,7 +15,9 @@ _ROWS = {
     Topic.EQUALITY: "streamed equals unwrapped",
     Topic.MEMORY_CAP: "memory under a cgroup cap",
     Topic.WRITES: "cost of noticing writes",
-    Topic.SPEED: "speed against the roofline and against peers",
+    Topic.SPEED: "speed against the roofline",
+    Topic.PEERS: "speed against peers",
+    Topic.START: "cold start",
     Topic.DEMO: "the demo",
 }
 _COLUMNS = {Device.CPU: "CPU", Device.CUDA: "CUDA"}

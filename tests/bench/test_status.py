@@ -54,7 +54,7 @@ def test_a_new_file_changes_its_cell_and_no_other(tmp_path: Path) -> None:
     assert table(read_results(tmp_path)) == table(read_results(tmp_path)[::-1])
 
     write_result(result(topic="speed", device="cuda", gpu="NVIDIA H200"), tmp_path)
-    speed = cell(table(read_results(tmp_path)), "speed against the roofline and against peers", "CUDA")
+    speed = cell(table(read_results(tmp_path)), "speed against the roofline", "CUDA")
     assert speed.startswith("[2026-01-31, NVIDIA H200: 0.25 %")
 
 

@@ -1,0 +1,128 @@
+"""The model on disk: a Llama of random bfloat16 weights in one safetensors file, made once and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mball.config import cache_directory
+
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A Llama, input and output embedding apart."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+    def config(self) -> LlamaConfig:
+        """Returns transformers' description of it."""
+        return LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=2048,
+            tie_word_embeddings=False,
+            dtype="bfloat16",
+        )
+
+
+# 1.1 billion parameters, 2.2 GB
+LARGE = Shape(
+    name="llama-1b", hidden=2048, intermediate=5632, layers=22, heads=32, kv_heads=4, vocabulary=32000
+)  # fmt: skip
+# 9 MB, for tests of the harness and to load what a process needs before it is capped
+SMALL = Shape(name="llama-small", hidden=256, intermediate=704, layers=4, heads=4, kv_heads=2, vocabulary=4096)
+SHAPES = {shape.name: shape for shape in (LARGE, SMALL)}
+
+
+def weight_bytes(checkpoint: Path) -> int:
+    """Returns the bytes of all weights of a checkpoint that `make_checkpoint` made."""
+    with (checkpoint / _WEIGHTS).open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    return (checkpoint / _WEIGHTS).stat().st_size - 8 - header_bytes
+
+
+def weight_file(checkpoint: Path) -> Path:
+    """Returns the file that holds the weights."""
+    return checkpoint / _WEIGHTS
+
+
+def make_checkpoint(shape: Shape, directory: Path | None = None) -> Path:
+    """Returns the checkpoint of `shape` in `directory` (default: mball's cache), written now unless it is there whole.
+
+    Holds one weight at a time in memory. Raises OSError when it cannot be written.
+    """
+    home = directory or cache_directory() / "bench"
+    checkpoint = home / shape.name
+    header, size_bytes = _header(shape)
+    if _is_whole(checkpoint, shape, len(header) + size_bytes):
+        return checkpoint
+    unfinished = home / f"{shape.name}.{os.getpid()}.part"
+    unfinished.mkdir(parents=True)
+    try:
+        with (unfinished / _WEIGHTS).open("wb") as file:
+            file.write(header)
+            for weight in _weights(shape):
+                file.write(weight.view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        shape.config().save_pretrained(unfinished)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        unfinished.rename(checkpoint)  # it is there whole or not at all
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return checkpoint
+
+
+def _is_whole(checkpoint: Path, shape: Shape, size_bytes: int) -> bool:
+    weights, config = checkpoint / _WEIGHTS, checkpoint / "config.json"
+    if not weights.is_file() or not config.is_file() or weights.stat().st_size != size_bytes:
+        return False
+    found = json.loads(config.read_text(encoding="utf-8"))
+    return (found["num_hidden_layers"], found["hidden_size"]) == (shape.layers, shape.hidden)
+
+
+def _parameters(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape.config())
+    return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+
+
+def _header(shape: Shape) -> tuple[bytes, int]:
+    """Returns what a safetensors file begins with, and the bytes of the weights that follow."""
+    entries, end = {}, 0
+    for name, size in _parameters(shape):
+        start, end = end, end + 2 * torch.Size(size).numel()
+        entries[name] = {"dtype": "BF16", "shape": size, "data_offsets": [start, end]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, end
+
+
+def _weights(shape: Shape) -> Iterator[torch.Tensor]:
+    """Yields the weights in the order of the header, flat; always the same."""
+    generator = torch.Generator().manual_seed(7)
+    for _, size in _parameters(shape):
+        weight = torch.ones(size)
+        if len(size) > 1:
+            weight.normal_(0.0, 0.02, generator=generator)
+        yield weight.to(torch.bfloat16).flatten()

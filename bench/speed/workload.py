@@ -1,0 +1,82 @@
+"""What is timed: a prefill, and decode steps of one token after it, on a static cache."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from transformers import StaticCache
+
+NUM_DECODED = 4
+
+
+class Kind(Enum):
+    """Which steps."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Burst:
+    """Steps that are run one after the other; only the last `timed` count."""
+
+    warm: int
+    timed: int
+
+
+class Workload:
+    """A prompt of random tokens, and a cache with room for it and a few tokens more.
+
+    Every decode step follows the same prompt, so that all do the same work; so does every prefill.
+
+    Args:
+        model: a Llama of transformers, however it is run.
+        prompt_tokens: the prompt's length.
+    """
+
+    def __init__(self, model: Any, prompt_tokens: int) -> None:
+        self._model = model
+        config = model.config
+        generator = torch.Generator().manual_seed(11)
+        self._tokens = torch.randint(config.vocab_size, (1, prompt_tokens + NUM_DECODED), generator=generator)
+        self._prompt_tokens = prompt_tokens
+        # Bound before anything is captured, so that prefill and decode find the same cache.
+        self._cache = StaticCache(config=config, max_cache_len=prompt_tokens + NUM_DECODED)
+        self._cache.early_initialization(
+            batch_size=1,
+            num_heads=config.num_key_value_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+        )
+
+    @torch.no_grad()
+    def logits(self) -> torch.Tensor:
+        """Returns the logits `[1 + NUM_DECODED, V]` after the prompt and after each token that follows it."""
+        rows = [self._step(0, self._prompt_tokens)]
+        rows += [self._step(self._prompt_tokens + number, 1) for number in range(NUM_DECODED)]
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def run(self, kind: Kind, burst: Burst) -> list[float]:
+        """Returns the seconds of each timed step."""
+        first, count = (self._prompt_tokens, 1) if kind is Kind.DECODE else (0, self._prompt_tokens)
+        times = []
+        for _ in range(burst.warm + burst.timed):
+            began_s = time.perf_counter()
+            self._step(first, count)
+            times.append(time.perf_counter() - began_s)
+        return times[burst.warm :]
+
+    def _step(self, first: int, count: int) -> torch.Tensor:
+        """Runs the tokens `[first, first + count)`; returns the last one's logits `[1, V]`."""
+        for layer in self._cache.layers:
+            layer.cumulative_length.fill_(first)
+        output = self._model(
+            self._tokens[:, first : first + count], past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[:, -1].clone()
