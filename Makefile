@@ -57,9 +57,11 @@ test-long: $(VENV)/.stamp
 bench: $(VENV)/.stamp
 	$(BIN)/python -m pytest bench --benchmark-only --save-results $(ARGS)
 	$(BIN)/python -m bench.status
+	$(BIN)/python -m bench.speed.table
 
 status: $(VENV)/.stamp
 	$(BIN)/python -m bench.status
+	$(BIN)/python -m bench.speed.table
 
 gpu:
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \

@@ -31,7 +31,9 @@ HEADING = Heading(
 @pytest.fixture(scope="module", params=modes(), ids=lambda mode: mode.value)
 def field(request: pytest.FixtureRequest, say: Say) -> Iterator[Field]:
     mode: Mode = request.param
-    with Field(full(make_checkpoint(LARGE), make_checkpoint(SMALL)), mode, say) as contenders:
+    prefill_rounds = request.config.getoption("--prefill-rounds")
+    scale = full(make_checkpoint(LARGE), make_checkpoint(SMALL), prefill_rounds=prefill_rounds)
+    with Field(scale, mode, say) as contenders:
         yield contenders
 
 

@@ -50,16 +50,17 @@ class Child:
         """Loads a small model, runs it and drops it: what stays is the machinery that this way needs."""
         self.load(prompt_tokens, **loading)
         assert self._workload is not None
-        self._workload.logits()
+        for kind in Kind:
+            self._workload.logits(kind)
         self._model = self._workload = None
         torch._dynamo.reset()
         gc.collect()
         return self.hello()
 
-    def logits(self, path: str) -> dict[str, Any]:
+    def logits(self, kind: str, path: str) -> dict[str, Any]:
         """Writes the logits as float32 to `path`; returns a hash of their bits."""
         assert self._workload is not None
-        found = self._workload.logits()
+        found = self._workload.logits(Kind(kind))
         numpy.save(path, found.float().numpy())
         ways.settle(self._model)
         return {"sha256": hashlib.sha256(found.view(torch.uint8).numpy().tobytes()).hexdigest()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -17,14 +16,13 @@ class DiskChild:
     """What the process holds between two lines; each method answers one kind of line."""
 
     def __init__(self) -> None:
-        self._stack = ExitStack()
         self._memory: memoryview | None = None
         self._yardsticks: dict[str, tuple[Yardstick, Setting]] = {}
 
     def prepare(self, name: str, spans: list[dict[str, Any]]) -> dict[str, Any]:
         """Prepares a yardstick over these spans and finds its best setting."""
         if self._memory is None:
-            self._memory = self._stack.enter_context(huge_pages(RING_BYTES))
+            self._memory = huge_pages(RING_BYTES)
         found = [Span(**span) for span in spans]
         yardstick, some = Yardstick(found, self._memory), Yardstick(_first(found, RING_BYTES), self._memory)
         setting = some.best_setting()

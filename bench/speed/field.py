@@ -9,6 +9,7 @@ from bench.speed.contender import Contender, ContenderError
 from bench.speed.rounds import Say
 from bench.speed.scale import Scale
 from bench.speed.ways import Loading, Mode, Way
+from bench.speed.workload import Kind
 
 # Everything fits then, activations too.
 RESIDENT_PERCENT = 110
@@ -23,7 +24,7 @@ class Field:
         disk: reads as the yardstick does.
         num_threads: that compute, the same in each.
 
-    Entering raises GateError when a contender computes something else, and ContenderError when one fails.
+    Entering raises ContenderError when one fails.
     """
 
     def __init__(self, scale: Scale, mode: Mode, say: Say) -> None:
@@ -59,20 +60,31 @@ class Field:
             raise ContenderError(f"contenders compute with different numbers of threads: {sorted(found)}")
         (self.num_threads,) = found
         self.plain.load(self._loading(Way.PLAIN, self.mode), self.scale.prompt_tokens)
-        reference = gate.logits(self.plain)
-        if self.mode is Mode.INDUCTOR:
-            # What is compiled is held against what is not; the uncompiled one has done its work then.
-            with Contender("plain eager") as eager:
-                eager.load(self._loading(Way.PLAIN, Mode.EAGER), self.scale.prompt_tokens)
-                reference = gate.logits(eager)
-            gate.close(self.plain, reference, "the uncompiled model")
         for percent, contender in self.mball.items():
             contender.load(self._loading(Way.MBALL, self.mode, percent), self.scale.prompt_tokens)
-            if self.mode is Mode.INDUCTOR and percent == RESIDENT_PERCENT:
-                reference = gate.close(contender, reference, "the uncompiled model")
-            else:
-                gate.same_bits(contender, reference, "the reference")
-            self._say(f"{self.mode.value}: {contender.name} computes the right logits")
+
+    def check(self, kind: Kind) -> None:
+        """Holds what the contenders compute against the model without mball, and warms them up by that.
+
+        In mode EAGER all have the same bits. In mode INDUCTOR both compiled ones are close to the uncompiled model,
+        and what streams has the same bits as what is resident.
+
+        Raises:
+            GateError: a contender computes something else.
+            ContenderError: a contender failed.
+        """
+        if self.mode is Mode.INDUCTOR:
+            with Contender("plain eager") as eager:
+                eager.load(self._loading(Way.PLAIN, Mode.EAGER), self.scale.prompt_tokens)
+                uncompiled = gate.logits(eager, kind)
+            gate.close(self.plain, kind, uncompiled, "the uncompiled model")
+            reference = gate.close(self.mball[RESIDENT_PERCENT], kind, uncompiled, "the uncompiled model")
+        else:
+            reference = gate.logits(self.plain, kind)
+            gate.same_bits(self.mball[RESIDENT_PERCENT], kind, reference, "the model without mball")
+        for percent in self.scale.percents:
+            gate.same_bits(self.mball[percent], kind, reference, "where all is resident")
+        self._say(f"{self.mode.value} {kind.value}: all compute the right logits")
 
     def _loading(self, way: Way, mode: Mode, percent: int = 0) -> Loading:
         budget_bytes = self.scale.budget_bytes(percent)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy
 
 from bench.speed.contender import Contender
+from bench.speed.workload import Kind
 
 # Two ways of computing the same in bfloat16, with its eight bits.
 TOLERANCE = 0.05
@@ -26,36 +27,36 @@ class Logits:
     sha256: str
 
 
-def logits(contender: Contender) -> Logits:
-    """Returns the contender's logits of the prompt and the tokens after it. Raises ContenderError."""
+def logits(contender: Contender, kind: Kind) -> Logits:
+    """Returns what a contender computes in a workload. Raises ContenderError."""
     with tempfile.TemporaryDirectory(prefix="mball-gate-") as directory:
         path = Path(directory) / "logits.npy"
-        sha256 = contender.tell("logits", path=str(path))["sha256"]
+        sha256 = contender.tell("logits", kind=kind.value, path=str(path))["sha256"]
         return Logits(values=numpy.load(path), sha256=sha256)
 
 
-def same_bits(contender: Contender, reference: Logits, name: str) -> None:
+def same_bits(contender: Contender, kind: Kind, reference: Logits, name: str) -> None:
     """Checks that a contender's logits are the reference's, bit for bit. Raises GateError."""
-    found = logits(contender)
+    found = logits(contender, kind)
     if found.sha256 != reference.sha256:
         raise GateError(
-            f"{contender.name}: logits differ from {name} by up to {_difference(found, reference):.3g}; they have to "
-            "have the same bits"
+            f"{contender.name}, {kind.value}: logits differ from {name} by up to "
+            f"{_difference(found, reference):.3g}; they have to have the same bits"
         )
 
 
-def close(contender: Contender, reference: Logits, name: str) -> Logits:
+def close(contender: Contender, kind: Kind, reference: Logits, name: str) -> Logits:
     """Checks that a contender's logits are the reference's within what bfloat16 allows; returns them. Raises GateError.
 
     The tolerance is relative to the largest logit.
     """
-    found = logits(contender)
+    found = logits(contender, kind)
     allowed = TOLERANCE * float(numpy.abs(reference.values).max())
     # Written so that NaN does not pass.
     if not _difference(found, reference) <= allowed:
         raise GateError(
-            f"{contender.name}: logits differ from {name} by up to {_difference(found, reference):.3g}, allowed "
-            f"{allowed:.3g}"
+            f"{contender.name}, {kind.value}: logits differ from {name} by up to "
+            f"{_difference(found, reference):.3g}, allowed {allowed:.3g}"
         )
     return found
 

@@ -49,8 +49,8 @@ class Shape:
 LARGE = Shape(
     name="llama-1b", hidden=2048, intermediate=5632, layers=22, heads=32, kv_heads=4, vocabulary=32000
 )  # fmt: skip
-# 9 MB, for tests of the harness and to load what a process needs before it is capped
-SMALL = Shape(name="llama-small", hidden=256, intermediate=704, layers=4, heads=4, kv_heads=2, vocabulary=4096)
+# 7 MB, for tests of the harness and to load what a process needs before it is capped
+SMALL = Shape(name="llama-small", hidden=256, intermediate=704, layers=2, heads=4, kv_heads=2, vocabulary=4096)
 SHAPES = {shape.name: shape for shape in (LARGE, SMALL)}
 
 

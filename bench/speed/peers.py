@@ -56,7 +56,7 @@ def peers(scale: Scale, mode: Mode, say: Say) -> list[Measurement]:
     with ExitStack() as stack:
         with Contender("plain eager") as plain:
             plain.load(replace(common, way=Way.PLAIN, mode=Mode.EAGER), scale.prompt_tokens)
-            reference = gate.logits(plain)
+            references = {kind: gate.logits(plain, kind) for kind in scale.peer_kinds}
             # In a process that ends: this way it is not read into one that is capped.
             offload = plain.tell("offload", checkpoint=str(scale.checkpoint), folder=str(_offload_folder(scale)))["at"]
         capped: dict[Way, Contender] = {}
@@ -66,10 +66,9 @@ def peers(scale: Scale, mode: Mode, say: Say) -> list[Measurement]:
             forget_pages(scale.checkpoint, Path(offload))
             contender, limit_bytes = _capped(scale, loading, stack)
             capped[way] = contender
-            if mode is Mode.INDUCTOR and way is Way.MBALL:
-                gate.close(contender, reference, "the model without mball")
-            else:
-                gate.same_bits(contender, reference, "the model without mball")
+            for kind, reference in references.items():
+                check = gate.close if loading.mode is Mode.INDUCTOR else gate.same_bits
+                check(contender, kind, reference, "the model without mball")
             if way is Way.MBALL:
                 report = contender.tell("burst", kind=Kind.DECODE.value, warm=2, timed=1)["report"]
                 common = replace(common, resident_bytes=report["resident_bytes"])
@@ -80,7 +79,7 @@ def peers(scale: Scale, mode: Mode, say: Say) -> list[Measurement]:
                     description="the kernel's limit on all memory of the process, page cache included",
                 )
             )  # fmt: skip
-        for kind in Kind:
+        for kind in references:
             burst = scale.bursts[kind]
             for contender in capped.values():
                 contender.tell("burst", kind=kind.value, warm=1, timed=1)

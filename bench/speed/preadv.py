@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 _MADV_POPULATE_WRITE = 23
@@ -42,27 +42,25 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@contextmanager
-def huge_pages(size_bytes: int) -> Iterator[memoryview]:
-    """Yields anonymous memory on huge pages where the kernel has them, all of it backed; at a multiple of 2 MiB."""
-    whole = mmap.mmap(-1, size_bytes + _HUGE_BYTES)
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        anchor = ctypes.c_char.from_buffer(whole)
-        address = ctypes.addressof(anchor)
-        del anchor
-        start = -address % _HUGE_BYTES
-        with suppress(OSError):  # a kernel without huge pages
-            whole.madvise(mmap.MADV_HUGEPAGE, 0, len(whole))
-        if libc.madvise(address, len(whole), _MADV_POPULATE_WRITE):
-            for offset in range(0, len(whole), mmap.PAGESIZE):  # an older kernel: touch each page
-                whole[offset] = 0
-        view = memoryview(whole)
-        with view, view[start : start + size_bytes] as backed:
-            yield backed
-    finally:
-        whole.close()
+def huge_pages(size_bytes: int) -> memoryview:
+    """Returns anonymous memory on huge pages where the kernel has them, all of it backed; at a multiple of 2 MiB.
+
+    It is given back with the last view of it.
+    """
+    # Private: shared memory, which is the default here, gets no huge pages.
+    whole = mmap.mmap(-1, size_bytes + _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    anchor = ctypes.c_char.from_buffer(whole)
+    address = ctypes.addressof(anchor)
+    del anchor
+    with suppress(OSError):  # a kernel without huge pages
+        whole.madvise(mmap.MADV_HUGEPAGE, 0, len(whole))
+    if libc.madvise(address, len(whole), _MADV_POPULATE_WRITE):
+        for offset in range(0, len(whole), mmap.PAGESIZE):  # an older kernel: touch each page
+            whole[offset] = 0
+    start = -address % _HUGE_BYTES
+    return memoryview(whole)[start : start + size_bytes]
 
 
 class Yardstick:

@@ -12,7 +12,7 @@ from bench.speed.contender import Contender
 from bench.speed.field import RESIDENT_PERCENT, Field
 from bench.speed.ratios import Target, ratio, ratio_measurements
 from bench.speed.rounds import Sample, Say, interleave, larger, smaller, steps_of
-from bench.speed.workload import Burst, Kind
+from bench.speed.workload import Kind
 
 TARGET = Target(limit=1.10)
 
@@ -20,7 +20,9 @@ TARGET = Target(limit=1.10)
 def roofline(field: Field, say: Say) -> list[Measurement]:
     """Returns measured ÷ roofline of each workload and budget, and what it is made of.
 
-    Raises ContenderError when a contender fails.
+    Raises:
+        GateError: a contender computes something else; there is no figure then.
+        ContenderError: a contender failed.
     """
     waiting = os.environ.get("OMP_WAIT_POLICY", "not set")
     found = [
@@ -29,7 +31,8 @@ def roofline(field: Field, say: Say) -> list[Measurement]:
             description=f"that compute, in each process; OMP_WAIT_POLICY {waiting}",
         )
     ]  # fmt: skip
-    for kind in Kind:
+    for kind in field.scale.rounds:
+        field.check(kind)
         found += _of_workload(field, kind, say)
     return found
 
@@ -42,8 +45,9 @@ def _of_workload(field: Field, kind: Kind, say: Say) -> list[Measurement]:
     yardsticks: dict[int, list[str]] = {}
     sizes: dict[int, int] = {}
     for percent, contender in field.mball.items():
-        # Plans settle in the first passes after another workload.
-        contender.tell("burst", kind=kind.value, warm=2, timed=1)
+        # Plans settle in the first passes after another workload; the gate was one.
+        if burst.warm:
+            contender.tell("burst", kind=kind.value, warm=2, timed=1)
         reports[f"mball_{percent}"] = []
         sources[f"mball_{percent}"] = steps_of(contender, kind, burst, reports[f"mball_{percent}"])
         if percent in scale.percents:
@@ -79,6 +83,9 @@ def _of_workload(field: Field, kind: Kind, say: Say) -> list[Measurement]:
             Measurement.of(f"{name}_bytes", [sizes[percent]], unit="bytes", description="read in each step"),
         ]  # fmt: skip
         say(f"{name}: {statistics.median(measured):.3f} s, {found[-8].figure()} of {compared}; {disk}")
+    if not scale.pairs[kind]:
+        resident = f"mball_{RESIDENT_PERCENT}"
+        found += _fits(prefix, samples[resident], samples["plain"], reports[resident])
     return found
 
 
@@ -112,31 +119,35 @@ def _bare_read(disk: Contender, name: str) -> Sample:
 def fits(field: Field, say: Say) -> list[Measurement]:
     """Returns mball over plain where the model fits its budget, by many pairs, and the bytes that were read meanwhile.
 
-    Raises ContenderError when a contender fails.
+    Raises as `roofline`.
     """
-    found, target = [], Target(limit=1.02)
+    found = []
     scale, fitting = field.scale, field.mball[RESIDENT_PERCENT]
-    for kind in Kind:
+    for kind in (kind for kind, pairs in scale.pairs.items() if pairs):
+        field.check(kind)
         burst = scale.bursts[kind]
         reports: list[dict[str, Any]] = []
-        for contender in (fitting, field.plain):
-            steps_of(contender, kind, Burst(warm=2, timed=1), reports)()
-        before = reports[0]["bytes_read"]
         sources = {
             "mball": steps_of(fitting, kind, burst, reports), "plain": steps_of(field.plain, kind, burst)
         }  # fmt: skip
+        for source in sources.values():
+            source()
         samples = interleave(sources, scale.pairs[kind], say, f"{field.mode.value} {kind.value}, all resident")
-        name = f"{field.mode.value}_{kind.value}"
-        found += ratio_measurements(
-            f"{name}_fits", ratio(samples["mball"], samples["plain"]),
-            f"a step, budget {RESIDENT_PERCENT} % of the weights", "the same without mball", target, by_high=True,
-        )  # fmt: skip
-        found += [
-            Measurement.of(f"{name}_fits_s", samples["mball"], unit="s", description="a step"),
-            Measurement.of(f"{name}_fits_plain_s", samples["plain"], unit="s", description="a step without mball"),
-            Measurement.of(
-                f"{name}_fits_read", [reports[-1]["bytes_read"] - before], unit="bytes",
-                description="read by mball in all these steps", compared_with="target 0",
-            ),
-        ]  # fmt: skip
+        found += _fits(f"{field.mode.value}_{kind.value}", samples["mball"], samples["plain"], reports)
     return found
+
+
+def _fits(prefix: str, mball_s: list[float], plain_s: list[float], reports: list[dict[str, Any]]) -> list[Measurement]:
+    target = Target(limit=1.02)
+    return [
+        *ratio_measurements(
+            f"{prefix}_fits", ratio(mball_s, plain_s), f"a step, budget {RESIDENT_PERCENT} % of the weights",
+            "the same without mball", target, by_high=True,
+        ),
+        Measurement.of(f"{prefix}_fits_s", mball_s, unit="s", description="a step"),
+        Measurement.of(f"{prefix}_fits_plain_s", plain_s, unit="s", description="a step without mball"),
+        Measurement.of(
+            f"{prefix}_fits_read", [reports[-1]["bytes_read"] - reports[0]["bytes_read"]], unit="bytes",
+            description="read by mball from the first of these bursts to the last", compared_with="target 0",
+        ),
+    ]  # fmt: skip

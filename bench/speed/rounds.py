@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,13 +13,18 @@ from bench.speed.workload import Burst, Kind
 # Returns the seconds of a step.
 Sample = Callable[[], float]
 Say = Callable[[str], None]
+SEED = 20261
 
 
 def interleave(sources: Mapping[str, Sample], num_rounds: int, say: Say, title: str) -> dict[str, list[float]]:
-    """Returns the samples of each source; every other round runs backwards, so that none always follows the same."""
+    """Returns the samples of each source; each round has an order of its own, so that none always follows the same.
+
+    A disk that was idle reads faster for a while, and with two orders in turn its readers would share that unevenly.
+    """
+    order, generator = list(sources), random.Random(SEED)
     samples: dict[str, list[float]] = {name: [] for name in sources}
     for number in range(num_rounds):
-        order = list(sources) if number % 2 == 0 else list(reversed(sources))
+        generator.shuffle(order)
         for name in order:
             samples[name].append(sources[name]())
         shown = ", ".join(f"{name} {samples[name][-1]:.3f}" for name in sources)

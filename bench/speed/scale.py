@@ -18,8 +18,9 @@ class Scale:
         kin: a small checkpoint of the same kind, run and dropped before a process is capped.
         prompt_tokens: of the prefill.
         percents: budgets, of the weights' bytes.
-        rounds, bursts: for each workload.
-        pairs: rounds of mball against plain where the model fits.
+        rounds, bursts: for each workload that is run.
+        pairs: rounds of mball against plain where the model fits; 0 takes the rounds of all contenders for it.
+        peer_kinds: what peers are compared in.
         with_fio: whether fio is asked as well; it cannot time reads of a few milliseconds.
     """
 
@@ -30,6 +31,7 @@ class Scale:
     rounds: dict[Kind, int]
     bursts: dict[Kind, Burst]
     pairs: dict[Kind, int]
+    peer_kinds: tuple[Kind, ...]
     with_fio: bool
 
     def budget_bytes(self, percent: int) -> int:
@@ -42,16 +44,21 @@ class Scale:
         return weight_file(self.checkpoint)
 
 
-def full(checkpoint: Path, kin: Path) -> Scale:
-    """Returns the size of `make bench`."""
+def full(checkpoint: Path, kin: Path, *, prefill_rounds: int = 3) -> Scale:
+    """Returns the size of `make bench`.
+
+    A prefill of 512 is a trillion operations, half a minute on two cores without bfloat16 instructions. So it gets
+    few rounds, and peers are compared in decode, where their ways of reading tell.
+    """
     return Scale(
         checkpoint=checkpoint,
         kin=kin,
         prompt_tokens=512,
         percents=(25, 50, 75),
-        rounds={Kind.DECODE: 15, Kind.PREFILL: 6},
+        rounds={Kind.DECODE: 15, Kind.PREFILL: prefill_rounds},
         bursts={Kind.DECODE: Burst(warm=1, timed=3), Kind.PREFILL: Burst(warm=0, timed=1)},
-        pairs={Kind.DECODE: 40, Kind.PREFILL: 30},
+        pairs={Kind.DECODE: 40, Kind.PREFILL: 0},
+        peer_kinds=(Kind.DECODE,),
         with_fio=True,
     )
 
@@ -63,8 +70,9 @@ def smoke(checkpoint: Path) -> Scale:
         kin=checkpoint,
         prompt_tokens=16,
         percents=(75,),
-        rounds={Kind.DECODE: 2, Kind.PREFILL: 2},
-        bursts={Kind.DECODE: Burst(warm=1, timed=2), Kind.PREFILL: Burst(warm=1, timed=1)},
-        pairs={Kind.DECODE: 2, Kind.PREFILL: 2},
+        rounds={Kind.DECODE: 2},
+        bursts={Kind.DECODE: Burst(warm=1, timed=2)},
+        pairs={Kind.DECODE: 0},
+        peer_kinds=(Kind.DECODE,),
         with_fio=False,
     )

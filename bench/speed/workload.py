@@ -31,7 +31,8 @@ class Burst:
 class Workload:
     """A prompt of random tokens, and a cache with room for it and a few tokens more.
 
-    Every decode step follows the same prompt, so that all do the same work; so does every prefill.
+    Every decode step follows a cache of the same random keys and values, so that all do the same work, and nobody has
+    to run a long prompt before the first of them.
 
     Args:
         model: a Llama of transformers, however it is run.
@@ -53,17 +54,21 @@ class Workload:
             dtype=torch.bfloat16,
             device=torch.device("cpu"),
         )
+        self._is_filled = False
 
     @torch.no_grad()
-    def logits(self) -> torch.Tensor:
-        """Returns the logits `[1 + NUM_DECODED, V]` after the prompt and after each token that follows it."""
-        rows = [self._step(0, self._prompt_tokens)]
-        rows += [self._step(self._prompt_tokens + number, 1) for number in range(NUM_DECODED)]
-        return torch.cat(rows)
+    def logits(self, kind: Kind) -> torch.Tensor:
+        """Returns logits: `[1, V]` after the prompt, or `[NUM_DECODED, V]` after each of the tokens that follow it."""
+        if kind is Kind.PREFILL:
+            return self._step(0, self._prompt_tokens)
+        self._fill()
+        return torch.cat([self._step(self._prompt_tokens + number, 1) for number in range(NUM_DECODED)])
 
     @torch.no_grad()
     def run(self, kind: Kind, burst: Burst) -> list[float]:
         """Returns the seconds of each timed step."""
+        if kind is Kind.DECODE:
+            self._fill()
         first, count = (self._prompt_tokens, 1) if kind is Kind.DECODE else (0, self._prompt_tokens)
         times = []
         for _ in range(burst.warm + burst.timed):
@@ -72,8 +77,19 @@ class Workload:
             times.append(time.perf_counter() - began_s)
         return times[burst.warm :]
 
+    def _fill(self) -> None:
+        """Fills the cache as a prompt would, unless no prompt was run since the last time."""
+        if self._is_filled:
+            return
+        generator = torch.Generator().manual_seed(13)
+        for layer in self._cache.layers:
+            for values in (layer.keys, layer.values):
+                values.copy_(torch.randn(values.shape, generator=generator))
+        self._is_filled = True
+
     def _step(self, first: int, count: int) -> torch.Tensor:
         """Runs the tokens `[first, first + count)`; returns the last one's logits `[1, V]`."""
+        self._is_filled &= first > 0
         for layer in self._cache.layers:
             layer.cumulative_length.fill_(first)
         output = self._model(

@@ -1,0 +1,186 @@
+"""Writes `bench/results/SPEED.md`, the speed tables, from the result files: `python -m bench.speed.table`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.results import RESULTS, Measurement, Result, read_results
+from bench.speed.ways import Mode
+from bench.speed.workload import Kind
+from mball.errors import SchemaError
+
+PAGE = RESULTS / "SPEED.md"
+PERCENTS = (25, 50, 75)
+NOT_MEASURED = "not measured"
+_HEAD = "# Speed\n\nWritten by `python -m bench.speed.table` from the files here, `make bench` writes those."
+_PEERS = {"mball": "mball", "mapped": "transformers, memory-mapped", "accelerate": "accelerate, disk offload"}
+
+
+class Figures:
+    """The measurements of the newest result of a name; every figure of a result that is not there is a dash."""
+
+    def __init__(self, results: Sequence[Result], name: str) -> None:
+        found = [result for result in results if result.name == name]
+        self.result = max(found, key=lambda result: result.machine.date) if found else None
+        self._by_name = {m.name: m for m in self.result.measurements} if self.result else {}
+
+    def has(self, prefix: str) -> bool:
+        """Whether anything was measured whose name begins so."""
+        return any(name.startswith(prefix) for name in self._by_name)
+
+    def show(self, name: str) -> str:
+        """Returns a figure, with the quartiles' distance where there are several samples."""
+        found = self._by_name.get(name)
+        if found is None:
+            return "–"
+        spread = f" ± {_number(found, found.iqr)}" if found.num_samples > 1 and found.unit == "s" else ""
+        return f"{found.figure()}{spread}"
+
+    def interval(self, name: str) -> str:
+        """Returns a ratio with the 95 % interval of its median."""
+        if name not in self._by_name:
+            return "–"
+        return f"{self.show(name)} [{self.show(f'{name}_low')}, {self.show(f'{name}_high')}]"
+
+    def verdict(self, name: str) -> str:
+        """Returns the target of a figure and whether it was met."""
+        found = self._by_name.get(name)
+        texts = (found.compared_with or "", found.description) if found else ()
+        return next((text[text.index("target ") :] for text in texts if "target " in text), "–")
+
+    def source(self) -> str:
+        """Returns when and where it was measured, with a link to the file."""
+        if self.result is None:
+            return NOT_MEASURED.capitalize() + "."
+        facts = self.result.machine
+        note = f" {self.result.note}" if self.result.note else ""
+        return (
+            f"[{self.result.day()}]({self.result.file_name()}), {self.result.hardware()}, {facts.cpu}, torch "
+            f"{facts.torch}, transformers {facts.transformers}, mball {facts.commit}.{note}"
+        )
+
+
+def table(results: Sequence[Result]) -> str:
+    """Returns the page."""
+    parts = [_HEAD, *_roofline(results), *_fits(results), *_peers(results), *_start(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _roofline(results: Sequence[Result]) -> list[str]:
+    figures = Figures(results, "speed-roofline")
+    rows = []
+    for mode in Mode:
+        for kind in Kind:
+            prefix = f"{mode.value}_{kind.value}"
+            for percent in PERCENTS:
+                name = f"{prefix}_{percent}"
+                if not figures.has(f"{name}_s"):
+                    continue
+                rows.append([
+                    f"{mode.value}, {kind.value}, {percent} %", figures.show(f"{name}_s"),
+                    figures.show(f"{prefix}_110_s"), figures.show(f"{prefix}_plain_s"),
+                    f"{figures.show(f'{name}_disk_s')} ({figures.show(f'{name}_bytes')})",
+                    figures.show(f"{name}_stall_s"), figures.interval(name), figures.show(f"{name}_plain"),
+                    figures.verdict(name),
+                ])  # fmt: skip
+        rows += _absent(figures, mode, 9)
+    head = ["mode, step, budget", "measured", "resident", "without mball", "bare read", "stall", "÷ roofline"]
+    head += ["÷ roofline of plain", "target"]
+    text = "A step over max(compute with everything resident, bare read of what is streamed); medians ± IQR."
+    return ["## Streaming against the roofline", figures.source(), text, _markdown(head, rows)]
+
+
+def _fits(results: Sequence[Result]) -> list[str]:
+    figures = Figures(results, "speed-roofline")
+    rows = []
+    for mode in Mode:
+        for kind in Kind:
+            name = f"{mode.value}_{kind.value}_fits"
+            if figures.has(name):
+                rows.append([
+                    f"{mode.value}, {kind.value}", figures.show(f"{name}_s"), figures.show(f"{name}_plain_s"),
+                    figures.interval(name), figures.show(f"{name}_read"), figures.verdict(f"{name}_high"),
+                ])  # fmt: skip
+        rows += _absent(figures, mode, 6)
+    head = ["mode, step", "mball", "without mball", "ratio", "bytes read meanwhile", "target, of the upper end"]
+    return ["## Where the model fits: a budget of 110 %", _markdown(head, rows)]
+
+
+def _peers(results: Sequence[Result]) -> list[str]:
+    figures = Figures(results, "speed-peers")
+    rows = []
+    for mode in Mode:
+        for kind in Kind:
+            for way, title in _PEERS.items():
+                name = f"{mode.value}_{kind.value}_{way}"
+                if figures.has(f"{name}_s"):
+                    rows.append([
+                        f"{mode.value}, {kind.value}", title, figures.show(f"{name}_s"),
+                        figures.show(f"{mode.value}_{way}_cap"), figures.interval(name), figures.verdict(name),
+                    ])  # fmt: skip
+        rows += _absent(figures, mode, 6)
+    head = ["mode of mball, step", "way", "time", "cap", "times mball's", "target"]
+    return ["## Peers in half the memory", figures.source(), _markdown(head, rows)]
+
+
+def _start(results: Sequence[Result]) -> list[str]:
+    figures = Figures(results, "speed-start")
+    rows = []
+    for mode in Mode:
+        for percent in (50, 110):
+            name = f"{mode.value}_cold_{percent}"
+            if figures.has(name):
+                rows.append([
+                    f"{mode.value}, {percent} %", figures.show(f"{name}_s"),
+                    figures.show(f"{name}_transformers_first_s"), figures.interval(name), figures.verdict(name),
+                    figures.verdict(f"{name}_s"), figures.show(f"{name}_mball_stall_s"),
+                    figures.show(f"{name}_mball_steady_s"), figures.show(f"{name}_mball_imports_s"),
+                ])  # fmt: skip
+        rows += _absent(figures, mode, 9)
+    head = ["mode, budget", "first token", "transformers", "ratio", "target", "read + pass + 0.5 s"]
+    head += ["longest wait, tokens 2–6", "token 6", "imports, apart"]
+    parts = ["## Cold start", figures.source(), _markdown(head, rows)]
+    if figures.has("warm_compile"):
+        parts.append(
+            f"Second process, compiled code on disk: first token after {figures.show('warm_compile_s')}, "
+            f"{figures.interval('warm_compile')} of eager mode's; {figures.verdict('warm_compile')}."
+        )
+    return parts
+
+
+def _absent(figures: Figures, mode: Mode, num_columns: int) -> list[list[str]]:
+    if figures.result is None or figures.has(f"{mode.value}_"):
+        return []
+    return [[mode.value, f"{NOT_MEASURED}: not in this mball", *[""] * (num_columns - 2)]]
+
+
+def _number(measurement: Measurement, value: float) -> str:
+    return f"{value * 1e3:.3g} ms" if measurement.unit == "s" else f"{value:.3g}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def update(page: Path = PAGE, directory: Path = RESULTS) -> bool:
+    """Rewrites the page from the result files; returns whether it changed. Raises SchemaError for a malformed file."""
+    text = table(read_results(directory))
+    changed = not page.is_file() or page.read_text(encoding="utf-8") != text
+    if changed:
+        page.write_text(text, encoding="utf-8")
+    return changed
+
+
+def main() -> None:
+    """Rewrites this checkout's page."""
+    try:
+        changed = update()
+    except SchemaError as error:
+        raise SystemExit(f"{PAGE.name} was left as it was: {error}") from error
+    print(f"{PAGE.name} {'was rewritten' if changed else 'is up to date'}")
+
+
+if __name__ == "__main__":
+    main()
