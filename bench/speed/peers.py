@@ -17,10 +17,13 @@ from bench.speed.rounds import Say, interleave, steps_of
 from bench.speed.scale import Scale
 from bench.speed.ways import Loading, Mode, Way
 from bench.speed.workload import Kind
+from mball.units import MIB
 from tests.run.cgroup import MemoryGroup, NoCgroupError
 
 PERCENT = 50
 SPARE_PERCENT = 5
+# At least: what a process takes besides does not shrink with the model.
+SPARE_BYTES = 48 * MIB
 TARGETS = {
     Way.MAPPED: Target(limit=3.5, at_least=True),
     Way.ACCELERATE: Target(limit=2.5, at_least=True),
@@ -107,7 +110,7 @@ def _capped(scale: Scale, loading: Loading, stack: ExitStack) -> tuple[Contender
     way = Way.MAPPED if loading.way is Way.ACCELERATE else loading.way
     kin = replace(loading, way=way, checkpoint=scale.kin, budget_bytes=_kin_budget(scale))
     base = contender.tell("rehearse", prompt_tokens=scale.prompt_tokens, **order_of(kin))["anonymous_bytes"]
-    limit_bytes = base + loading.budget_bytes * (100 + SPARE_PERCENT) // 100
+    limit_bytes = base + loading.budget_bytes + max(SPARE_BYTES, loading.budget_bytes * SPARE_PERCENT // 100)
     contender.cap(limit_bytes)
     contender.load(loading, scale.prompt_tokens)
     return contender, limit_bytes

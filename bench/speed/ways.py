@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import mball
 from bench.speed.preadv import Span
@@ -93,7 +93,9 @@ def _offloaded(loading: Loading) -> Any:
 
     assert loading.offload is not None
     with init_empty_weights():
-        model = LlamaForCausalLM(LlamaConfig.from_pretrained(loading.checkpoint)).to(torch.bfloat16)
+        # Not `.to(dtype)` afterwards: it would round the rotary frequencies too.
+        config = LlamaConfig.from_pretrained(loading.checkpoint)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     device_map = _device_map(model, loading.resident_bytes)
     with safe_open(loading.checkpoint / "model.safetensors", framework="pt") as file:
         for name, _ in model.named_parameters():
