@@ -61,6 +61,14 @@ def weight_bytes(checkpoint: Path) -> int:
     return (checkpoint / _WEIGHTS).stat().st_size - 8 - header_bytes
 
 
+def largest_weight_bytes(checkpoint: Path) -> int:
+    """Returns the bytes of the largest weight of a checkpoint that `make_checkpoint` made."""
+    with (checkpoint / _WEIGHTS).open("rb") as file:
+        entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    spans = [entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"]
+    return int(max(end - start for start, end in spans))
+
+
 def weight_file(checkpoint: Path) -> Path:
     """Returns the file that holds the weights."""
     return checkpoint / _WEIGHTS

@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.results import Measurement
 from bench.speed import gate
 from bench.speed.contender import Contender, order_of
+from bench.speed.model import largest_weight_bytes
 from bench.speed.ratios import Target, ratio, ratio_measurements
 from bench.speed.rounds import Say, interleave, steps_of
 from bench.speed.scale import Scale
@@ -46,7 +47,8 @@ def why_no_cap() -> str | None:
 def peers(scale: Scale, mode: Mode, say: Say) -> list[Measurement]:
     """Returns how many times longer peers take than mball, a budget of half the weights, all under one cap.
 
-    The cap is what the process has once a small model was run in it and dropped, and the budget and 5 %. Peers are
+    The cap is what the process has once a small model was run in it and dropped, and the budget and 5 %; accelerate
+    gets room for two copies of the largest weight on top, which it cannot do without. Peers are
     not compiled: under torch.compile they would not run this way.
 
     Raises:
@@ -111,6 +113,9 @@ def _capped(scale: Scale, loading: Loading, stack: ExitStack) -> tuple[Contender
     kin = replace(loading, way=way, checkpoint=scale.kin, budget_bytes=_kin_budget(scale))
     base = contender.tell("rehearse", prompt_tokens=scale.prompt_tokens, **order_of(kin))["anonymous_bytes"]
     limit_bytes = base + loading.budget_bytes + max(SPARE_BYTES, loading.budget_bytes * SPARE_PERCENT // 100)
+    if loading.way is Way.ACCELERATE:
+        # It copies a weight from disk into anonymous memory, twice; without room for that the kernel kills it.
+        limit_bytes += 2 * largest_weight_bytes(scale.checkpoint)
     contender.cap(limit_bytes)
     contender.load(loading, scale.prompt_tokens)
     return contender, limit_bytes

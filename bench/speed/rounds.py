@@ -40,7 +40,7 @@ def steps_of(contender: Contender, kind: Kind, burst: Burst, reports: list[dict[
         if reports is not None:
             reports.append(reply["report"])
         # The mean: a stall in one step of a burst counts.
-        return statistics.mean(reply["steps_s"])
+        return float(statistics.mean(reply["steps_s"]))
 
     return sample
 

@@ -95,4 +95,5 @@ class Workload:
         output = self._model(
             self._tokens[:, first : first + count], past_key_values=self._cache, use_cache=True, logits_to_keep=1
         )
-        return output.logits[:, -1].clone()
+        logits: torch.Tensor = output.logits[:, -1].clone()
+        return logits
