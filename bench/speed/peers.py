@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from bench.results import Measurement
 from bench.speed import gate
-from bench.speed.contender import Contender, order_of
+from bench.speed.contender import Contender, ContenderError, order_of
 from bench.speed.model import largest_weight_bytes
 from bench.speed.ratios import Target, ratio, ratio_measurements
 from bench.speed.rounds import Say, interleave, steps_of
@@ -47,8 +48,8 @@ def why_no_cap() -> str | None:
 def peers(scale: Scale, mode: Mode, say: Say) -> list[Measurement]:
     """Returns how many times longer peers take than mball, a budget of half the weights, all under one cap.
 
-    The cap is what the process has once a small model was run in it and dropped, and the budget and 5 %; accelerate
-    gets room for two copies of the largest weight on top, which it cannot do without. Peers are
+    The cap is what the process has once a small model was run in it and dropped, and the budget and 5 %; a peer
+    that the kernel kills for that gets more, and its cap is a figure of its own. Peers are
     not compiled: under torch.compile they would not run this way.
 
     Raises:
@@ -68,12 +69,8 @@ def peers(scale: Scale, mode: Mode, say: Say) -> list[Measurement]:
         common = replace(common, offload=Path(offload))
         for way in (Way.MBALL, *TARGETS):
             loading = replace(common, way=way, mode=mode if way is Way.MBALL else Mode.EAGER)
-            forget_pages(scale.checkpoint, Path(offload))
-            contender, limit_bytes = _capped(scale, loading, stack)
+            contender, limit_bytes = _admitted(scale, loading, references, stack, say)
             capped[way] = contender
-            for kind, reference in references.items():
-                check = gate.close if loading.mode is Mode.INDUCTOR else gate.same_bits
-                check(contender, kind, reference, "the model without mball")
             if way is Way.MBALL:
                 report = contender.tell("burst", kind=Kind.DECODE.value, warm=2, timed=1)["report"]
                 common = replace(common, resident_bytes=report["resident_bytes"])
@@ -104,7 +101,31 @@ def peers(scale: Scale, mode: Mode, say: Say) -> list[Measurement]:
     return found
 
 
-def _capped(scale: Scale, loading: Loading, stack: ExitStack) -> tuple[Contender, int]:
+def _admitted(
+    scale: Scale, loading: Loading, references: Mapping[Kind, gate.Logits], stack: ExitStack, say: Say
+) -> tuple[Contender, int]:
+    """Returns a contender that passed the gate, and its cap: for a peer that dies of it, the least of a few higher."""
+    extras = (0,) if loading.way is Way.MBALL else (0, 2, 4, 8)
+    check = gate.close if loading.mode is Mode.INDUCTOR else gate.same_bits
+    for extra in extras:
+        forget_pages(scale.checkpoint, *([loading.offload] if loading.offload else []))
+        with ExitStack() as attempt:
+            try:
+                contender, limit_bytes = _capped(scale, loading, extra, attempt)
+                for kind, reference in references.items():
+                    check(contender, kind, reference, "the model without mball")
+            except ContenderError as error:
+                if extra == extras[-1]:
+                    raise
+                say(f"{loading.way.value} gets a higher cap: {str(error).splitlines()[0]}")
+                continue
+            stack.push(attempt.pop_all())
+            return contender, limit_bytes
+    raise AssertionError("unreachable")
+
+
+def _capped(scale: Scale, loading: Loading, extra: int, stack: ExitStack) -> tuple[Contender, int]:
+    """Returns a capped contender and its cap, with room for `extra` copies of the largest weight on top."""
     group = MemoryGroup.create(f"mball-speed-{os.getpid()}-{loading.way.value}")
     stack.callback(group.remove)
     contender = stack.enter_context(Contender(f"{loading.way.value}, capped", group=group))
@@ -113,9 +134,7 @@ def _capped(scale: Scale, loading: Loading, stack: ExitStack) -> tuple[Contender
     kin = replace(loading, way=way, checkpoint=scale.kin, budget_bytes=_kin_budget(scale))
     base = contender.tell("rehearse", prompt_tokens=scale.prompt_tokens, **order_of(kin))["anonymous_bytes"]
     limit_bytes = base + loading.budget_bytes + max(SPARE_BYTES, loading.budget_bytes * SPARE_PERCENT // 100)
-    if loading.way is Way.ACCELERATE:
-        # It copies a weight from disk into anonymous memory, twice; without room for that the kernel kills it.
-        limit_bytes += 2 * largest_weight_bytes(scale.checkpoint)
+    limit_bytes += extra * largest_weight_bytes(scale.checkpoint)
     contender.cap(limit_bytes)
     contender.load(loading, scale.prompt_tokens)
     return contender, limit_bytes
