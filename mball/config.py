@@ -74,7 +74,7 @@ class Config:
     fullgraph: bool = False
     dynamic: bool | None = None
     io: Io = Io.AUTO
-    io_threads: int = 4
+    io_threads: int = 8
 
     def __post_init__(self) -> None:
         if self.budget_bytes <= 0:

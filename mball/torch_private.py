@@ -195,23 +195,40 @@ def is_size(value: Any) -> bool:
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def symbols_of(value: Any) -> set[Any]:
-    """Returns the symbols that this fake value is made of."""
-    found: set[Any] = set()
-    for leaf in tree_leaves(value):
-        sizes = (*leaf.shape, *leaf.stride(), leaf.storage_offset()) if isinstance(leaf, torch.Tensor) else (leaf,)
-        for size in sizes:
-            if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-                found |= size.node.expr.free_symbols
+def symbols_of(value: Any) -> dict[Any, Any]:
+    """Returns the symbols that this fake value is made of, in order, each with the range it may have."""
+    found: dict[Any, Any] = {}
+    for size in _sizes_of(value):
+        if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            for symbol in sorted(size.node.expr.free_symbols, key=str):
+                found[symbol] = size.node.shape_env.var_to_range.get(symbol)
     return found
 
 
-def kind_of(value: Any) -> Hashable:
-    """Returns what code that is compiled for this fake value depends on."""
+def numbered_symbol(number: int) -> Any:
+    """Returns a symbol that stands for the same place in every graph."""
+    import sympy
+
+    return sympy.Symbol(f"size{number}", integer=True)
+
+
+def kind_of(value: Any, names: Mapping[Any, Any]) -> Hashable:
+    """Returns what code that is compiled for this fake value depends on, with its symbols under these names."""
+
+    def named(size: Any) -> str:
+        return str(size.node.expr.xreplace(names) if isinstance(size, torch.SymInt) else size)
+
+    sizes = tuple(named(size) for size in _sizes_of(value))
     if not isinstance(value, torch.Tensor):
-        return str(symbol_of(value))
-    sizes = (*value.shape, "strides", *value.stride(), "from", value.storage_offset())
-    return value.dtype, value.device, value.is_inference(), tuple(str(symbol_of(size)) for size in sizes)
+        return sizes
+    return value.dtype, value.device, value.is_inference(), sizes
+
+
+def _sizes_of(value: Any) -> list[Any]:
+    found: list[Any] = []
+    for leaf in tree_leaves(value):
+        found += (*leaf.shape, *leaf.stride(), leaf.storage_offset()) if isinstance(leaf, torch.Tensor) else (leaf,)
+    return found
 
 
 def hint_of(value: Any) -> int:

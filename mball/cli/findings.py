@@ -127,7 +127,8 @@ def disk(directory: str | Path) -> tuple[list[Finding], DirectoryFacts | None]:
             advice = "every streamed byte comes at this speed; keep checkpoints on a faster disk"
             findings.append(limit(section, name, speed >= SLOW_DISK_BYTES_PER_S, f"{speed / 1e9:.2f} GB/s", advice))
     if facts.latency_s is not None:
-        findings.append(check(section, "latency of a 4 KiB read", True, f"{facts.latency_s * 1e6:.0f} µs", ""))
+        latency = f"{facts.latency_s * 1e6:.0f} µs"
+        findings.append(check(section, "latency of a read on the idle disk", True, latency, ""))
     return findings, facts
 
 

@@ -42,8 +42,8 @@ class Simulation:
 def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
     """Returns how `plan` runs in the steady state on `machine`.
 
-    Transfers run one after another in the order in which they are issued, each for
-    ``latency + bytes / bandwidth``. The first pass starts cold; passes repeat until two are alike.
+    Transfers run one after another in the order in which they are issued, each for ``bytes / bandwidth``, and none
+    sooner than ``latency`` after it was issued. The first pass starts cold; passes repeat until two are alike.
     """
     costs = trace_times(trace)
     compute = [sum(costs[step.first : step.end]) for step in plan.steps]
@@ -90,7 +90,7 @@ def run_passes(
         moved_bytes: the bytes that each transfer reads.
     """
     num_steps = len(compute_s)
-    seconds = [link.transfer_s(size) for size in moved_bytes]
+    seconds = [size / link.bandwidth_bytes_per_s for size in moved_bytes]
     needed: list[list[int]] = [[] for _ in range(num_steps)]
     issued: list[list[int]] = [[] for _ in range(num_steps)]
     ahead: list[list[int]] = [[] for _ in range(num_steps)]
@@ -103,7 +103,7 @@ def run_passes(
             ahead[transfer.after + num_steps].append(number)
             early.append(number)
     landed = [0.0] * len(transfers)
-    link_free = now = 0.0
+    link_free, now = link.latency_s, 0.0
     for number in early:
         link_free += seconds[number]
         landed[number] = link_free
@@ -122,7 +122,7 @@ def run_passes(
             times.append((start - pass_start, end - pass_start, start - now))
             now = end
             if issued[step] or ahead[step]:
-                link_free = max(link_free, now)
+                link_free = max(link_free, now + link.latency_s)
                 for number in issued[step]:
                     link_free += seconds[number]
                     landed[number] = link_free

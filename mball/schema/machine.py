@@ -12,7 +12,12 @@ MACHINE_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One direction of one way between two tiers; requests run one after another."""
+    """One direction of one way between two tiers; requests run one after another.
+
+    Attributes:
+        latency_s: what a request on the idle link takes beyond its bytes at full bandwidth. A request that is made
+            while others are served does not show it.
+    """
 
     bandwidth_bytes_per_s: float
     latency_s: float

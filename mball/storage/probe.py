@@ -42,7 +42,8 @@ class DirectoryFacts:
         direct_bandwidth_bytes_per_s: past the page cache, into pre-faulted memory, huge pages where the system
             gives them.
         buffered_bandwidth_bytes_per_s: through the page cache, dropped before.
-        latency_s: median of a 4 KiB read, from submit to wait, on the path that `ThreadedReader` takes.
+        latency_s: what a read on the idle disk takes beyond its bytes at full speed, on the path that `ThreadedReader`
+            takes.
         measured_bytes: size of the file that was read; 0 when the disk had no room for one.
     """
 
@@ -104,11 +105,11 @@ def probe_directory(directory: str | os.PathLike[str], *, size_bytes: int = 256 
     )
 
 
-def measure_link(files: FileTable, *names: str, size_limit_bytes: int = 64 * MIB, time_limit_s: float = 0.2) -> Link:
+def measure_link(files: FileTable, *names: str, size_limit_bytes: int = 256 * MIB, time_limit_s: float = 0.25) -> Link:
     """Returns the speed at which a `ThreadedReader` brings the files `names` (none given: all) of the table to memory.
 
-    Reads at most about `size_limit_bytes`, and stops after `time_limit_s`. Latency is the median of small reads
-    spread over the files; bandwidth is that of 8 MiB blocks, four at a time. Takes 32 MiB of memory meanwhile.
+    Reads at most about `size_limit_bytes`, and stops after `time_limit_s`. Bandwidth is that of 8 MiB blocks, four at
+    a time; latency is what a block that is read alone takes longer than that. Takes 32 MiB of memory meanwhile.
     Where the page cache is used, this is the speed of files as warm or cold as they are now.
 
     Raises:
@@ -120,24 +121,26 @@ def measure_link(files: FileTable, *names: str, size_limit_bytes: int = 64 * MIB
     buffer = _huge_page_memory(_BLOCK_BYTES * _NUM_IN_FLIGHT)
     reader = ThreadedReader(files)
     try:
-        deadline_s = time.perf_counter() + time_limit_s
-        latency_s = _latency_s(reader, sizes, buffer)
-        bandwidth = _bandwidth_bytes_per_s(reader, sizes, buffer, size_limit_bytes, deadline_s)
+        small_s = _alone_s(reader, sizes, buffer, _SMALL_READ_BYTES)
+        bandwidth = _bandwidth_bytes_per_s(reader, sizes, buffer, size_limit_bytes, time.perf_counter() + time_limit_s)
+        # The block has to be all there: the end of a small file would seem to be read in no time.
+        alone_s = _alone_s(reader, sizes, buffer, _BLOCK_BYTES) if max(sizes.values()) >= 4 * _BLOCK_BYTES else 0.0
+        latency_s = max(alone_s - _BLOCK_BYTES / bandwidth, small_s)
     finally:
         reader.close()
     return Link(bandwidth_bytes_per_s=bandwidth, latency_s=latency_s)
 
 
-def _latency_s(reader: Reader, sizes: dict[str, int], buffer: memoryview) -> float:
+def _alone_s(reader: Reader, sizes: dict[str, int], buffer: memoryview, read_bytes: int) -> float:
+    """Returns the median of the seconds that reads of `read_bytes`, spread over the files, take from submit to wait."""
     samples_s = []
     # The first reads start threads and open descriptors: they do not count.
-    for name, size_bytes in list(sizes.items())[:4]:
-        if not size_bytes:
-            continue
+    largest = sorted(sizes.items(), key=lambda item: -item[1])
+    for name, size_bytes in [item for item in largest if item[1] >= read_bytes][:4] or largest[:1]:
         for part in range(8):
-            offset_bytes = round_down(size_bytes * part // 8, _SMALL_READ_BYTES)
+            offset_bytes = round_down(max(size_bytes - read_bytes, 0) * part // 8, _SMALL_READ_BYTES)
             begun_s = time.perf_counter()
-            reader.submit([_read(name, offset_bytes, _SMALL_READ_BYTES, buffer)]).wait()
+            reader.submit([_read(name, offset_bytes, read_bytes, buffer)]).wait()
             samples_s.append(time.perf_counter() - begun_s)
     return statistics.median(samples_s[1:] or samples_s)
 

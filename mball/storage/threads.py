@@ -27,8 +27,8 @@ from mball.storage.files import DIRECT_ALIGNMENT_BYTES, DirectIO, FileTable, Ope
 from mball.storage.reader import Read, ReadStatistics
 from mball.units import MIB, format_bytes, round_down, round_up
 
-DEFAULT_NUM_THREADS = 4
-DEFAULT_CHUNK_BYTES = 8 * MIB
+DEFAULT_NUM_THREADS = 8
+DEFAULT_CHUNK_BYTES = 2 * MIB
 
 
 class PendingReads:

@@ -97,6 +97,7 @@ class _Builder:
         self.graph = torch.fx.Graph()
         self.env: dict[Node, Node] = {}
         self.kinds: list[Hashable] = []
+        self.names: dict[Any, Any] = {}  # of the symbols, counted: each layer's cache has symbols of its own
 
     def piece(self) -> Piece:
         outputs = [node for node in self.step.nodes if not is_made_again(node) and self._is_needed_later(node)]
@@ -128,7 +129,7 @@ class _Builder:
     def _inputs(self) -> list[Node]:
         """Returns what comes from outside, in the order of first use, and the sizes that shapes are made of."""
         inputs: dict[Node, None] = {}
-        symbols: set[Any] = set()
+        symbols: dict[Any, Any] = {}
 
         def visit(node: Node) -> None:
             value = torch_private.example_value(node)
@@ -145,7 +146,9 @@ class _Builder:
             symbols.update(torch_private.symbols_of(torch_private.example_value(node)))
             for argument in node.all_input_nodes:
                 visit(argument)
-        for symbol in sorted(symbols, key=str):
+        for number, (symbol, known_range) in enumerate(symbols.items()):
+            self.names[symbol] = torch_private.numbered_symbol(number)
+            self.kinds.append(str(known_range))
             if symbol in self.sizes and self.step_of.get(self.sizes[symbol]) != self.number:
                 inputs[self.sizes[symbol]] = None
         return list(inputs)
@@ -153,7 +156,7 @@ class _Builder:
     def _placeholder(self, node: Node) -> None:
         meta = {"val": torch_private.unified(torch_private.example_value(node))}
         self.env[node] = self._node("placeholder", f"arg{len(self.env)}_1", (), {}, meta)
-        self.kinds.append(torch_private.kind_of(meta["val"]))
+        self.kinds.append(torch_private.kind_of(meta["val"], self.names))
 
     def _copy(self, node: Node) -> Node:
         if node not in self.env:

@@ -28,7 +28,7 @@ def test_no_thread_before_the_first_submit_and_nothing_left_after(path: str) -> 
         reader = ThreadedReader(files)
         assert threading.active_count() == threads
         reader.submit([read(path, 0, 65536, memory(65536))]).wait()
-        assert threading.active_count() == threads + 4
+        assert threading.active_count() == threads + 8
         reader.close()
         reader.close()
         with pytest.raises(StorageError, match="closed"):
