@@ -63,10 +63,10 @@ class Blocks:
 def default_step_bytes(budget_bytes: int) -> int:
     """Returns what one compiled step reads at most by default.
 
-    Small enough that a step computes while others are brought in: a sixteenth of the budget, for small budgets up to
+    Small enough that a step computes while others are brought in: a part in 64 of the budget, for small budgets up to
     an eighth.
     """
-    return max(budget_bytes // 16, min(_WORTH_A_STEP_BYTES, budget_bytes // 8))
+    return max(budget_bytes // 64, min(_WORTH_A_STEP_BYTES, budget_bytes // 8))
 
 
 def _block(name: str) -> str:
