@@ -100,6 +100,7 @@ def _wrap(
 ) -> None:
     _check_roots(roots)
     options = _inductor_options(config)
+    capture = _capture_of(config)
     classes = [_mixed(root) for root in roots]
     census = take_census(roots)
     if not census.weights:
@@ -142,9 +143,11 @@ def _wrap(
     # Nothing above changed the model; nothing below fails.
     parameters = move_in(census, homes)
     place_buffers(census, new_buffers)
+    if capture is Capture.OPERATORS:
+        engine.live.count_inputs(census.buffers.values())
     gate = Gate(engine, parameters, roots)
     backend = Backend(gate, parameters, [b for root in roots for b in root.buffers()], config, options)
-    _hang_doors(roots, classes, gate, backend, config)
+    _hang_doors(roots, classes, gate, backend if capture is Capture.GRAPHS else None, config)
     closer = weakref.finalize(roots[0], _close, engine, reader, files)
     state = _State(
         config=config,
@@ -321,6 +324,14 @@ def _plan(trace: Trace, budget_bytes: int, *, machine: Machine, fixed_bytes: int
     return make_plan(trace, machine, budget_bytes, fixed_bytes=fixed_bytes)
 
 
+def _capture_of(config: Config) -> Capture:
+    missing = torch_private.missing_for_capture()
+    if config.capture is Capture.GRAPHS and missing:
+        logger.warning("this torch lacks %s: no graphs are captured, operators are watched instead", ", ".join(missing))
+        return Capture.OPERATORS
+    return config.capture
+
+
 def _inductor_options(config: Config) -> dict[str, Any]:
     try:
         return dict(config.options) or torch_private.options_of_mode(config.mode)
@@ -346,19 +357,14 @@ def _hang_doors(
     roots: Sequence[torch.nn.Module],
     classes: Sequence[type[torch.nn.Module]],
     gate: Gate,
-    backend: Backend,
+    backend: Backend | None,
     config: Config,
 ) -> None:
-    capture = config.capture
-    missing = torch_private.missing_for_capture()
-    if capture is Capture.GRAPHS and missing:
-        logger.warning("this torch lacks %s: no graphs are captured, operators are watched instead", ", ".join(missing))
-        capture = Capture.OPERATORS
     for root, mixed in zip(roots, classes, strict=True):
         for module in root.modules():
             if torch_private.get_call(module) is None and any(True for _ in module.parameters()):
                 hang_door(module, gate)
-        if capture is Capture.GRAPHS:
+        if backend is not None:
             call = torch_private.compile_call(
                 torch_private.plain_call(root),
                 backend,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 from enum import Enum
@@ -62,7 +63,12 @@ class Workload:
         if kind is Kind.PREFILL:
             return self._step(0, self._prompt_tokens)
         self._fill()
-        return torch.cat([self._step(self._prompt_tokens + number, 1) for number in range(NUM_DECODED)])
+        logits = []
+        for number in range(NUM_DECODED):
+            logits.append(self._step(self._prompt_tokens + number, 1))
+            # What accelerate reads from disk stays in reference cycles: all weights, within a few steps.
+            gc.collect()
+        return torch.cat(logits)
 
     @torch.no_grad()
     def run(self, kind: Kind, burst: Burst) -> list[float]:
@@ -75,6 +81,7 @@ class Workload:
             began_s = time.perf_counter()
             self._step(first, count)
             times.append(time.perf_counter() - began_s)
+            gc.collect()
         return times[burst.warm :]
 
     def _fill(self) -> None:

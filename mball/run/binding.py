@@ -36,20 +36,28 @@ class BindingMode(torch_private.TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
+        live = self.engine.live
+        if live.counts_inputs:
+            for leaf in tree_leaves((args, kwargs)):
+                if self._is_counted(leaf):
+                    live.read(leaf)
         weights = _weights_among(self.engine.homes.weight_of_storage, args, kwargs)
         if not weights or not isinstance(func, torch._ops.OpOverload):
             result = func(*args, **kwargs)
         else:
             result = self._run(func, args, kwargs, weights)
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
-            if (
-                isinstance(leaf, torch.Tensor)
-                and leaf.layout is torch.strided
-                and not leaf.is_meta
-                and torch_private.storage_key(leaf) not in self.engine.homes.weight_of_storage
-            ):
-                self.engine.live.born(leaf)
+            if self._is_counted(leaf):
+                live.born(leaf)
         return result
+
+    def _is_counted(self, leaf: Any) -> bool:
+        return (
+            isinstance(leaf, torch.Tensor)
+            and leaf.layout is torch.strided
+            and not leaf.is_meta
+            and torch_private.storage_key(leaf) not in self.engine.homes.weight_of_storage
+        )
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weights: tuple[int, ...]) -> Any:
         writes, returns_alias = _facts(func)

@@ -104,3 +104,25 @@ def test_the_planned_peak_is_the_real_one(
     record_property("planned_over_real", ratio)
     assert watch.peak <= plan.activation_bytes, f"{watch.peak} B are live, {plan.activation_bytes} B were planned"
     assert plan.activation_bytes <= 2 * watch.peak, f"{plan.activation_bytes} B planned for {watch.peak} B"
+
+
+def test_a_cache_that_outlives_the_pass_is_in_the_budget_without_graphs(tmp_path: Path) -> None:
+    """Its tensors were born in no pass, or in an earlier one, and operators read them."""
+    from transformers import StaticCache
+
+    plain, model = (make(lambda: llama(layers=2)) for _ in range(2))
+    mball.wrap(model, budget="8MiB", swap_dir=tmp_path, capture="operators")
+
+    def cache() -> StaticCache:
+        return StaticCache(config=model.config, max_cache_len=128)
+
+    caches = cache(), cache()
+    for tokens in (ids(1, 9), ids(1, 1), ids(1, 1)):
+        results = [
+            run(each, lambda m, c=held, t=tokens: m(t, past_key_values=c).logits)
+            for each, held in zip((plain, model), caches, strict=True)
+        ]
+        assert_same(results[1], results[0])
+    held_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[1].layers)
+    assert held_bytes > 100_000
+    assert mball.report(model).activation_bytes >= held_bytes
