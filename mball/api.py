@@ -163,10 +163,11 @@ def _wrap(
     for root in roots:
         _states[root] = state
     logger.info(
-        "%d weights, %s, under a budget of %s",
+        "%d weights, %s, under a budget of %s; steps run %s",
         len(homes),
         format_bytes(sum(home.span_bytes for home in homes.homes)),
         format_bytes(config.budget_bytes),
+        "compiled" if config.compile is Compile.INDUCTOR else "as captured (compile='inductor' has them compiled)",
     )
 
 
