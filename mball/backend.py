@@ -133,10 +133,11 @@ class GraphRunner:
         self._programs = list(programs)
         self._gate = gate
         self._is_new = True
+        self._has_said_why = False
 
     @property
     def graph(self) -> CapturedGraph:
-        """The facts of the program that runs."""
+        """The facts of the program that runs while it fits."""
         return self._programs[0].graph
 
     def __call__(self, *args: Any) -> Any:
@@ -154,14 +155,15 @@ class GraphRunner:
             try:
                 return self._programs[0].run(self._gate, args)
             except BudgetError as error:
-                logger.warning(
-                    "%s does not fit the budget any more in one piece (%s): from now on it runs in steps, which are "
-                    "not compiled; a larger budget, or step_bytes=..., has them compiled",
-                    self.graph.name,
-                    error,
-                )
-                del self._programs[0]
-        return self._programs[0].run(self._gate, args)
+                if not self._has_said_why:
+                    logger.warning(
+                        "%s does not fit the budget in one piece at these sizes (%s): such calls run in steps, which "
+                        "are not compiled; a larger budget, or step_bytes=..., has them compiled",
+                        self.graph.name,
+                        error,
+                    )
+                    self._has_said_why = True
+        return self._programs[-1].run(self._gate, args)
 
 
 class Backend:
@@ -241,7 +243,7 @@ class Backend:
 
         began_s = time.perf_counter()
         try:
-            compiled = compile_steps(called.name, called.module, example_inputs, weight_of, choose, self._options)
+            compiled = compile_steps(f"{called.name}c", called.module, example_inputs, weight_of, choose, self._options)
         except (UnsupportedGraphError, torch_private.inductor_failure()) as error:
             logger.warning(
                 "%s cannot be compiled in steps (%s); its steps run as they were captured", called.name, error
