@@ -73,7 +73,7 @@ class Field:
             home_file, homes = map_homes("checkpoint", descriptor, swap, placed)
         finally:
             os.close(descriptor)
-        self.homes = Homes(homes, {"checkpoint": home_file}, swap)
+        self.homes = Homes(homes, [home_file], swap)
         pages = home_file.mapping.tensor(0, torch.uint8, (self.size_bytes,)).view(-1, PAGE_BYTES)
         if state == "read":
             pages[:, 0].sum()
@@ -96,7 +96,7 @@ def field(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_scan(field: tuple[str, Field], state: str, benchmark: BenchmarkFixture, findings: Findings) -> None:
     """Which pages were written: the question alone, nothing saved."""
     size, homes = field[0], field[1].renew(state)
-    mappings = [file.mapping for file in homes.files.values()]
+    mappings = [file.mapping for file in homes.files]
     expected = NUM_WRITTEN_PAGES if state == "written" else 0
     assert sum(end - first for first, end in scan_written(mappings)[0]) == expected * PAGE_BYTES
 

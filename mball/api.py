@@ -15,45 +15,48 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from mball import torch_private
+from mball.assembly import AdaptDevice, Machinery, Storage, inductor_options
 from mball.backend import Backend
-from mball.config import Capture, Compile, Config, Io
-from mball.errors import ConfigError, WrapError
+from mball.backend_door import Door, find_door
+from mball.config import Capture, Compile, Config
+from mball.errors import WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
-from mball.memory import CpuDevice, Device, Kind, Ledger
+from mball.integrations import make_faithful
 from mball.observe.report import Report
-from mball.plan import make_plan
 from mball.run.census import Census, take_census
 from mball.run.checkpoint_match import load_buffers, match_weights
 from mball.run.doors import Gate, Wrapped, hang_door, mix_in, mix_out, mixed_class
 from mball.run.engine import Engine
-from mball.run.execution import Execution
 from mball.run.home_sources import map_checkpoint, write_homes
+from mball.run.homes import Homes
 from mball.run.tenants import move_in, move_out, place_buffers
-from mball.schema import Machine, Plan, Trace
+from mball.schema import Plan, Trace
 from mball.snapshot import take_report, take_timeline
-from mball.storage import CheckpointIndex, DirectIO, FileTable, SwapFile, ThreadedReader
+from mball.storage import CheckpointIndex, TensorEntry
 from mball.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-AdaptDevice = Callable[[Device], Device]
 
 
 @dataclass(slots=True, kw_only=True)
 class _State:
     """Everything that belongs to one call of `wrap` or `balloon`."""
 
-    config: Config
-    engine: Engine
+    machinery: Machinery
     gate: Gate
     backend: Backend
-    machine: Machine
-    reader: ThreadedReader
-    device: Device
     roots: tuple[weakref.ref[torch.nn.Module], ...]
     closer: weakref.finalize[..., torch.nn.Module]
+
+    @property
+    def engine(self) -> Engine:
+        return self.machinery.engine
+
+    def settle(self) -> None:
+        """Nothing to do: every pass ends with its call."""
 
 
 _states: weakref.WeakKeyDictionary[torch.nn.Module, _State] = weakref.WeakKeyDictionary()
@@ -99,7 +102,7 @@ def _wrap(
     adapt_device: AdaptDevice = lambda device: device,
 ) -> None:
     _check_roots(roots)
-    options = _inductor_options(config)
+    options = inductor_options(config)
     capture = _capture_of(config)
     classes = [_mixed(root) for root in roots]
     census = take_census(roots)
@@ -110,55 +113,43 @@ def _wrap(
     new_buffers = load_buffers(census, index, rename)
     fixed_bytes = census.buffer_bytes() + sum(tensor.nbytes for tensor in new_buffers.values())
 
-    files = FileTable(direct=DirectIO.OFF if config.io is Io.BUFFERED else DirectIO.AUTO)
-    swap = SwapFile.create(config.swap_dir)
-    reader = None
+    storage = Storage.open(config)
     try:
-        files.add_descriptor(swap.name, swap.fd)
-        homes = write_homes(census, swap) if entries is None else map_checkpoint(census, entries, swap, files)
-        machine = measure_machine(homes, files)
+        homes = _homes(census, entries, storage)
+        machine = measure_machine(homes.homes, storage.files)
         expected = expected_operators(roots, census)
-        check_budget(config.budget_bytes, homes, machine, fixed_bytes, expected)
-        reader = ThreadedReader(files, num_threads=config.io_threads)
-        device = adapt_device(CpuDevice(reader))
-        ledger = Ledger(config.budget_bytes)
-        ledger.set(Kind.BUFFERS, fixed_bytes)
-        arena = device.arena(config.budget_bytes)
-        engine = Engine(
-            homes=homes,
-            execution=Execution(device, arena, homes),
-            ledger=ledger,
-            plan=functools.partial(_plan, machine=machine, fixed_bytes=fixed_bytes),
+        check_budget(config.budget_bytes, homes.homes, machine, fixed_bytes, expected)
+        machinery = Machinery.start(
+            config,
+            storage,
+            homes,
+            lambda: machine,
             fixed_bytes=fixed_bytes,
             expected=expected,
             verify_files=index.verify_unchanged if index is not None else _nothing_to_verify,
+            adapt_device=adapt_device,
         )
     except BaseException:
-        if reader is not None:
-            reader.close()
-        files.close()
-        swap.close()
+        storage.close()
         raise
 
     # Nothing above changed the model; nothing below fails.
-    parameters = move_in(census, homes)
+    parameters = move_in(census, homes.homes)
     place_buffers(census, new_buffers)
+    buffers = [buffer for root in roots for buffer in root.buffers()]
     if capture is Capture.OPERATORS:
-        engine.live.count_inputs(census.buffers.values())
-    gate = Gate(engine, parameters, roots)
-    backend = Backend(gate, parameters, [b for root in roots for b in root.buffers()], config, options)
+        machinery.engine.live.count_inputs(buffers)
+    gate = Gate(machinery.engine, parameters, roots)
+    if config.compile is Compile.EAGER:
+        make_faithful()
+    backend = Backend(gate, parameters, buffers, config, options)
     _hang_doors(roots, classes, gate, backend if capture is Capture.GRAPHS else None, config)
-    closer = weakref.finalize(roots[0], _close, engine, reader, files)
     state = _State(
-        config=config,
-        engine=engine,
+        machinery=machinery,
         gate=gate,
         backend=backend,
-        machine=machine,
-        reader=reader,
-        device=device,
         roots=tuple(weakref.ref(root) for root in roots),
-        closer=closer,
+        closer=weakref.finalize(roots[0], machinery.close),
     )
     for root in roots:
         _states[root] = state
@@ -180,6 +171,11 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
         WrapError: the model is not wrapped.
     """
     state = _state_of(model)
+    if isinstance(state, Door):
+        state.release()
+        # `model.compile(backend="mball")` set it.
+        torch_private.set_call(torch_private.inner_module(model), None)
+        return model
     roots = [root for ref in state.roots if (root := ref()) is not None]
     move_out(state.gate.pairs())
     for root in roots:
@@ -251,11 +247,13 @@ def report(model: torch.nn.Module) -> Report:
         WrapError: the model is not wrapped.
     """
     state = _state_of(model)
+    state.settle()
+    roots = [model] if isinstance(state, Door) else [root for ref in state.roots if (root := ref()) is not None]
     return take_report(
         state.engine,
-        link_bytes_per_s=state.machine.link.bandwidth_bytes_per_s,
-        io_path=state.reader.path,
-        weights_owned=len(_census_of(state).weights),
+        link_bytes_per_s=state.machinery.machine().link.bandwidth_bytes_per_s,
+        io_path=state.machinery.reader.path,
+        weights_owned=len(take_census(roots).weights),
         graphs=len(state.backend.runners),
     )
 
@@ -272,7 +270,9 @@ def timeline(model: torch.nn.Module, path: str | os.PathLike[str]) -> Path:
         StorageError: the file cannot be written.
         MballError: a picture without matplotlib.
     """
-    taken = take_timeline(_state_of(model).engine)
+    state = _state_of(model)
+    state.settle()
+    taken = take_timeline(state.engine)
     if taken is None:
         raise WrapError("no pass ended well yet, so there is no timeline; call the model once")
     return taken.save(path)
@@ -284,7 +284,9 @@ def trace_and_plan(model: torch.nn.Module) -> tuple[Trace, Plan]:
     Raises:
         WrapError: the model is not wrapped, or nothing ran yet.
     """
-    engine = _state_of(model).engine
+    state = _state_of(model)
+    state.settle()
+    engine = state.engine
     if engine.trace is None or engine.plan is None:
         raise WrapError("nothing ran yet, so there is no trace; call the model once")
     return engine.trace, engine.plan
@@ -293,17 +295,15 @@ def trace_and_plan(model: torch.nn.Module) -> tuple[Trace, Plan]:
 # -- the parts of wrap ---------------------------------------------------------------------------------------------
 
 
-def _state_of(model: torch.nn.Module) -> _State:
-    state = _states.get(model)
+def _state_of(model: torch.nn.Module) -> _State | Door:
+    inner = torch_private.inner_module(model)
+    state = _states.get(inner) or find_door(inner)
     if state is None:
         raise WrapError(
-            f"this {type(model).__name__} is not wrapped by mball; call mball.wrap(model, budget=...) first"
+            f"this {type(inner).__name__} is not wrapped by mball; call mball.wrap(model, budget=...) first (or, after "
+            "torch.compile(model, backend='mball', ...), call the compiled model once)"
         )
     return state
-
-
-def _census_of(state: _State) -> Census:
-    return take_census([root for ref in state.roots if (root := ref()) is not None])
 
 
 def _check_roots(roots: Sequence[torch.nn.Module]) -> None:
@@ -321,10 +321,6 @@ def _check_roots(roots: Sequence[torch.nn.Module]) -> None:
                 )
 
 
-def _plan(trace: Trace, budget_bytes: int, *, machine: Machine, fixed_bytes: int) -> Plan:
-    return make_plan(trace, machine, budget_bytes, fixed_bytes=fixed_bytes)
-
-
 def _capture_of(config: Config) -> Capture:
     missing = torch_private.missing_for_capture()
     if config.capture is Capture.GRAPHS and missing:
@@ -333,11 +329,11 @@ def _capture_of(config: Config) -> Capture:
     return config.capture
 
 
-def _inductor_options(config: Config) -> dict[str, Any]:
-    try:
-        return dict(config.options) or torch_private.options_of_mode(config.mode)
-    except RuntimeError as error:
-        raise ConfigError(f"mode is {config.mode!r}: {error}") from error
+def _homes(census: Census, entries: Sequence[TensorEntry] | None, storage: Storage) -> Homes:
+    if entries is not None:
+        return map_checkpoint(census, entries, storage.swap, storage.files)
+    file, homes = write_homes(census.weights, storage.swap)
+    return Homes(homes, [file], storage.swap)
 
 
 def _nothing_to_verify() -> None:
@@ -376,9 +372,3 @@ def _hang_doors(
             )
             hang_door(root, gate, call)
         mix_in(root, mixed, gate)
-
-
-def _close(engine: Engine, reader: ThreadedReader, files: FileTable) -> None:
-    engine.close()
-    reader.close()
-    files.close()

@@ -10,6 +10,7 @@ import gc
 import itertools
 import logging
 import time
+import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,7 +20,6 @@ import torch
 from mball import torch_private
 from mball.config import Compile, Config
 from mball.errors import BudgetError
-from mball.integrations import make_faithful
 from mball.memory import libc
 from mball.run.doors import Gate, check_graph_inputs
 from mball.run.engine import Engine
@@ -75,6 +75,11 @@ class Program:
         self._costs_due = True
         self._costed: dict[Any, int] = {}  # the largest sizes at which costs were measured
         self._times_due = True
+
+    def renumbered(self, name: str, weights: Mapping[int, int], weight_bytes: Sequence[int]) -> Program:
+        """Returns the same program under another name, for other weights of the same shapes; it learns by itself."""
+        graph = self.graph.renumbered(name, weights)
+        return Program(graph, self._driver, weight_bytes, counts_flops=self._counts_flops and self._costs_due)
 
     def segment(self, values: Mapping[Any, int]) -> GraphSegment:
         """Returns the part of a pass that this is for these sizes."""
@@ -140,6 +145,13 @@ class GraphRunner:
         """The facts of the program that runs while it fits."""
         return self._programs[0].graph
 
+    def renumbered(self, name: str, weights: Mapping[int, int], weight_bytes: Sequence[int]) -> GraphRunner:
+        """Returns the same runner under another name, for other weights of the same shapes."""
+        programs = [program.renumbered(name, weights, weight_bytes) for program in self._programs]
+        runner = GraphRunner(programs, self._gate)
+        runner._is_new = False  # nothing was captured
+        return runner
+
     def __call__(self, *args: Any) -> Any:
         return self._gate.run(self._run, args, {})
 
@@ -189,21 +201,43 @@ class Backend:
         config: Config,
         options: Mapping[str, Any],
     ):
-        if config.compile is Compile.EAGER:
-            make_faithful()
         self.runners: list[GraphRunner] = []
         self.unsupported: list[str] = []
-        self._gate = gate
-        self._config = config
+        self.gate = gate
+        self.config = config
         self._options = options
         self._weights = {id(parameter): weight for parameter, weight in parameters}
-        self._weight_bytes = [weight.size_bytes for weight in gate.engine.weights]
+        self._weight_bytes: list[int] = []
         self._buffers = {id(buffer) for buffer in buffers}
         self._numbers = itertools.count()
+        self.learn_sizes()
+        _backends.add(self)
+
+    @property
+    def engine(self) -> Engine:
+        return self.gate.engine
+
+    def manages(self, parameter: torch.nn.Parameter) -> bool:
+        """Returns whether the parameter lies at a home of this backend's engine."""
+        if torch_private.is_subclass(parameter) or parameter.layout is not torch.strided:
+            return False
+        return torch_private.storage_key(parameter) in self.engine.homes.weight_of_storage
 
     def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        name = f"graph{next(self._numbers)}"
         weight_of = [self._weights.get(id(value)) for value in example_inputs]
+        return self.capture(module, example_inputs, weight_of) or module.forward
+
+    def capture(
+        self, module: torch.fx.GraphModule, example_inputs: Sequence[Any], weight_of: Sequence[int | None]
+    ) -> GraphRunner | None:
+        """Returns what runs the graph in steps, or None, said once, if it must run operator by operator.
+
+        Args:
+            module: the graph.
+            example_inputs: its arguments.
+            weight_of: for each of them the weight it is, or None.
+        """
+        name = f"graph{next(self._numbers)}"
         is_buffer = [id(value) in self._buffers for value in example_inputs]
         try:
             cut = Cut(name, module, weight_of, EveryWeight())
@@ -211,17 +245,29 @@ class Backend:
         except UnsupportedGraphError as error:
             logger.warning("%s; the graph runs operator by operator", error)
             self.unsupported.append(str(error))
-            return module.forward
+            return None
         programs = []
-        if self._config.compile is Compile.INDUCTOR:
+        if self.config.compile is Compile.INDUCTOR:
             programs += self._compiled(cut, example_inputs, weight_of, is_buffer)
         if not programs or len(programs[0].graph.steps) == 1:
             # What is compiled in one piece cannot be streamed, should it not fit one day.
             programs.append(Program(graph, build_driver(cut), self._weight_bytes, counts_flops=True))
-        runner = GraphRunner(programs, self._gate)
+        runner = GraphRunner(programs, self.gate)
         logger.info("captured %s: %d steps, %d weights", name, len(runner.graph.steps), len(set(cut.weights.values())))
         self.runners.append(runner)
         return runner
+
+    def renumbered(self, runner: GraphRunner, name: str, weights: Mapping[int, int]) -> GraphRunner:
+        """Returns a runner of the same graph for other weights of the same shapes.
+
+        Args:
+            runner: of the graph.
+            name: for the new one.
+            weights: for each weight that the graph reads the one that takes its place.
+        """
+        other = runner.renumbered(name, weights, self._weight_bytes)
+        self.runners.append(other)
+        return other
 
     def _compiled(
         self, called: Cut, example_inputs: Sequence[Any], weight_of: Sequence[int | None], is_buffer: Sequence[bool]
@@ -231,9 +277,9 @@ class Backend:
 
         def choose(cut_by: CutBy, arguments: Sequence[int]) -> Cut:
             buffers = [is_buffer[argument] for argument in arguments]
-            step_bytes = self._config.step_bytes or default_step_bytes(self._config.budget_bytes)
+            step_bytes = self.config.step_bytes or default_step_bytes(self.config.budget_bytes)
             blocks = Blocks(names=self._names(), sizes_bytes=self._weight_bytes, step_bytes=step_bytes)
-            for grouping in (Whole(), blocks) if self._config.step_bytes is None else (blocks,):
+            for grouping in (Whole(), blocks) if self.config.step_bytes is None else (blocks,):
                 cut = cut_by(grouping)
                 graph = CapturedGraph(cut, buffers, called)
                 if grouping is blocks or self._fits(graph):
@@ -261,14 +307,26 @@ class Backend:
         )
         return [Program(graph, compiled.driver, self._weight_bytes, counts_flops=False)]
 
+    def learn_sizes(self) -> None:
+        """Brings the list of sizes, which is shared by all graphs, up to the engine's weights."""
+        self._weight_bytes += [weight.size_bytes for weight in self.engine.weights[len(self._weight_bytes) :]]
+
     def _names(self) -> list[str]:
-        return [weight.name for weight in self._gate.engine.weights]
+        return [weight.name for weight in self.engine.weights]
 
     def _fits(self, graph: CapturedGraph) -> bool:
         """Returns whether all weights and what this graph needs besides fit the budget, for the sizes of this call."""
-        if sum(self._weight_bytes) > self._config.budget_bytes:
+        if sum(self._weight_bytes) > self.config.budget_bytes:
             return False
-        return self._gate.engine.fits(GraphSegment(graph, self._weight_bytes, graph.traced_values()))
+        return self.engine.fits(GraphSegment(graph, self._weight_bytes, graph.traced_values()))
+
+
+_backends: weakref.WeakSet[Backend] = weakref.WeakSet()
+
+
+def backends() -> list[Backend]:
+    """Returns all that are in use."""
+    return [backend for backend in _backends if not backend.engine.closed]
 
 
 def _bucket(size: int) -> int:

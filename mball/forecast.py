@@ -9,15 +9,15 @@ import torch
 from mball.errors import BudgetError
 from mball.plan import smallest_budget
 from mball.run.census import Census
-from mball.run.homes import PAGE_BYTES, Homes
+from mball.run.homes import PAGE_BYTES, Home
 from mball.schema import Machine, Step, Trace
 from mball.storage import FileTable, measure_link
 from mball.units import format_bytes
 
 
-def measure_machine(homes: Homes, files: FileTable) -> Machine:
+def measure_machine(homes: Sequence[Home], files: FileTable) -> Machine:
     """Returns this machine, its link measured by reading the file of the largest weight."""
-    largest = max(homes.homes, key=lambda home: home.span_bytes)
+    largest = max(homes, key=lambda home: home.span_bytes)
     link = measure_link(files, largest.file)
     return Machine(name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link)
 
@@ -42,7 +42,7 @@ def expected_operators(roots: Sequence[torch.nn.Module], census: Census) -> list
 
 
 def check_budget(
-    budget_bytes: int, homes: Homes, machine: Machine, fixed_bytes: int, expected: Sequence[tuple[int, ...]]
+    budget_bytes: int, homes: Sequence[Home], machine: Machine, fixed_bytes: int, expected: Sequence[tuple[int, ...]]
 ) -> None:
     """Refuses a budget that cannot hold the model even one module at a time.
 
@@ -58,7 +58,7 @@ def check_budget(
     """
     steps = tuple(
         Step(
-            name=homes.homes[weights[0]].name.rpartition(".")[0] or "the model",
+            name=homes[weights[0]].name.rpartition(".")[0] or "the model",
             graph=None,
             reads=weights,
             scratch_bytes=0,
@@ -67,7 +67,7 @@ def check_budget(
         )
         for weights in expected
     )
-    trace = Trace(name="one module at a time", weights=homes.schema(), steps=steps)
+    trace = Trace(name="one module at a time", weights=tuple(home.schema() for home in homes), steps=steps)
     smallest = smallest_budget(trace, machine, fixed_bytes=fixed_bytes)
     if budget_bytes < smallest.size_bytes:
         raise BudgetError(

@@ -49,6 +49,7 @@ _USED = (
         "torch._functorch._aot_autograd.descriptors.PlainAOTInput",
         "finds weights in the graph of basic operators (compile='inductor')",
     ),
+    ("torch._guards.Source.name", "names the weights of graphs that come without their module"),
     ("torch._ops.OpOverload", "tells views and writes from reads"),
     ("torch.utils.flop_counter.flop_registry", "counts floating point operations"),
     ("torch.autograd.graph.increment_version", "makes autograd notice that a slot was reused"),
@@ -194,6 +195,23 @@ def count_node_flops(node: torch.fx.Node) -> int:
         return 0
     args, kwargs, result = tree_map(sized, (node.args, node.kwargs, example_value(node)))
     return count_flops(node.target, args, kwargs, result)
+
+
+def source_name(placeholder: torch.fx.Node) -> str | None:
+    """Returns the expression that Dynamo reads an argument of a graph from, None if it says none.
+
+    Such as ``L['self']._modules['layers']._modules['0']._parameters['weight']``.
+    """
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = getattr(source, "name", None)
+    found = name() if callable(name) else name  # a method up to torch 2.11
+    return found if isinstance(found, str) else None
+
+
+def inner_module(module: torch.nn.Module) -> torch.nn.Module:
+    """Returns the module that `torch.compile(module)` made this one of, or itself."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None or not isinstance(module, torch._dynamo.OptimizedModule) else inner
 
 
 def symbol_of(value: Any) -> Any:

@@ -60,10 +60,10 @@ def take_census(roots: Sequence[torch.nn.Module]) -> Census:
             if parameter is None:
                 continue
             name = f"{path}.{attribute}" if path else attribute
-            _check(name, parameter)
+            check_streamable(name, parameter)
             if parameter.numel() == 0:
                 continue
-            owned = weights.setdefault(_identity(parameter), OwnedWeight(names=[], parameter=parameter))
+            owned = weights.setdefault(identity_of(parameter), OwnedWeight(names=[], parameter=parameter))
             owned.names.append(name)
             owned.owners.append(Owner(module, attribute))
         for attribute, buffer in module._buffers.items():
@@ -72,7 +72,7 @@ def take_census(roots: Sequence[torch.nn.Module]) -> Census:
                 buffers[name] = buffer
                 buffer_owners[name] = Owner(module, attribute)
     found = tuple(weights.values())
-    _check_overlap(found)
+    check_overlap(found)
     return Census(weights=found, buffers=buffers, buffer_owners=buffer_owners)
 
 
@@ -83,13 +83,15 @@ def _modules(roots: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.M
         yield from root.named_modules(memo=seen, prefix=prefix)
 
 
-def _identity(parameter: torch.nn.Parameter) -> object:
+def identity_of(parameter: torch.nn.Parameter) -> object:
+    """Returns what is equal for parameters that are one weight: those that have the same memory in the same way."""
     if parameter.is_meta:
         return id(parameter)
     return (parameter.data_ptr(), parameter.dtype, tuple(parameter.shape), parameter.stride())
 
 
-def _check(name: str, parameter: torch.nn.Parameter) -> None:
+def check_streamable(name: str, parameter: torch.nn.Parameter) -> None:
+    """Raises WrapError when this weight is of a kind that cannot be streamed."""
     kind = type(parameter)
     if isinstance(parameter, torch.nn.UninitializedParameter):
         raise WrapError(f"weight {name!r} is not initialised yet; run the model once, then wrap it")
@@ -104,7 +106,8 @@ def _check(name: str, parameter: torch.nn.Parameter) -> None:
         )
 
 
-def _check_overlap(weights: Sequence[OwnedWeight]) -> None:
+def check_overlap(weights: Sequence[OwnedWeight]) -> None:
+    """Raises WrapError when two weights share part of their memory."""
     spans = []
     for weight in weights:
         if not weight.parameter.is_meta:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -17,9 +17,25 @@ from mball import torch_private
 from mball.errors import AutogradError, WrapError
 from mball.run.binding import BindingMode
 from mball.run.engine import Engine
+from mball.run.homes import Home
 from mball.run.household import Household
 
 _R = TypeVar("_R")
+
+
+class Tenant(NamedTuple):
+    """A parameter at its home: the home, its address, and which weight it is."""
+
+    parameter: torch.nn.Parameter
+    home: Home
+    address: int
+    weight: int
+
+
+def tenant_of(engine: Engine, parameter: torch.nn.Parameter, weight: int) -> Tenant:
+    """Returns the tenant that `parameter` is of the engine's home `weight`."""
+    home = engine.homes.homes[weight]
+    return Tenant(parameter, home, home.tensor.data_ptr(), weight)
 
 
 class Gate:
@@ -36,17 +52,14 @@ class Gate:
     ) -> None:
         self.engine = engine
         self._mode = BindingMode(engine)
-        self._parameters = [parameter for parameter, _ in parameters]
-        self._weights = [weight for _, weight in parameters]
+        self._tenants = [tenant_of(engine, parameter, weight) for parameter, weight in parameters]
         self._require_grad: list[bool] = []
-        self._homes = [engine.homes.homes[weight] for _, weight in parameters]
-        self._addresses = [home.tensor.data_ptr() for home in self._homes]
-        self._managed = {id(parameter) for parameter in self._parameters}
+        self._managed = {id(parameter) for parameter, _ in parameters}
         self._household = Household(roots)
 
     def pairs(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Returns every managed parameter with its home."""
-        return [(parameter, home.tensor) for parameter, home in zip(self._parameters, self._homes, strict=True)]
+        return [(tenant.parameter, tenant.home.tensor) for tenant in self._tenants]
 
     def run(self, call: Callable[..., _R], args: Sequence[Any], kwargs: Mapping[str, Any]) -> _R:
         """Returns `call(*args, **kwargs)`, in a pass of its own unless one is open in this thread.
@@ -68,8 +81,8 @@ class Gate:
         try:
             self.engine.begin_pass()
             self._check_household()
-            self._check_weights()
-            self._check_autograd(args, kwargs)
+            check_tenants(self._tenants)
+            check_autograd(self._tenants, args, kwargs)
             self._follow_requires_grad()
             self._mode.paused = False
             with torch_private.no_autocast_cache(), self._mode:
@@ -108,44 +121,47 @@ class Gate:
             )
         self._household.accept()
 
-    def _check_weights(self) -> None:
-        for parameter, home, address in zip(self._parameters, self._homes, self._addresses, strict=True):
-            tensor = home.tensor
-            if parameter.data_ptr() != address or parameter.dtype != tensor.dtype or parameter.shape != tensor.shape:
-                raise WrapError(
-                    f"weight {home.name!r} was given other memory, dtype or shape (now {parameter.dtype} "
-                    f"{tuple(parameter.shape)}, its home is {tensor.dtype} {tuple(tensor.shape)}): copy values into it "
-                    "instead (p.copy_(...)), or mball.unwrap(model), change it, and wrap it again"
-                )
-
     def _follow_requires_grad(self) -> None:
-        now = [parameter.requires_grad for parameter in self._parameters]
+        now = [tenant.parameter.requires_grad for tenant in self._tenants]
         if now != self._require_grad:
             flags = [False] * len(self.engine.homes)
-            for weight, flag in zip(self._weights, now, strict=True):
-                flags[weight] |= flag
+            for tenant, flag in zip(self._tenants, now, strict=True):
+                flags[tenant.weight] |= flag
             self.engine.execution.set_requires_grad(flags)
             self._require_grad = now
 
-    def _check_autograd(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        if not torch.is_grad_enabled():
-            return
-        why = None
-        for parameter, home in zip(self._parameters, self._homes, strict=True):
-            if parameter.requires_grad:
-                why = f"weight {home.name!r} requires grad"
-                break
-        else:
-            if any(
-                isinstance(leaf, torch.Tensor) and leaf.requires_grad
-                for leaf in tree_leaves((tuple(args), dict(kwargs)))
-            ):
-                why = "an input requires grad"
-        if why:
-            raise AutogradError(
-                f"{why} and grad mode is on, so autograd would record through streamed weights: "
-                "run the model under torch.no_grad() or torch.inference_mode()"
+
+def check_tenants(tenants: Iterable[Tenant]) -> None:
+    """Raises WrapError when a parameter is not at its home any more."""
+    for parameter, home, address, _ in tenants:
+        tensor = home.tensor
+        if parameter.data_ptr() != address or parameter.dtype != tensor.dtype or parameter.shape != tensor.shape:
+            raise WrapError(
+                f"weight {home.name!r} was given other memory, dtype or shape (now {parameter.dtype} "
+                f"{tuple(parameter.shape)}, its home is {tensor.dtype} {tuple(tensor.shape)}): copy values into it "
+                "instead (p.copy_(...)), or mball.unwrap(model), change it, and wrap it again"
             )
+
+
+def check_autograd(tenants: Iterable[Tenant], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises AutogradError when autograd would record a call with these arguments that reads these parameters."""
+    if not torch.is_grad_enabled():
+        return
+    why = None
+    for parameter, home, _, _ in tenants:
+        if parameter.requires_grad:
+            why = f"weight {home.name!r} requires grad"
+            break
+    else:
+        if any(
+            isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves((tuple(args), dict(kwargs)))
+        ):
+            why = "an input requires grad"
+    if why:
+        raise AutogradError(
+            f"{why} and grad mode is on, so autograd would record through streamed weights: "
+            "run the model under torch.no_grad() or torch.inference_mode()"
+        )
 
 
 def check_graph_inputs(args: Iterable[Any]) -> None:

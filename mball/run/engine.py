@@ -24,7 +24,7 @@ from mball.memory.ledger import Kind, Ledger
 from mball.run.activations import LiveBytes
 from mball.run.capture_cost import CaptureCost
 from mball.run.execution import Bound, Execution
-from mball.run.homes import PAGE_BYTES, Homes
+from mball.run.homes import PAGE_BYTES, Home, HomeFile, Homes
 from mball.run.segments import OperatorSegment, Segment, Tape, make_tape
 from mball.schema import Plan, Trace
 from mball.units import format_bytes
@@ -128,6 +128,7 @@ class Engine:
         self._began_s = 0.0
         self._before = PassFacts()
         self.capture = CaptureCost(execution.device.gauge(), execution.arena)
+        self._in_place_bytes = 0  # read in place in this pass, and given back already
         self._unclear = False  # a pass began and did not end
         self._collecting = False  # written homes are being found
         self._closed = False
@@ -143,6 +144,11 @@ class Engine:
     def trace(self) -> Trace | None:
         """The trace of the pass that is planned now."""
         return self._active.tape.trace if self._active else None
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
 
     @property
     def in_pass(self) -> bool:
@@ -162,10 +168,8 @@ class Engine:
             self.recover()
         self._unclear = True
         self._verify_files()
-        self._collecting = True
-        self.execution.forget(self.homes.collect_writes())
-        self._collecting = False
-        self.written_now.clear()
+        self._notice_writes()
+        self._in_place_bytes = 0
         self._tape = []
         counters = self.execution.counters
         self._before = PassFacts(
@@ -175,15 +179,43 @@ class Engine:
         self._began_s = time.perf_counter()
         self.execution.recorder.begin(self._began_s)
 
+    def continue_pass(self) -> None:
+        """Goes on with the open pass after code that nobody watched: it may have read and written homes.
+
+        Raises:
+            StorageError: as `begin_pass`.
+        """
+        if self._closed:
+            raise WrapError("this model was unwrapped; wrap it again")
+        self._in_place_bytes += self._touched_bytes()
+        self._notice_writes()
+
+    def _notice_writes(self) -> None:
+        self._collecting = True
+        self.execution.forget(self.homes.collect_writes())
+        self._collecting = False
+        self.written_now.clear()
+
+    def _touched_bytes(self) -> int:
+        return 0 if self.written_now else self.homes.touched_bytes()
+
+    def adopt(self, homes: Sequence[Home], file: HomeFile) -> None:
+        """Manages these weights too, after those that are there; no graph runs meanwhile. `lock` is held."""
+        self.homes.add(homes, [file])
+        self.weights = self.homes.schema()
+        # A plan is over all weights, the new ones included.
+        self._plans.clear()
+        self._active = None
+
     def note_capture(self) -> None:
         """Says that a graph was captured: what that took shares the budget from now on."""
         self.capture.end()
         self._plans.clear()
         self._stale = True
 
-    def end_pass(self) -> None:
-        """Ends a pass that went well."""
-        self._learn()
+    def end_pass(self, ended_s: float | None = None) -> None:
+        """Ends a pass that went well, now or at `ended_s` of `time.perf_counter`."""
+        self._learn(time.perf_counter() if ended_s is None else ended_s)
         self._unclear = False
 
     def recover(self) -> None:
@@ -201,9 +233,8 @@ class Engine:
         self._handed = ()
         self._unclear = False
 
-    def _learn(self) -> None:
+    def _learn(self, ended_s: float) -> None:
         counters, before = self.execution.counters, self._before
-        ended_s = time.perf_counter()
         self.passes += 1
         self.last = PassFacts(
             wall_s=ended_s - self._began_s,
@@ -211,7 +242,7 @@ class Engine:
             bytes_read=counters.bytes_read - before.bytes_read,
             unplanned_fetches=counters.unplanned_fetches - before.unplanned_fetches,
             steps=self.last.steps,
-            in_place_bytes=0 if self.written_now else self.homes.touched_bytes(),
+            in_place_bytes=self._in_place_bytes + self._touched_bytes(),
         )
         self.execution.recorder.end(ended_s)
         if self.last.in_place_bytes:

@@ -10,7 +10,7 @@ import torch
 
 from mball.errors import WrapError
 from mball.memory.mapping import PrivateMapping
-from mball.run.census import Census, span_bytes
+from mball.run.census import Census, OwnedWeight, span_bytes
 from mball.run.homes import PAGE_BYTES, Home, HomeFile, Homes
 from mball.storage import FileTable, SwapFile, TensorEntry
 from mball.units import format_bytes, round_down, round_up
@@ -21,28 +21,31 @@ logger = logging.getLogger(__name__)
 WEIGHT_ALIGNMENT_BYTES = 64
 
 
-def write_homes(census: Census, swap: SwapFile) -> Homes:
-    """Writes every weight to the swap file once; returns the homes there.
+def write_homes(weights: Sequence[OwnedWeight], swap: SwapFile) -> tuple[HomeFile, list[Home]]:
+    """Writes weights to the swap file, after what is there; returns the part of it that is mapped, and the homes.
 
     Raises:
         WrapError: a weight is on the meta device, so there are no bytes to write.
-        StorageError: the swap file cannot take them.
+        StorageError: the swap file cannot take them; it is then as it was.
     """
-    _refuse_meta(census)
+    _refuse_meta(weights)
     offsets, end = [], 0
-    for weight in census.weights:
+    for weight in weights:
         offsets.append(end)
         end = round_up(end + span_bytes(weight.parameter), WEIGHT_ALIGNMENT_BYTES)
     start = swap.allocate(end)
-    placed = []
-    for weight, offset in zip(census.weights, offsets, strict=True):
-        data = weight.parameter.detach()
-        flat = data.as_strided((span_bytes(data) // data.element_size(),), (1,))
-        swap.write(start + offset, flat.view(torch.uint8).numpy())
-        placed.append((weight.name, start + offset, data))
-    swap.flush()
-    home_file, homes = _map_homes(swap.name, swap.fd, swap, placed)
-    return Homes(homes, {swap.name: home_file}, swap)
+    try:
+        placed = []
+        for weight, offset in zip(weights, offsets, strict=True):
+            data = weight.parameter.detach()
+            flat = data.as_strided((span_bytes(data) // data.element_size(),), (1,))
+            swap.write(start + offset, flat.view(torch.uint8).numpy())
+            placed.append((weight.name, start + offset, data))
+        swap.flush()
+        return _map_homes(swap.name, swap.fd, swap, placed)
+    except BaseException:
+        swap.shrink(start)
+        raise
 
 
 def map_checkpoint(census: Census, entries: Sequence[TensorEntry], swap: SwapFile, files: FileTable) -> Homes:
@@ -57,7 +60,7 @@ def map_checkpoint(census: Census, entries: Sequence[TensorEntry], swap: SwapFil
     by_file: dict[str, list[int]] = {}
     for number, entry in enumerate(entries):
         by_file.setdefault(entry.file, []).append(number)
-    home_files, homes = {}, dict[int, Home]()
+    home_files, homes = [], dict[int, Home]()
     for path, numbers in by_file.items():
         files.add_path(path)
         placed = []
@@ -66,15 +69,16 @@ def map_checkpoint(census: Census, entries: Sequence[TensorEntry], swap: SwapFil
             placed.append((census.weights[number].name, entries[number].offset_bytes, like))
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            home_files[path], mapped = _map_homes(path, descriptor, swap, placed)
+            home_file, mapped = _map_homes(path, descriptor, swap, placed)
         finally:
             os.close(descriptor)
+        home_files.append(home_file)
         homes.update(zip(numbers, mapped, strict=True))
     return Homes([homes[number] for number in range(len(entries))], home_files, swap)
 
 
-def _refuse_meta(census: Census) -> None:
-    on_meta = [weight.name for weight in census.weights if weight.parameter.is_meta]
+def _refuse_meta(weights: Sequence[OwnedWeight]) -> None:
+    on_meta = [weight.name for weight in weights if weight.parameter.is_meta]
     if on_meta:
         raise WrapError(
             f"{len(on_meta)} weights are on the meta device ({on_meta[0]!r} first) and no checkpoint was given: "

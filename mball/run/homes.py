@@ -155,24 +155,37 @@ class HomeFile:
 class Homes:
     """All homes of one engine, in the order of its weights."""
 
-    def __init__(self, homes: Sequence[Home], files: dict[str, HomeFile], swap: SwapFile) -> None:
-        self.homes = list(homes)
-        self.files = files
+    def __init__(self, homes: Sequence[Home], files: Sequence[HomeFile], swap: SwapFile) -> None:
+        self.homes: list[Home] = []
+        self.files: list[HomeFile] = []
         self.swap = swap
         # Whether the user's Parameters require grad: kernels are chosen by it, with autograd off too.
-        self.requires_grad = [False] * len(self.homes)
-        self.weight_of_storage = {home.tensor.untyped_storage()._cdata: i for i, home in enumerate(self.homes)}
-        self._spans = {
-            name: sorted(
-                (home.offset_bytes, home.offset_bytes + home.span_bytes, index)
-                for index, home in enumerate(self.homes)
-                if home.file == name
-            )
-            for name in files
-        }
+        self.requires_grad: list[bool] = []
+        self.weight_of_storage: dict[int, int] = {}
+        self._spans: list[list[tuple[int, int, int]]] = []
+        self._file_of: dict[str, HomeFile] = {}
+        self.add(homes, files)
 
     def __len__(self) -> int:
         return len(self.homes)
+
+    def add(self, homes: Sequence[Home], files: Sequence[HomeFile]) -> None:
+        """Adds homes after those that are there, and the mapped files that hold them.
+
+        Parts of one file may be mapped one after another, each a HomeFile, if it is the swap file.
+        """
+        start = len(self.homes)
+        self.homes += homes
+        self.requires_grad += [False] * len(homes)
+        for index, home in enumerate(homes, start):
+            self.weight_of_storage[home.tensor.untyped_storage()._cdata] = index
+        for file in files:
+            self.files.append(file)
+            self._file_of.setdefault(file.name, file)
+            held = [(index, home) for index, home in enumerate(homes, start) if home.file == file.name]
+            self._spans.append(
+                sorted((home.offset_bytes, home.offset_bytes + home.span_bytes, index) for index, home in held)
+            )
 
     def schema(self) -> tuple[Weight, ...]:
         """Returns all homes as the trace describes them."""
@@ -187,10 +200,9 @@ class Homes:
             StorageError: the swap file cannot take the written pages; nothing is lost, the next call tries again.
         """
         written: set[int] = set()
-        for name, file in self.files.items():
-            ranges = file.settle()
-            for first, end in ranges:
-                written.update(i for low, high, i in self._spans[name] if low < end and first < high)
+        for file, spans in zip(self.files, self._spans, strict=True):
+            for first, end in file.settle():
+                written.update(i for low, high, i in spans if low < end and first < high)
             file.mapping.drop_clean()
         if written:
             logger.info("%d written weights were saved to the swap file", len(written))
@@ -198,12 +210,12 @@ class Homes:
 
     def touched_bytes(self) -> int:
         """Returns the bytes of homes that somebody read in place since the last `collect_writes`."""
-        return sum(file.mapping.touched_bytes() for file in self.files.values())
+        return sum(file.mapping.touched_bytes() for file in self.files)
 
     def reads(self, extents: Sequence[Extent]) -> Iterator[tuple[Extent, Piece]]:
         """Yields each extent with the pieces that bring its current bytes."""
         for extent in extents:
-            for piece in self.files[extent.file].resolve(extent):
+            for piece in self._file_of[extent.file].resolve(extent):
                 yield extent, piece
 
     def close(self) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mball.run.census import Census
-from mball.run.homes import Homes
+from mball.run.homes import Home
 
 
-def move_in(census: Census, homes: Homes) -> list[tuple[torch.nn.Parameter, int]]:
+def move_in(census: Census, homes: Sequence[Home]) -> list[tuple[torch.nn.Parameter, int]]:
     """Makes every parameter its home; returns all parameters with the weight each of them is."""
     parameters = []
-    for number, (weight, home) in enumerate(zip(census.weights, homes.homes, strict=True)):
+    for number, (weight, home) in enumerate(zip(census.weights, homes, strict=True)):
         moved: dict[int, torch.nn.Parameter] = {}
         for owner in weight.owners:
             old = owner.module._parameters[owner.attribute]

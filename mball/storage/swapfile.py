@@ -122,6 +122,15 @@ class SwapFile:
                     raise self._failure(f"writing at offset {offset_bytes}:", len(view), error) from error
                 done += written
 
+    def shrink(self, size_bytes: int) -> None:
+        """Gives back every extent from file offset `size_bytes` (a multiple of 4096) on. Nothing may use them any more.
+
+        Raises:
+            StorageError: the file is closed.
+        """
+        os.ftruncate(self.fd, size_bytes)
+        self._size_bytes = size_bytes
+
     def flush(self) -> None:
         """Writes everything to the disk and drops it from the page cache, so that no byte is held twice.
 

@@ -5,8 +5,9 @@ None of it refers to the graph's nodes, which are large: once the driver is buil
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,6 +84,20 @@ class CapturedGraph:
         self._symbols = _find_symbols(called_as.placeholders)
         # A dtype cast of a weight under autocast is a temporary that the graph does not show.
         self._autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+    def renumbered(self, name: str, weights: Mapping[int, int]) -> CapturedGraph:
+        """Returns the same graph under another name, with other weights in the place of its own."""
+        other = copy.copy(self)
+        other.name = name
+        other.steps = [
+            replace(
+                step,
+                name=name + step.name.removeprefix(self.name),
+                reads=tuple(weights[weight] for weight in step.reads),
+            )
+            for step in self.steps
+        ]
+        return other
 
     def traced_values(self) -> dict[Any, int]:
         """Returns the value that each symbolic size had while tracing."""

@@ -79,7 +79,7 @@ def test_written_homes_give_their_memory_back(write: Callable[[nn.Module], None]
     model = make(tied_sequential)
     wrap_hostile(model, int(weight_bytes(model) * 0.6), swap_dir=tmp_path)
     write(model)
-    files = engine_of(model).homes.files.values()
+    files = engine_of(model).homes.files
     assert any(file.mapping.written() for file in files)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     run(model, lambda m: m(noise(4, 64)))

@@ -1,0 +1,104 @@
+"""Puts together what runs a model, and takes it apart again: the same for every door."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from mball import torch_private
+from mball.config import Config, Io
+from mball.errors import ConfigError
+from mball.memory import CpuDevice, Device, Kind, Ledger
+from mball.plan import make_plan
+from mball.run.engine import Engine
+from mball.run.execution import Execution
+from mball.run.homes import Homes
+from mball.schema import Machine, Plan, Trace
+from mball.storage import DirectIO, FileTable, SwapFile, ThreadedReader
+
+AdaptDevice = Callable[[Device], Device]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """Where homes lie: open files, and the swap file among them. `Machinery.start` takes it over."""
+
+    files: FileTable
+    swap: SwapFile
+
+    @classmethod
+    def open(cls, config: Config) -> Self:
+        """Makes an empty swap file. Raises StorageError when that cannot be done."""
+        files = FileTable(direct=DirectIO.OFF if config.io is Io.BUFFERED else DirectIO.AUTO)
+        swap = SwapFile.create(config.swap_dir)
+        files.add_descriptor(swap.name, swap.fd)
+        return cls(files=files, swap=swap)
+
+    def close(self) -> None:
+        """Closes all files. Idempotent."""
+        self.files.close()
+        self.swap.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machinery:
+    """An engine and what it stands on."""
+
+    engine: Engine
+    machine: Callable[[], Machine]
+    reader: ThreadedReader
+    device: Device
+    files: FileTable
+
+    @classmethod
+    def start(
+        cls,
+        config: Config,
+        storage: Storage,
+        homes: Homes,
+        machine: Callable[[], Machine],
+        *,
+        fixed_bytes: int = 0,
+        expected: Sequence[tuple[int, ...]] = (),
+        verify_files: Callable[[], None] = lambda: None,
+        adapt_device: AdaptDevice = lambda device: device,
+    ) -> Self:
+        """Starts an engine over these homes; see there. If that fails nothing of it is left but `storage`."""
+        reader = ThreadedReader(storage.files, num_threads=config.io_threads)
+        try:
+            device = adapt_device(CpuDevice(reader))
+            ledger = Ledger(config.budget_bytes)
+            ledger.set(Kind.BUFFERS, fixed_bytes)
+            engine = Engine(
+                homes=homes,
+                execution=Execution(device, device.arena(config.budget_bytes), homes),
+                ledger=ledger,
+                plan=functools.partial(_plan, machine=machine, fixed_bytes=fixed_bytes),
+                fixed_bytes=fixed_bytes,
+                expected=expected,
+                verify_files=verify_files,
+            )
+        except BaseException:
+            reader.close()
+            raise
+        return cls(engine=engine, machine=machine, reader=reader, device=device, files=storage.files)
+
+    def close(self) -> None:
+        """Ends everything and gives it back. Idempotent."""
+        self.engine.close()
+        self.reader.close()
+        self.files.close()
+
+
+def inductor_options(config: Config) -> dict[str, Any]:
+    """Returns Inductor's options, those of the mode if one is given. Raises ConfigError if that is unknown."""
+    try:
+        return dict(config.options) or torch_private.options_of_mode(config.mode)
+    except RuntimeError as error:
+        raise ConfigError(f"mode is {config.mode!r}: {error}") from error
+
+
+def _plan(trace: Trace, budget_bytes: int, *, machine: Callable[[], Machine], fixed_bytes: int) -> Plan:
+    return make_plan(trace, machine(), budget_bytes, fixed_bytes=fixed_bytes)

@@ -1,0 +1,413 @@
+"""The door of torch.compile: `torch.compile(model, backend="mball", options={"budget": ...})`.
+
+[Note: weights without their module] A backend is given graphs and never the module. A weight is an argument that is a
+Parameter. It moves to its home when the first graph comes that reads it, and engine, plans and swap file grow. Dynamo
+calls one graph with the weights of any module that its guards let pass (equal layers, another model of the same class),
+so each call looks which Parameters it was given, and the graph is renumbered for them once.
+
+[Note: one door] Dynamo takes two backends with equal options for the same one, and calls graphs that it captured for
+the first on behalf of the second. So there is one door, with one budget, for equal settings.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mball import torch_private
+from mball.assembly import AdaptDevice, Machinery, Storage, inductor_options
+from mball.backend import Backend, GraphRunner, backends
+from mball.config import Config
+from mball.errors import ConfigError, MballError, WrapError
+from mball.forecast import check_budget, measure_machine
+from mball.run.census import OwnedWeight, check_overlap, check_streamable, identity_of
+from mball.run.doors import Tenant
+from mball.run.engine import Engine
+from mball.run.graph_gate import GraphGate
+from mball.run.home_sources import write_homes
+from mball.run.homes import Home, Homes
+from mball.run.tenants import move_out
+from mball.schema import Machine
+from mball.trace.cut import Cut, UnsupportedGraphError
+from mball.trace.grouping import EveryWeight
+from mball.units import format_bytes, parse_bytes
+
+logger = logging.getLogger(__name__)
+
+# What torch.compile itself takes.
+_TORCH_COMPILE_HAS = ("fullgraph", "dynamic")
+_PATH = re.compile(r"_(?:modules|parameters)\['([^']+)'\]")
+
+
+def mball_backend(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    adapt_device: AdaptDevice = lambda device: device,
+) -> Callable[..., Any]:
+    """The backend that torch.compile knows as ``"mball"``. Returns what runs the graph under the budget.
+
+    What is wrong with the settings, the weights or the budget is raised whenever the graph is called, because Dynamo
+    would hide an error of a backend inside one of its own. Other options have the graph captured anew, and so has
+    `torch._dynamo.reset()`.
+
+    Args:
+        module: the graph.
+        example_inputs: its arguments; Parameters among them are the weights.
+        options: ``"budget"`` as for `mball.wrap`, and the other settings of `mball.Config` by name, Inductor's own as
+            ``"options"``. Models that are compiled with equal options share one budget.
+        mode: as the setting of that name.
+        adapt_device: for tests.
+    """
+    try:
+        parameters = [value for value in example_inputs if isinstance(value, torch.nn.Parameter)]
+        if wrapped := _wrapped_backend(parameters, options):
+            return wrapped(module, example_inputs)
+        config = _config_of(options, mode)
+        door = next((each for each in list(_doors) if each.config == config and not each.engine.closed), None)
+        if door is None:
+            door = Door(config, adapt_device)
+        return door.capture(module, example_inputs)
+    except MballError as error:
+        return _Refusal(error)
+
+
+def find_door(module: torch.nn.Module) -> Door | None:
+    """Returns the door that streams weights of this module, or None."""
+    parameters = list(module.parameters())
+    found = (door for door in list(_doors) if not door.engine.closed)
+    return next((door for door in found if any(map(door.backend.manages, parameters))), None)
+
+
+class _Refusal:
+    """Stands for a graph that cannot run, and says why."""
+
+    def __init__(self, error: MballError) -> None:
+        self._kind, self._args, self._facts = type(error), error.args, dict(error.__dict__)
+
+    def __call__(self, *args: Any) -> Any:
+        # A new one each time: the one that was raised keeps all frames that it went through.
+        error = self._kind.__new__(self._kind, *self._args)
+        error.__dict__.update(self._facts)
+        raise error
+
+
+class Door:
+    """All graphs and weights of the models that were compiled with the same settings.
+
+    Dynamo holds the graphs, they hold the door, and when they go it gives everything back.
+
+    Args:
+        config: the settings.
+        adapt_device: for tests.
+
+    Raises:
+        ConfigError: the mode is unknown.
+        StorageError: the swap file cannot be made.
+    """
+
+    def __init__(self, config: Config, adapt_device: AdaptDevice) -> None:
+        options = inductor_options(config)
+        self.config = config
+        self._machine = _MachineOnceKnown()
+        self._storage = Storage.open(config)
+        try:
+            homes = Homes([], [], self._storage.swap)
+            self.machinery = Machinery.start(config, self._storage, homes, self._machine, adapt_device=adapt_device)
+        except BaseException:
+            self._storage.close()
+            raise
+        self._closer = weakref.finalize(self, self.machinery.close)
+        self.gate = GraphGate(self.machinery.engine)
+        self.backend = Backend(self.gate, (), (), config, options)
+        self._tenants: dict[int, Tenant] = {}
+        _doors.add(self)
+
+    @property
+    def engine(self) -> Engine:
+        return self.machinery.engine
+
+    def settle(self) -> None:
+        """Ends the pass that is open, so that it is reported."""
+        self.gate.settle()
+
+    def release(self) -> None:
+        """Gives all weights back as ordinary memory. Graphs that are called afterwards raise WrapError."""
+        with self.engine.lock:
+            move_out(self.gate.pairs())
+            self._closer()
+
+    def capture(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Returns what runs the graph, once its weights are at home.
+
+        Raises:
+            BudgetError: the budget is too small for a step of the graph; it names the smallest.
+            StorageError: the swap file cannot take the weights.
+            WrapError: a weight cannot be streamed. In every case all is left as it was.
+        """
+        placeholders = module.graph.find_nodes(op="placeholder")
+        positions = [number for number, value in enumerate(example_inputs) if _is_weight(value)]
+        names = [_name_of(placeholders[number]) for number in positions]
+        parameters = [example_inputs[number] for number in positions]
+
+        def steps(weights: Sequence[int]) -> list[tuple[int, ...]]:
+            """Returns what each step of the graph reads: these weights, if they are its arguments."""
+            weight_of: list[int | None] = [None] * len(example_inputs)
+            for number, weight in zip(positions, weights, strict=True):
+                weight_of[number] = weight
+            try:
+                cut = Cut("graph", module, weight_of, EveryWeight())
+            except UnsupportedGraphError:
+                return [(weight,) for weight in weights]
+            return [tuple(step.reads) for step in cut.steps if step.reads]
+
+        tenants = self.adopt(names, parameters, steps)
+        weight_of: list[int | None] = [None] * len(example_inputs)
+        for number, tenant in zip(positions, tenants, strict=True):
+            weight_of[number] = tenant.weight
+        runner = self.backend.capture(module, example_inputs, weight_of)
+        return DoorRunner(self, runner or module.forward, positions, names, tenants)
+
+    def adopt(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[torch.nn.Parameter],
+        steps: Callable[[Sequence[int]], Sequence[tuple[int, ...]]],
+    ) -> list[Tenant]:
+        """Brings those of the parameters home that are not there yet; returns all of them as tenants.
+
+        Args:
+            names: of the parameters, for people.
+            parameters: each once.
+            steps: given the weight that each of them is (or will be), returns the weights that steps read together.
+
+        Raises:
+            BudgetError: the budget cannot hold a step.
+            StorageError: the swap file cannot take the weights.
+            WrapError: a weight cannot be streamed. In every case all is left as it was.
+        """
+        new = [(n, p) for n, p in zip(names, parameters, strict=True) if id(p) not in self._tenants]
+        if new:
+            with torch.no_grad(), self.engine.lock:
+                self._bring_home(new, parameters, steps)
+        return [self._tenants[id(parameter)] for parameter in parameters]
+
+    def _bring_home(
+        self,
+        new: Sequence[tuple[str, torch.nn.Parameter]],
+        parameters: Sequence[torch.nn.Parameter],
+        steps: Callable[[Sequence[int]], Sequence[tuple[int, ...]]],
+    ) -> None:
+        if self.engine.closed:
+            raise WrapError(_UNWRAPPED)
+        known = self.engine.homes
+        taken = {home.name for home in known.homes}
+        found: dict[object, OwnedWeight] = {}
+        tenant_weights: dict[int, int] = {}
+        joined: dict[object, list[torch.nn.Parameter]] = {}
+        for name, parameter in new:
+            check_streamable(name, parameter)
+            if any(backend.manages(parameter) for backend in backends() if backend is not self.backend):
+                raise WrapError(
+                    f"weight {name!r} is streamed already, under another budget: call mball.unwrap(model) first, or "
+                    "compile with the same options"
+                )
+            identity = identity_of(parameter)
+            at_home = known.weight_of_storage.get(torch_private.storage_key(parameter))
+            if at_home is not None:  # another Parameter over the memory of one that is at home
+                home = known.homes[at_home].tensor
+                if identity != (home.data_ptr(), home.dtype, tuple(home.shape), home.stride()):
+                    raise WrapError(
+                        f"weight {name!r} is part of the memory of {known.homes[at_home].name!r}; give it its own "
+                        "(clone it), or make them one Parameter"
+                    )
+                tenant_weights[id(parameter)] = at_home
+                continue
+            if identity not in found:
+                unique = _unique(name, taken)
+                taken.add(unique)
+                found[identity] = OwnedWeight(names=[unique], parameter=parameter)
+            joined.setdefault(identity, []).append(parameter)
+        owned = list(found.values())
+        check_overlap(owned)
+        for weight, identity in enumerate(found, len(known)):
+            tenant_weights |= {id(parameter): weight for parameter in joined[identity]}
+
+        homes: list[Home] = []
+        file = None
+        if owned:
+            size_before = self._storage.swap.size_bytes
+            file, homes = write_homes(owned, self._storage.swap)
+            try:
+                machine = measure_machine(homes, self._storage.files)
+                weight_of = {key: tenant.weight for key, tenant in self._tenants.items()} | tenant_weights
+                expected = steps([weight_of[id(parameter)] for parameter in parameters])
+                check_budget(self.config.budget_bytes, [*known.homes, *homes], machine, 0, expected)
+            except BaseException:
+                self._storage.swap.shrink(size_before)
+                raise
+            self._machine.learn(machine, sum(home.span_bytes for home in homes))
+            logger.info(
+                "%d more weights, %s, under a budget of %s",
+                len(homes),
+                format_bytes(sum(home.span_bytes for home in homes)),
+                format_bytes(self.config.budget_bytes),
+            )
+        # Nothing above changed a weight; nothing below fails.
+        for weight, identity in enumerate(found):
+            for parameter in joined[identity]:
+                parameter.data = homes[weight].tensor
+        moved = [(parameter, tenant_weights[id(parameter)]) for _, parameter in new]
+        tenants = self.gate.adopt(homes, file, moved)
+        self._tenants |= {id(tenant.parameter): tenant for tenant in tenants}
+        self.backend.learn_sizes()
+
+
+class DoorRunner:
+    """What Dynamo calls in place of a graph: finds the runner for the weights that it is given.
+
+    Args:
+        door: of the graph.
+        runner: runs the graph: for the weights it was captured with if it knows steps, else for any.
+        positions: of the weights among the arguments.
+        names: of the weights.
+        tenants: the weights it was captured with.
+    """
+
+    def __init__(
+        self,
+        door: Door,
+        runner: Callable[..., Any],
+        positions: Sequence[int],
+        names: Sequence[str],
+        tenants: Sequence[Tenant],
+    ) -> None:
+        self._door = door
+        self._runner = runner
+        self._positions = positions
+        self._names = names
+        self._tenants = tenants
+        # Parameters are held by the door, so that their ids stay theirs.
+        self._known = {tuple(id(tenant.parameter) for tenant in tenants): (runner, tenants)}
+
+    def __call__(self, *args: Any) -> Any:
+        if self._door.engine.closed:
+            raise WrapError(_UNWRAPPED)
+        key = tuple(id(args[position]) for position in self._positions)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._renumbered(args)
+        runner, tenants = known
+        return self._door.gate.run_part((id(self), key), tenants, runner, args)
+
+    def _renumbered(self, args: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Tenant]]:
+        """Returns the graph for the other weights that it is given now."""
+        door, runner = self._door, self._runner
+        parameters = [args[position] for position in self._positions]
+        if not all(map(_is_weight, parameters)):
+            raise WrapError(
+                f"the graph that reads {self._names[0]!r} was captured with Parameters and is called without: "
+                "torch._dynamo.reset(), then call the model again"
+            )
+        before = [tenant.weight for tenant in self._tenants]
+
+        def steps(weights: Sequence[int]) -> list[tuple[int, ...]]:
+            if not isinstance(runner, GraphRunner):
+                return [(weight,) for weight in weights]
+            now = dict(zip(before, weights, strict=True))
+            return [tuple(now[weight] for weight in step.reads) for step in runner.graph.steps if step.reads]
+
+        tenants = door.adopt(self._names, parameters, steps)
+        if not isinstance(runner, GraphRunner):
+            return runner, tenants
+        now = [tenant.weight for tenant in tenants]
+        pairs = set(zip(before, now, strict=True))
+        if len(pairs) != len(set(before)) or len(pairs) != len(set(now)):
+            raise WrapError(
+                f"the graph that reads {self._names[0]!r} was captured where other weights were tied than in this "
+                "model: make tied weights one Parameter, or compile with other options"
+            )
+        name = f"{runner.graph.name}@{len(self._known)}"
+        return door.backend.renumbered(runner, name, dict(pairs)), tenants
+
+
+class _MachineOnceKnown:
+    """The machine, its link measured with the most bytes that came at once so far."""
+
+    def __init__(self) -> None:
+        self._machine: Machine | None = None
+        self._size_bytes = 0
+
+    def learn(self, machine: Machine, size_bytes: int) -> None:
+        if size_bytes > self._size_bytes:
+            self._machine, self._size_bytes = machine, size_bytes
+
+    def __call__(self) -> Machine:
+        if self._machine is None:
+            raise WrapError("no weights came yet, so nothing is known of the disk they are on")
+        return self._machine
+
+
+_doors: weakref.WeakSet[Door] = weakref.WeakSet()
+_UNWRAPPED = (
+    "this model was unwrapped, and its graphs are of no use any more: torch._dynamo.reset(), and compile it again if "
+    "it is to be streamed"
+)
+
+
+def _wrapped_backend(parameters: Sequence[torch.nn.Parameter], options: Mapping[str, Any] | None) -> Backend | None:
+    """Returns the backend of the model that these are weights of, if `mball.wrap` wrapped it."""
+    own = {id(door.backend) for door in list(_doors)}
+    for backend in backends():
+        if id(backend) in own or not any(map(backend.manages, parameters)):
+            continue
+        if options:
+            budget = options.get("budget")
+            budget_bytes = None if budget is None else parse_bytes(budget, what="budget")
+            if options.keys() != {"budget"} or budget_bytes != backend.config.budget_bytes:
+                raise ConfigError(
+                    f"the model is wrapped already, with a budget of {format_bytes(backend.config.budget_bytes)} and "
+                    "settings of its own: leave options out, or call mball.unwrap(model) first"
+                )
+        return backend
+    return None
+
+
+def _config_of(options: Mapping[str, Any] | None, mode: str | None) -> Config:
+    settings = dict(options or {})
+    if mode is not None:
+        settings.setdefault("mode", mode)
+    if "budget" not in settings:
+        raise ConfigError(
+            "the backend 'mball' needs a budget: torch.compile(model, backend='mball', options={'budget': '6GiB'})"
+            + ("; mode goes there too: options={'budget': '6GiB', 'compile': 'inductor', 'mode': ...}" if mode else "")
+        )
+    if "capture" in settings:
+        raise ConfigError("capture is for mball.wrap: a backend of torch.compile is given graphs; leave it out")
+    if found := [name for name in _TORCH_COMPILE_HAS if name in settings]:
+        raise ConfigError(f"{' and '.join(found)} is torch.compile's own: torch.compile(model, {found[0]}=...)")
+    return Config.of(budget=settings.pop("budget"), **settings)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, torch.nn.Parameter) and value.numel() > 0
+
+
+def _name_of(placeholder: torch.fx.Node) -> str:
+    source = torch_private.source_name(placeholder) or ""
+    return ".".join(_PATH.findall(source)) or placeholder.name
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name}#{number}"
+    return found
