@@ -1,0 +1,534 @@
+"""torch.compile(model, backend="mball", options={"budget": ...}): the same numbers as backend="eager", streamed."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib.metadata
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mball
+from mball.api import _state_of
+from mball.backend_door import mball_backend
+from mball.errors import AutogradError, BudgetError, ConfigError, StorageError, WrapError
+from tests.run.harness import assert_same, assert_streamed, hostile, make, run, weight_bytes
+from tests.run.test_passes import Pieces
+from tests.run.zoo import Run, generate, ids, llama, logits, noise, tied_sequential
+
+X = noise(4, 64)
+
+
+def call(model: Any) -> Any:
+    return model(X)
+
+
+class Tied(nn.Module):
+    """Not a module of torch's own: Dynamo does not look into those when they are compiled in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tied_sequential()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+class Layer(nn.Module):
+    """Its second part is a graph of its own: Dynamo captures it once for all layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Shares(nn.Module):
+    """Two Parameters over the same memory: one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+        self.layers[3].weight.data = self.layers[0].weight.data
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class Writes(nn.Module):
+    """Writes to weights between graphs, and inside one."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside = inside
+        self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers(x)
+        if self.inside:
+            self.layers[1].weight.mul_(0.5)
+        else:
+            self.by_hand()
+        return self.layers(x)
+
+    @torch._dynamo.disable
+    def by_hand(self) -> None:
+        self.layers[1].weight.mul_(0.5)
+
+
+def backend(seed: int = 0) -> Any:
+    """The backend, on a device that punishes every early read and every late overwrite."""
+    return functools.partial(mball_backend, adapt_device=hostile(seed))
+
+
+def options(model: nn.Module, budget: float, directory: Path, **settings: Any) -> dict[str, Any]:
+    return {"budget": int(weight_bytes(model) * budget), "swap_dir": str(directory), **settings}
+
+
+def compiled(factory: Callable[[], nn.Module], budget: float, directory: Path, **settings: Any) -> tuple[Any, Any]:
+    """Returns the model compiled in place by torch's backend "eager", and by ours."""
+    plain, model = make(factory), make(factory)
+    plain.compile(backend="eager")
+    model.compile(backend=backend(), options=options(model, budget, directory, **settings))
+    return plain, model
+
+
+def three_layers() -> nn.Module:
+    return llama(layers=3)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Run, ...], float]] = {
+    "llama": (three_layers, (logits(1, 9), logits(2, 5)), 0.6),
+    "llama-generates": (three_layers, (generate("dynamic"),), 0.6),
+    "llama-tied-static-cache": (lambda: llama(2, tied=True), (generate("static"),), 0.75),
+    "tied": (Tied, (call,), 0.6),
+    "tied-by-memory": (Shares, (call,), 0.6),
+    "breaks": (Pieces, (call,), 0.6),
+    "one-graph-for-all-layers": (Layers, (call,), 0.6),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_numbers_of_torch_compile(name: str, tmp_path: Path) -> None:
+    factory, calls, budget = MODELS[name]
+    plain, model = compiled(factory, budget, tmp_path)
+    for attempt in range(3):
+        for each in calls:
+            assert_same(run(model, each), run(plain, each), f"attempt {attempt}")
+    for each in calls:
+        run(model, each)
+        report = assert_streamed(model)
+    assert report.weights_read == report.weights_managed
+    assert report.unplanned_fetches == 0
+
+
+def test_one_plan_for_a_pass_of_several_graphs(tmp_path: Path) -> None:
+    _, model = compiled(Pieces, 0.6, tmp_path)
+    for _ in range(4):  # captured, measured, timed, planned with that
+        run(model, call)
+    engine = _state_of(model).engine
+    run(model, call)
+    plan = engine.plan
+    passes = mball.report(model).passes
+    for number in range(1, 4):
+        run(model, call)
+        report = assert_streamed(model)
+        assert report.passes == passes + number
+        assert report.unplanned_fetches == 0
+        assert engine.plan is plan
+        read = {bundle for step in plan.steps for bundle in step.reads}
+        assert {weight for bundle in read for weight in plan.bundles[bundle].weights} == set(range(12))
+
+
+def test_tokens_of_generate_are_passes_of_their_own(tmp_path: Path) -> None:
+    _, model = compiled(three_layers, 0.6, tmp_path)
+    for _ in range(3):
+        run(model, generate("static"))
+    before = mball.report(model).passes
+    run(model, generate("static"))
+    # Six tokens: the prompt shares a pass with the next ones, at most two.
+    assert mball.report(model).passes - before in (4, 5, 6)
+
+
+def test_names_are_those_of_the_model(tmp_path: Path) -> None:
+    _, model = compiled(three_layers, 0.6, tmp_path)
+    run(model, logits(1, 4))
+    assert {weight.name for weight in _state_of(model).engine.weights} == {name for name, _ in model.named_parameters()}
+
+
+def test_it_is_captured_once(tmp_path: Path) -> None:
+    model = make(Tied)
+    graphs = []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        graphs.append(args[0])
+        return backend()(*args, **kwargs)
+
+    call_compiled = torch.compile(model, backend=counting, options=options(model, 0.6, tmp_path))
+    for _ in range(3):
+        run(call_compiled, call)
+    assert len(graphs) == 1
+    assert_streamed(call_compiled)
+
+
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "breaks", "one-graph-for-all-layers"])
+def test_inductor_streamed_equals_resident(name: str, tmp_path: Path) -> None:
+    factory, calls, budget = MODELS[name]
+    size = weight_bytes(make(factory))
+    settings = {"compile": "inductor", "step_bytes": int(size * budget / 3)}
+    streamed, resident = make(factory), make(factory)
+    streamed.compile(backend=backend(), options=options(streamed, budget, tmp_path, **settings))
+    large = {"budget": size * 4 + (64 << 20), "swap_dir": str(tmp_path), **settings}
+    resident.compile(backend="mball" if is_installed() else mball_backend, options=large)
+    for _ in range(3):
+        for each in calls:
+            assert_same(run(streamed, each), run(resident, each))
+    assert_streamed(streamed)
+    runners = _state_of(streamed).backend.runners
+    assert runners
+    assert all(not program._counts_flops for runner in runners for program in runner._programs[:1]), "not compiled"
+
+
+def test_inductors_own_options_and_mode(tmp_path: Path) -> None:
+    model = make(Tied)
+    for settings in ({"options": {"max_fusion_size": 1}}, {"mode": "max-autotune-no-cudagraphs"}):
+        torch._dynamo.reset()
+        chosen = options(model, 2.0, tmp_path, compile="inductor", **settings)
+        assert run(torch.compile(model, backend=mball_backend, options=chosen), call).shape == (4, 64)
+        mball.unwrap(model)
+    chosen = options(model, 2.0, tmp_path, compile="inductor", mode="no such")
+    with pytest.raises(ConfigError, match="no such"):
+        run(torch.compile(model, backend=mball_backend, options=chosen), call)
+
+
+# -- weights that others have written, exchanged, shared -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0.6, 2.0])
+def test_writes_between_calls_are_noticed(budget: float, tmp_path: Path) -> None:
+    plain, model = compiled(Pieces, budget, tmp_path)
+    for number in range(4):
+        assert_same(run(model, call), run(plain, call), f"call {number}")
+        for each in (model, plain):
+            with torch.no_grad():
+                each.first[1].weight.mul_(0.5)
+                each.third[0].bias.data += 1
+    assert mball.report(model).bytes_read_last_pass > 0
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_writes_within_a_call_are_noticed(inside: bool, tmp_path: Path) -> None:
+    plain, model = compiled(lambda: Writes(inside), 0.75, tmp_path)
+    for number in range(4):
+        assert_same(run(model, call), run(plain, call), f"call {number}")
+    assert mball.report(model).bytes_read_last_pass > 0
+    assert bool(_state_of(model).backend.unsupported) == inside
+
+
+class WritesInParts(nn.Module):
+    """Graphs that cannot be streamed in steps, each with weights that were not seen before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        torch._dynamo.graph_break()
+        self.layers[1].weight.mul_(0.5)
+        x = self.layers[1](x)
+        torch._dynamo.graph_break()
+        self.layers[2].weight.mul_(0.5)
+        return self.layers[2](x)
+
+
+def test_weights_that_come_with_graphs_that_run_operator_by_operator(tmp_path: Path) -> None:
+    plain, model = compiled(WritesInParts, 0.75, tmp_path)
+    for number in range(3):
+        assert_same(run(model, call), run(plain, call), f"call {number}")
+    assert len(_state_of(model).backend.unsupported) == 2
+    assert mball.report(model).weights_managed == 6
+
+
+def test_other_memory_is_refused(tmp_path: Path) -> None:
+    plain, model = compiled(Pieces, 0.6, tmp_path)
+    run(model, call)
+    before = model.first[0].weight.data
+    model.first[0].weight.data = before.clone()
+    with pytest.raises(WrapError, match=r"first\.0\.weight.*other memory"):
+        run(model, call)
+    model.first[0].weight.data = before
+    for _ in range(2):
+        assert_same(run(model, call), run(plain, call))
+    assert_streamed(model)
+
+
+def test_a_new_parameter_is_managed_too(tmp_path: Path) -> None:
+    plain, model = compiled(Pieces, 0.6, tmp_path)
+    run(model, call)
+    for each in (model, plain):
+        each.second[0].weight = nn.Parameter(noise(64, 64, seed=3))
+    for _ in range(3):
+        assert_same(run(model, call), run(plain, call))
+    assert mball.report(model).weights_managed == 13
+
+
+def test_models_with_equal_options_share_a_budget(tmp_path: Path) -> None:
+    """Dynamo calls the graph of the first for the second: it must not compute with the first one's weights."""
+    plain = [make(Tied, seed) for seed in (0, 1)]
+    models = [make(Tied, seed) for seed in (0, 1)]
+    for model in models:
+        model.compile(backend=mball_backend, options=options(model, 0.6, tmp_path))
+    for _ in range(3):
+        for model, reference in zip(models, plain, strict=True):
+            assert_same(run(model, call), run(reference, call))
+    assert _state_of(models[0]) is _state_of(models[1])
+    assert mball.report(models[1]).peak_bytes <= int(weight_bytes(models[0]) * 0.6)
+
+
+def test_another_budget_for_the_same_weights_is_refused(tmp_path: Path) -> None:
+    plain, model = compiled(Tied, 0.6, tmp_path)
+    run(model, call)
+    other = torch.compile(model.forward, backend=mball_backend, options=options(model, 0.7, tmp_path))
+    with pytest.raises(WrapError, match="under another budget"):
+        run(model, lambda _: other(X))
+    assert_same(run(model, call), run(plain, call))
+
+
+def test_threads_take_turns(tmp_path: Path) -> None:
+    plain, model = compiled(Pieces, 0.6, tmp_path)
+    expected = run(plain, call)
+    run(model, call)
+    results: list[Any] = []
+    threads = [threading.Thread(target=lambda: results.extend(run(model, call) for _ in range(4))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 12
+    for result in results:
+        assert_same(result, expected)
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (None, "needs a budget.*options="),
+        ({"compile": "eager"}, "needs a budget"),
+        ({"budget": "1GiB", "colour": "blue"}, "colour"),
+        ({"budget": "1GiB", "capture": "operators"}, "capture"),
+        ({"budget": "1GiB", "fullgraph": True}, r"torch\.compile's own"),
+        ({"budget": "1GiB", "options": {"max_fusion_size": 1}}, "compile='inductor'"),
+        ({"budget": "much"}, "much"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: Any, message: str) -> None:
+    model = make(Tied)
+    with pytest.raises(ConfigError, match=message):
+        run(torch.compile(model, backend=mball_backend, options=settings), call)
+    with pytest.raises(WrapError, match="not wrapped"):
+        mball.report(model)
+
+
+def test_a_budget_that_is_too_small(tmp_path: Path) -> None:
+    plain, model = make(three_layers), make(three_layers)
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    threads = threading.active_count()
+    with pytest.raises(BudgetError, match="smallest") as refused:
+        run(
+            torch.compile(model, backend=mball_backend, options={"budget": 4096, "swap_dir": str(tmp_path)}),
+            logits(1, 4),
+        )
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+    assert_same(run(model, logits(1, 4)), run(plain, logits(1, 4)))
+    gc.collect()
+    assert threading.active_count() == threads
+    smallest = refused.value.smallest_bytes
+    assert refused.value.budget_bytes == 4096
+    assert 4096 < smallest < weight_bytes(model)
+    exact = {"budget": smallest - 4096, "swap_dir": str(tmp_path)}
+    with pytest.raises(BudgetError):
+        run(torch.compile(model, backend=mball_backend, options=exact), logits(1, 4))
+
+
+def test_a_swap_file_that_cannot_be_made(tmp_path: Path) -> None:
+    model = make(Tied)
+    chosen = {"budget": "1MiB", "swap_dir": str(tmp_path / "nowhere")}
+    with pytest.raises(StorageError, match="nowhere"):
+        run(torch.compile(model, backend=mball_backend, options=chosen), call)
+
+
+def test_overlapping_weights_are_refused_and_left_alone(tmp_path: Path) -> None:
+    model = make(Tied)
+    memory = noise(64 * 65)
+    model.body[0].weight = nn.Parameter(memory[: 64 * 64].view(64, 64))
+    model.body[4].weight = nn.Parameter(memory[64:].view(64, 64))
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    with pytest.raises(WrapError, match="different views of the same memory"):
+        run(torch.compile(model, backend=mball_backend, options=options(model, 0.6, tmp_path)), call)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+
+
+def test_autograd_is_refused(tmp_path: Path) -> None:
+    plain, model = compiled(Tied, 0.6, tmp_path)
+    run(model, call)
+    assert all(_state_of(model).engine.homes.requires_grad)
+    with pytest.raises(AutogradError, match=r"torch\.no_grad"):
+        model(X)
+    for each in (model, plain):
+        each.requires_grad_(False)
+    with pytest.raises(AutogradError, match="requires grad"):
+        model(X.clone().requires_grad_())
+    for _ in range(2):
+        assert_same(model(X), plain(X))
+    assert_streamed(model)
+    assert not any(_state_of(model).engine.homes.requires_grad)
+
+
+def test_inference_mode(tmp_path: Path) -> None:
+    plain, model = compiled(Tied, 0.6, tmp_path)
+    with torch.inference_mode():
+        for _ in range(3):
+            assert_same(model(X), plain(X))
+    assert_streamed(model)
+    assert_same(run(model, call), run(plain, call))
+
+
+# -- with the rest of mball ----------------------------------------------------------------------------------------
+
+
+def test_report_timeline_and_unwrap(tmp_path: Path) -> None:
+    plain, model = make(Tied), make(Tied)
+    call_compiled = torch.compile(model, backend=backend(), options=options(model, 0.6, tmp_path))
+    with pytest.raises(WrapError, match="not wrapped"):
+        mball.report(call_compiled)
+    for _ in range(3):
+        run(call_compiled, call)
+    assert mball.report(call_compiled) == mball.report(model)
+    assert mball.timeline(model, tmp_path / "trace.json").stat().st_size > 1000
+    assert mball.unwrap(call_compiled) is call_compiled
+    assert_same(run(model, call), run(plain, call))
+    with pytest.raises(WrapError, match="unwrapped"):
+        run(call_compiled, call)
+    with pytest.raises(WrapError, match="not wrapped"):
+        mball.report(model)
+    torch._dynamo.reset()
+    assert_same(run(call_compiled, call), run(plain, call))
+    assert mball.report(model).weights_managed == mball.report(model).weights_owned
+
+
+def test_what_dynamo_forgot_is_captured_again(tmp_path: Path) -> None:
+    plain, model = compiled(Tied, 0.6, tmp_path)
+    for _ in range(2):
+        run(model, call)
+        with torch.no_grad():
+            model.body[0].weight.mul_(2)
+            plain.body[0].weight.mul_(2)
+        torch._dynamo.reset()
+        gc.collect()
+        with pytest.raises(WrapError, match="not wrapped"):
+            mball.report(model)
+        for _ in range(2):
+            assert_same(run(model, call), run(plain, call))
+        assert_streamed(model)
+
+
+def test_unwrap_after_compiling_in_place(tmp_path: Path) -> None:
+    plain, model = compiled(Tied, 0.6, tmp_path)
+    run(model, call)
+    mball.unwrap(model)
+    assert_same(run(model, call), run(plain, call))
+    torch._dynamo.reset()
+    mball.wrap(model, budget=int(weight_bytes(model) * 0.6), swap_dir=tmp_path)
+    for _ in range(2):
+        assert_same(run(model, call), run(plain, call))
+    assert_streamed(model)
+
+
+def test_a_wrapped_model_keeps_its_own_engine(tmp_path: Path) -> None:
+    plain, model = make(Tied), make(Tied)
+    budget = int(weight_bytes(model) * 0.6)
+    mball.wrap(model, budget=budget, swap_dir=tmp_path)
+    whole = torch.compile(model, backend=mball_backend, options={"budget": budget})
+    for _ in range(3):
+        assert_same(run(whole, call), run(plain, call))
+    assert mball.report(whole).passes == 3
+    within = torch.compile(lambda x: model(x) + 1, backend=mball_backend)
+    for _ in range(3):
+        assert_same(run(model, lambda _: within(X)), run(plain, call) + 1)
+    assert mball.report(model).passes == 6
+    assert_streamed(model)
+    other = torch.compile(lambda x: model(x) + 2, backend=mball_backend, options={"budget": budget + 4096})
+    with pytest.raises(ConfigError, match="wrapped already"):
+        run(model, lambda _: other(X))
+
+
+def test_everything_is_given_back(tmp_path: Path) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    gc.collect()
+    threads, files = threading.active_count(), open_files()
+    model = make(Tied)
+    model.compile(backend=mball_backend, options=options(model, 0.6, tmp_path))
+    for _ in range(2):
+        run(model, call)
+    engine = weakref.ref(_state_of(model).engine.execution.arena)
+    assert threading.active_count() > threads
+    assert mapped()
+    gone = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
+    assert engine() is None
+    assert threading.active_count() == threads
+    assert open_files() <= files
+    assert not mapped()
+
+
+# -- the name ------------------------------------------------------------------------------------------------------
+
+
+def is_installed() -> bool:
+    return any(point.name == "mball" for point in importlib.metadata.entry_points(group="torch_dynamo_backends"))
+
+
+@pytest.mark.skipif(not is_installed(), reason="needs mball installed: pip install -e .")
+def test_torch_knows_the_name(tmp_path: Path) -> None:
+    assert "mball" in torch._dynamo.list_backends()
+    plain, model = make(three_layers), make(three_layers)
+    plain.compile(backend="eager")
+    model.compile(backend="mball", options=options(model, 0.6, tmp_path))
+    for _ in range(2):
+        assert_same(run(model, lambda m: m(ids(1, 4)).logits), run(plain, lambda m: m(ids(1, 4)).logits))
+    assert_streamed(model)
