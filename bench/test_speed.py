@@ -23,8 +23,8 @@ HEADING = Heading(
     name="speed-roofline",
     topic=Topic.SPEED,
     device=Device.CPU,
-    headline="a step in half the memory takes {eager_decode_50} of max(compute, read) in decode, {eager_prefill_50} in "
-    "prefill; all resident {eager_decode_fits} of the time without mball",
+    headline="decode in half the memory takes {eager_decode_50} of max(compute, read), compiled "
+    "{inductor_decode_50}; all resident {eager_decode_fits} of the time without mball",
 )
 
 
