@@ -16,7 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mball benches")
     group.addoption("--save-results", action="store_true", help="write a result file of each bench that ran whole")
     group.addoption("--results-dir", default=str(RESULTS), help="where to write them")
-    group.addoption("--prefill-rounds", type=int, default=3, help="rounds of the long prefill in the speed bench, 0 for none")
+    group.addoption(
+        "--prefill-rounds", type=int, default=3, help="rounds of the long prefill in the speed bench, 0 for none"
+    )
     group.addoption("--note", default="", help="what a reader of the results has to know about this run")
 
 

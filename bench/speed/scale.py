@@ -55,9 +55,9 @@ def full(checkpoint: Path, kin: Path, *, prefill_rounds: int = 3) -> Scale:
         kin=kin,
         prompt_tokens=512,
         percents=(25, 50, 75),
-        rounds={Kind.DECODE: 15} | ({Kind.PREFILL: prefill_rounds} if prefill_rounds else {}),
+        rounds={Kind.DECODE: 10} | ({Kind.PREFILL: prefill_rounds} if prefill_rounds else {}),
         bursts={Kind.DECODE: Burst(warm=1, timed=3), Kind.PREFILL: Burst(warm=0, timed=1)},
-        pairs={Kind.DECODE: 40} | ({Kind.PREFILL: 0} if prefill_rounds else {}),
+        pairs={Kind.DECODE: 30} | ({Kind.PREFILL: 0} if prefill_rounds else {}),
         peer_kinds=(Kind.DECODE,),
         with_fio=True,
     )

@@ -256,17 +256,14 @@ def test_settings_that_contradict_each_other(tmp_path: Path) -> None:
     assert type(model) is Layers
 
 
-def test_without_a_compiler_steps_run_as_captured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_compiler_steps_run_as_captured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import torch._inductor.config
 
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    broken = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
     plain, model = make(lambda: Layers(3)), make(lambda: Layers(3))
     wrap_hostile(model, int(weight_bytes(model) * 0.7), swap_dir=tmp_path, compile="inductor")
     x = noise(4, 64)
-    with caplog.at_level(logging.WARNING):
+    with broken, caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert_same(run(model, lambda m: m(x)), run(plain, lambda m: m(x)))
     assert sum("cannot be compiled" in message for message in caplog.messages) == 1

@@ -12,6 +12,7 @@ from torch import nn
 from mball.memory.gauge import HostGauge
 from mball.trace.cut import Cut
 from mball.trace.graph import CapturedGraph
+from mball.trace.grouping import EveryWeight
 from mball.trace.workspace import assumed_workspace_bytes
 from mball.units import MIB
 
@@ -90,7 +91,7 @@ def test_what_was_measured_counts_where_it_is_more() -> None:
 
     def backend(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         weight_of = [0 if isinstance(value, nn.Parameter) and value.dim() == 2 else None for value in example_inputs]
-        graphs.append(CapturedGraph(Cut("graph", module, weight_of), [False] * len(weight_of)))
+        graphs.append(CapturedGraph(Cut("graph", module, weight_of, EveryWeight()), [False] * len(weight_of)))
         return module.forward
 
     torch._dynamo.reset()
