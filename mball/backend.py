@@ -145,9 +145,12 @@ class GraphRunner:
         """The facts of the program that runs while it fits."""
         return self._programs[0].graph
 
-    def renumbered(self, name: str, weights: Mapping[int, int], weight_bytes: Sequence[int]) -> GraphRunner:
-        """Returns the same runner under another name, for other weights of the same shapes."""
-        programs = [program.renumbered(name, weights, weight_bytes) for program in self._programs]
+    def renumbered(self, suffix: str, weights: Mapping[int, int], weight_bytes: Sequence[int]) -> GraphRunner:
+        """Returns the same runner for other weights of the same shapes; `suffix` is added to its programs' names."""
+        # Each keeps a name of its own: plans are found by it.
+        programs = [
+            program.renumbered(f"{program.graph.name}{suffix}", weights, weight_bytes) for program in self._programs
+        ]
         runner = GraphRunner(programs, self._gate)
         runner._is_new = False  # nothing was captured
         return runner
@@ -257,15 +260,15 @@ class Backend:
         self.runners.append(runner)
         return runner
 
-    def renumbered(self, runner: GraphRunner, name: str, weights: Mapping[int, int]) -> GraphRunner:
+    def renumbered(self, runner: GraphRunner, suffix: str, weights: Mapping[int, int]) -> GraphRunner:
         """Returns a runner of the same graph for other weights of the same shapes.
 
         Args:
             runner: of the graph.
-            name: for the new one.
+            suffix: what the new one's names have besides.
             weights: for each weight that the graph reads the one that takes its place.
         """
-        other = runner.renumbered(name, weights, self._weight_bytes)
+        other = runner.renumbered(suffix, weights, self._weight_bytes)
         self.runners.append(other)
         return other
 

@@ -334,8 +334,7 @@ class DoorRunner:
                 f"the graph that reads {self._names[0]!r} was captured where other weights were tied than in this "
                 "model: make tied weights one Parameter, or compile with other options"
             )
-        name = f"{runner.graph.name}@{len(self._known)}"
-        return door.backend.renumbered(runner, name, dict(pairs)), tenants
+        return door.backend.renumbered(runner, f"@{len(self._known)}", dict(pairs)), tenants
 
 
 class _MachineOnceKnown:

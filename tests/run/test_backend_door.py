@@ -18,7 +18,7 @@ from torch import nn
 
 import mball
 from mball.api import _state_of
-from mball.backend_door import mball_backend
+from mball.backend_door import find_door, mball_backend
 from mball.errors import AutogradError, BudgetError, ConfigError, StorageError, WrapError
 from tests.run.harness import assert_same, assert_streamed, hostile, make, run, weight_bytes
 from tests.run.test_passes import Pieces
@@ -532,3 +532,21 @@ def test_torch_knows_the_name(tmp_path: Path) -> None:
     for _ in range(2):
         assert_same(run(model, lambda m: m(ids(1, 4)).logits), run(plain, lambda m: m(ids(1, 4)).logits))
     assert_streamed(model)
+
+
+def test_both_programs_of_a_graph_keep_their_own_names_for_other_weights(tmp_path: Path) -> None:
+    """A graph in one piece has another program for when it does not fit; a plan is found by the program's name."""
+    options = {"budget": "64MiB", "swap_dir": str(tmp_path), "compile": "inductor"}
+    models = [nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval() for _ in range(2)]
+    for model in models:
+        with torch.no_grad():
+            torch.compile(model, backend=mball_backend, options=options)(noise(2, 64))
+    door = find_door(models[1])
+    assert door is not None
+    runners = door.backend.runners
+    renumbered = runners[0].renumbered(
+        "@9", {weight: weight for weight in range(4)}, runners[0]._programs[0]._weight_bytes
+    )
+    for runner in (*runners, renumbered):
+        names = [program.graph.name for program in runner._programs]
+        assert len(set(names)) == len(names) == 2
