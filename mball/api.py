@@ -116,7 +116,7 @@ def _wrap(
     storage = Storage.open(config)
     try:
         homes = _homes(census, entries, storage)
-        machine = measure_machine(homes.homes, storage.files)
+        machine = measure_machine(homes.homes, storage.files, config.io_threads)
         expected = expected_operators(roots, census)
         check_budget(config.budget_bytes, homes.homes, machine, fixed_bytes, expected)
         machinery = Machinery.start(

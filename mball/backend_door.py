@@ -246,7 +246,7 @@ class Door:
             size_before = self._storage.swap.size_bytes
             file, homes = write_homes(owned, self._storage.swap)
             try:
-                machine = measure_machine(homes, self._storage.files)
+                machine = measure_machine(homes, self._storage.files, self.config.io_threads)
                 weight_of = {key: tenant.weight for key, tenant in self._tenants.items()} | tenant_weights
                 expected = steps([weight_of[id(parameter)] for parameter in parameters])
                 check_budget(self.config.budget_bytes, [*known.homes, *homes], machine, 0, expected)

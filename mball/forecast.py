@@ -15,10 +15,10 @@ from mball.storage import FileTable, measure_link
 from mball.units import format_bytes
 
 
-def measure_machine(homes: Sequence[Home], files: FileTable) -> Machine:
-    """Returns this machine, its link measured by reading the file of the largest weight."""
+def measure_machine(homes: Sequence[Home], files: FileTable, num_threads: int) -> Machine:
+    """Returns this machine, its link measured by reading the file of the largest weight with `num_threads`."""
     largest = max(homes, key=lambda home: home.span_bytes)
-    link = measure_link(files, largest.file)
+    link = measure_link(files, largest.file, num_threads=num_threads)
     return Machine(name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link)
 
 

@@ -42,8 +42,9 @@ class Simulation:
 def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
     """Returns how `plan` runs in the steady state on `machine`.
 
-    Transfers run one after another in the order in which they are issued, each for ``bytes / bandwidth``, and none
-    sooner than ``latency`` after it was issued. The first pass starts cold; passes repeat until two are alike.
+    Transfers are served in the order in which they are issued, each for ``bytes / bandwidth``, and none sooner than
+    ``latency`` after it was issued; those within the link's window share it. The first pass starts cold; passes
+    repeat until two are alike.
     """
     costs = trace_times(trace)
     compute = [sum(costs[step.first : step.end]) for step in plan.steps]
@@ -103,15 +104,14 @@ def run_passes(
             ahead[transfer.after + num_steps].append(number)
             early.append(number)
     landed = [0.0] * len(transfers)
-    link_free, now = link.latency_s, 0.0
+    queue = _Queue(landed, seconds, link)
+    now = 0.0
     for number in early:
-        link_free += seconds[number]
-        landed[number] = link_free
+        queue.add(number, now)
     state: list[float] = []
     times: list[tuple[float, float, float]] = []
     for _ in range(MAX_PASSES):
         pass_start = now
-        for_next: list[tuple[int, float]] = []
         times = []
         for step in range(num_steps):
             start = now
@@ -121,21 +121,43 @@ def run_passes(
             end = start + compute_s[step]
             times.append((start - pass_start, end - pass_start, start - now))
             now = end
-            if issued[step] or ahead[step]:
-                link_free = max(link_free, now + link.latency_s)
-                for number in issued[step]:
-                    link_free += seconds[number]
-                    landed[number] = link_free
-                for number in ahead[step]:
-                    link_free += seconds[number]
-                    for_next.append((number, link_free))
-        for number, time_s in for_next:
-            landed[number] = time_s
-        before, state = state, [now - pass_start, max(link_free - now, 0.0), *(at - now for _, at in for_next)]
+            for number in issued[step]:
+                queue.add(number, now)
+            for number in ahead[step]:
+                queue.add(number, now)
+        # A transfer ahead was used in this pass before its slot was free for the next.
+        before, state = state, [now - pass_start, max(queue.free_s - now, 0.0), *(landed[n] - now for n in early)]
         scale = max(now - pass_start, 1e-12) * _SAME
         if len(before) == len(state) and all(abs(a - b) <= scale for a, b in zip(before, state, strict=True)):
             break
     return [StepTiming(start_s=start, end_s=end, stall_s=stall) for start, end, stall in times]
+
+
+class _Queue:
+    """The requests on one link.
+
+    Bytes are served in the order of the requests, a window of them at one time: a request has landed when what is
+    behind it within the window, if anything is there by then, is served too.
+    """
+
+    def __init__(self, landed_s: list[float], seconds: Sequence[float], link: Link) -> None:
+        self.free_s = 0.0
+        self._landed_s = landed_s
+        self._seconds = seconds
+        self._latency_s = link.latency_s
+        self._window_s = link.window_bytes / link.bandwidth_bytes_per_s
+        self._recent: list[tuple[int, float]] = []  # those that others may still join, with the latest they can land
+
+    def add(self, number: int, now_s: float) -> None:
+        """Serves request `number`, made now."""
+        landed_s, seconds = self._landed_s, self._seconds[number]
+        self._recent = [(other, latest_s) for other, latest_s in self._recent if now_s < landed_s[other] < latest_s]
+        for other, latest_s in self._recent:
+            landed_s[other] = min(landed_s[other] + seconds, latest_s)
+        self.free_s = max(self.free_s, now_s + self._latency_s) + seconds
+        landed_s[number] = self.free_s
+        if self._window_s:
+            self._recent.append((number, self.free_s + self._window_s))
 
 
 def _peak(plan: Plan) -> int:

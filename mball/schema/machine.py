@@ -12,15 +12,18 @@ MACHINE_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One direction of one way between two tiers; requests run one after another.
+    """One direction of one way between two tiers; requests are served in order.
 
     Attributes:
         latency_s: what a request on the idle link takes beyond its bytes at full bandwidth. A request that is made
             while others are served does not show it.
+        window_bytes: bytes that are under way at one time and share the link: the end of a request waits for as much
+            of those behind it.
     """
 
     bandwidth_bytes_per_s: float
     latency_s: float
+    window_bytes: int = 0
 
     def transfer_s(self, size_bytes: int) -> float:
         """Returns the seconds that one request of `size_bytes` takes on the idle link."""
@@ -51,8 +54,8 @@ class Machine(Document):
             raise SchemaError(
                 f"machine {self.name!r}: alignment {self.alignment_bytes} B must divide the page, {self.page_bytes} B"
             )
-        if self.link.bandwidth_bytes_per_s <= 0 or self.link.latency_s < 0:
+        if self.link.bandwidth_bytes_per_s <= 0 or self.link.latency_s < 0 or self.link.window_bytes < 0:
             raise SchemaError(
-                f"machine {self.name!r}: bandwidth {self.link.bandwidth_bytes_per_s} B/s must be positive and "
-                f"latency {self.link.latency_s} s not negative"
+                f"machine {self.name!r}: bandwidth {self.link.bandwidth_bytes_per_s} B/s must be positive, "
+                f"latency {self.link.latency_s} s and window {self.link.window_bytes} B not negative"
             )

@@ -19,7 +19,7 @@ from mball.errors import StorageError
 from mball.schema import Link
 from mball.storage.files import DirectIO, FileTable
 from mball.storage.reader import Read, Reader, ReadHandle
-from mball.storage.threads import ThreadedReader
+from mball.storage.threads import DEFAULT_NUM_THREADS, ThreadedReader
 from mball.units import GIB, MIB, round_down
 
 _HUGE_PAGE_BYTES = 2 * MIB
@@ -105,8 +105,14 @@ def probe_directory(directory: str | os.PathLike[str], *, size_bytes: int = 256 
     )
 
 
-def measure_link(files: FileTable, *names: str, size_limit_bytes: int = 256 * MIB, time_limit_s: float = 0.25) -> Link:
-    """Returns the speed at which a `ThreadedReader` brings the files `names` (none given: all) of the table to memory.
+def measure_link(
+    files: FileTable,
+    *names: str,
+    num_threads: int = DEFAULT_NUM_THREADS,
+    size_limit_bytes: int = 256 * MIB,
+    time_limit_s: float = 0.25,
+) -> Link:
+    """Returns the speed at which `num_threads` of a `ThreadedReader` bring files of the table (`names`, or all) to memory.
 
     Reads at most about `size_limit_bytes`, and stops after `time_limit_s`. Bandwidth is that of 8 MiB blocks, four at
     a time; latency is what a block that is read alone takes longer than that. Takes 32 MiB of memory meanwhile.
@@ -119,7 +125,7 @@ def measure_link(files: FileTable, *names: str, size_limit_bytes: int = 256 * MI
     if not any(sizes.values()):
         raise StorageError(f"none of {len(sizes)} files has bytes to measure the link with; add a file first")
     buffer = _huge_page_memory(_BLOCK_BYTES * _NUM_IN_FLIGHT)
-    reader = ThreadedReader(files)
+    reader = ThreadedReader(files, num_threads=num_threads)
     try:
         small_s = _alone_s(reader, sizes, buffer, _SMALL_READ_BYTES)
         bandwidth = _bandwidth_bytes_per_s(reader, sizes, buffer, size_limit_bytes, time.perf_counter() + time_limit_s)
@@ -128,7 +134,7 @@ def measure_link(files: FileTable, *names: str, size_limit_bytes: int = 256 * MI
         latency_s = max(alone_s - _BLOCK_BYTES / bandwidth, small_s)
     finally:
         reader.close()
-    return Link(bandwidth_bytes_per_s=bandwidth, latency_s=latency_s)
+    return Link(bandwidth_bytes_per_s=bandwidth, latency_s=latency_s, window_bytes=reader.window_bytes)
 
 
 def _alone_s(reader: Reader, sizes: dict[str, int], buffer: memoryview, read_bytes: int) -> float:

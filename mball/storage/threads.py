@@ -236,6 +236,11 @@ class ThreadedReader:
         self._finalizer = weakref.finalize(self, _stop, self._pool, self._threads)
 
     @property
+    def window_bytes(self) -> int:
+        """The bytes that are read at one time when many are asked for."""
+        return self._num_threads * self._chunk_bytes
+
+    @property
     def path(self) -> str:
         reasons = ", ".join(self._files.buffered_reasons)
         if not self._files.any_direct and reasons:

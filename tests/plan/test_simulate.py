@@ -80,6 +80,19 @@ def test_a_link_slower_than_the_compute_sets_the_pace() -> None:
     assert simulation.prediction.roofline_s == pytest.approx(80e-3)
 
 
+def test_the_end_of_a_transfer_waits_for_what_shares_the_link_with_it() -> None:
+    trace, plan = two_steps(-2, -1, offset=4096)
+    busy = make_machine(bandwidth=4096 / 20e-3, latency_s=0.0)
+    assert simulate(trace, plan, busy).pass_s == pytest.approx(40e-3)
+    # Three quarters of a bundle share the link. While `a` runs the second bundle is served; the first one, asked for at
+    # the end of `a`, delays it by 15 ms. `b` then ends 5 ms after the first bundle is served: the link idles so long.
+    shared = make_machine(bandwidth=4096 / 20e-3, latency_s=0.0, window_bytes=3072)
+    assert simulate(trace, plan, shared).pass_s == pytest.approx(45e-3)
+    alone = make_machine(bandwidth=4096 / 4e-3, latency_s=1e-3, window_bytes=1024)
+    one_by_one = two_steps(-1, 0, offset=0)
+    assert simulate(*one_by_one, alone).pass_s == simulate(*one_by_one, SLOW).pass_s, "nothing is behind a bundle"
+
+
 def test_transfers_queue_on_one_link() -> None:
     trace = Trace(name="t", weights=make_weights([4096] * 2, gap_bytes=100_000), steps=(make_step("s", 0, 1),))
     machine = make_machine(bandwidth=1e6, latency_s=0.0)

@@ -9,12 +9,14 @@ from mball.schema import Activation, Link, LiveRange, Machine, Step, Trace, Weig
 PAGE_BYTES = 4096
 
 
-def make_machine(*, page_bytes: int = PAGE_BYTES, bandwidth: float = 1e9, latency_s: float = 1e-5) -> Machine:
+def make_machine(
+    *, page_bytes: int = PAGE_BYTES, bandwidth: float = 1e9, latency_s: float = 1e-5, window_bytes: int = 0
+) -> Machine:
     return Machine(
         name="test",
         page_bytes=page_bytes,
         alignment_bytes=512,
-        link=Link(bandwidth_bytes_per_s=bandwidth, latency_s=latency_s),
+        link=Link(bandwidth_bytes_per_s=bandwidth, latency_s=latency_s, window_bytes=window_bytes),
     )
 
 
