@@ -112,6 +112,7 @@ class Program:
     def _with_costs(self, gate: Gate, values: Mapping[Any, int], segment: GraphSegment, args: Sequence[Any]) -> Any:
         """Runs the graph and learns what its steps allocate: in its first run, and when its sizes outgrow that."""
         engine = gate.engine
+        engine.execution.arena.populate()
         costs = CostProfile(self.graph.steps, engine, engine.execution.device.gauge())
         with costs.counting() if self._counts_flops else nullcontext():
             result = self._execute(gate, costs, args)

@@ -29,6 +29,7 @@ class Arena:
         release = partial(memory.release, self._reservation)
         self._region = Region(self._reservation.address, self._reservation.size_bytes, release, what="arena")
         self._backed_bytes = 0
+        self._populated_bytes = 0
 
     @property
     def backed_bytes(self) -> int:
@@ -51,7 +52,7 @@ class Arena:
         return self._region.closed
 
     def resize(self, num_bytes: int) -> None:
-        """Grows or shrinks to `num_bytes`, rounded up to the page. Blocks while pages are faulted in.
+        """Grows or shrinks to `num_bytes`, rounded up to the page. On the host pages come when they are first written.
 
         Shrinking loses the content above the new size; nothing may use tensors there any more (on the host
         such a use would quietly take memory again). New memory has undefined content.
@@ -76,6 +77,16 @@ class Arena:
                 self._memory.trim(self._reservation, self._backed_bytes, size)
                 raise
         self._backed_bytes = size
+        self._populated_bytes = min(self._populated_bytes, size)
+
+    def populate(self) -> None:
+        """Blocks until all backed pages are there: then using the arena changes no measurement of memory.
+
+        Raises DeviceError when there is not enough memory.
+        """
+        if self._populated_bytes < self._backed_bytes:
+            self._memory.populate(self._reservation, self._populated_bytes, self._backed_bytes)
+            self._populated_bytes = self._backed_bytes
 
     def view(self, offset: int, size: int) -> memoryview:
         """Returns `size` bytes from `offset`, writable, format "B". Raises DeviceError if not all are backed."""

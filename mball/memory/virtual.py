@@ -48,9 +48,15 @@ class VirtualMemory(Protocol):
         """
 
     def back(self, reservation: Reservation, first: int, end: int) -> None:
-        """Puts pages (of undefined content) under a range that has none. Blocks until they are there.
+        """Puts pages (of undefined content) under a range that has none; the host may do so as they are first written.
 
         Raises DeviceError when there is not enough memory; part of the range may then be backed: trim it.
+        """
+
+    def populate(self, reservation: Reservation, first: int, end: int) -> None:
+        """Blocks until all pages of a backed range are there. Others may write to it meanwhile.
+
+        Raises DeviceError when there is not enough memory.
         """
 
     def trim(self, reservation: Reservation, first: int, end: int) -> None:
@@ -72,6 +78,9 @@ class HostMemory:
     A huge page of which only a part is wanted would still occupy all of its 2 MiB, so the ragged ends
     of a backed range use small pages, and the kernel is kept from merging them: what is resident is
     what was asked for, to the page.
+
+    Pages come when they are first written. Whoever reads a file into them does that beside the compute, and
+    zeroing pages takes as long as a third of the reading.
 
     `headroom` says how many bytes may still be backed. It is asked first, because running out while
     pages are faulted in does not fail, it gets the process killed.
@@ -121,6 +130,13 @@ class HostMemory:
         whole_first, whole_end = round_up(first, libc.HUGE_PAGE_BYTES), round_down(end, libc.HUGE_PAGE_BYTES)
         if whole_first < whole_end:
             self._advise_page_size(reservation.address + whole_first, whole_end - whole_first, libc.HUGEPAGE)
+
+        if first < end and not _populate(reservation.address + first, libc.PAGE_BYTES):
+            # Before Linux 5.14 only a write faults a page in, which is safe now that nobody else writes there.
+            touch_pages(reservation.address + first, end - first)
+
+    def populate(self, reservation: Reservation, first: int, end: int) -> None:
+        self._check(reservation, first, end)
         for begin in range(first, end, _POPULATE_BYTES):
             size = min(_POPULATE_BYTES, end - begin)
             try:
@@ -178,13 +194,15 @@ class HostMemory:
                 _log.warning("this kernel has no transparent huge pages; reads into the arena will be slower")
 
 
-def _populate(address: int, size_bytes: int) -> None:
+def _populate(address: int, size_bytes: int) -> bool:
+    """Faults pages in; returns False where this kernel cannot. Raises OSError."""
     try:
         libc.advise(address, size_bytes, libc.POPULATE_WRITE)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        touch_pages(address, size_bytes)  # before Linux 5.14
+        return False
+    return True
 
 
 def touch_pages(address: int, size_bytes: int) -> None:

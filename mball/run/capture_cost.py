@@ -31,6 +31,7 @@ class CaptureCost:
     def begin(self) -> None:
         """Says that a capture begins now. Several in a row count as one."""
         if self._before is None:
+            self._arena.populate()
             arena_bytes = self._arena.backed_bytes
             self._before = self._gauge.used_bytes() - arena_bytes, arena_bytes
             self._gauge.reset()
@@ -39,6 +40,7 @@ class CaptureCost:
         """Says that a graph was captured and what capturing it left behind was freed."""
         if self._before is None:
             return
+        self._arena.populate()
         rise_bytes = self._gauge.rise_bytes()
         used_before, arena_before = self._before
         self._before = None

@@ -53,9 +53,12 @@ def test_resident_is_what_was_asked_for_to_the_page() -> None:
     arena = Arena(HostMemory(), 64 * MIB)
     sizes = [PAGE, 3 * MIB + PAGE, 9 * MIB + 20 * KIB, 6 * MIB + 4 * KIB, 33 * MIB + 12 * KIB, 2 * MIB, 5, 0, 7 * MIB]
     for size in sizes:
+        before = resident(arena)
         arena.resize(size)
         asked = -(-size // PAGE) * PAGE
         assert arena.backed_bytes == asked
+        assert resident(arena) <= min(before, asked) + PAGE, f"pages that nobody wrote, at {size}"
+        arena.populate()
         assert resident(arena) == asked, f"at {size}"
         if size:
             arena.poison(0, asked)
@@ -68,6 +71,7 @@ def test_whole_huge_pages_are_huge_where_the_machine_has_them() -> None:
         pytest.skip("no transparent huge pages")
     arena = Arena(HostMemory(), 64 * MIB)
     arena.resize(17 * MIB)
+    arena.populate()
     huge = resident_bytes(arena.address, arena.reserved_bytes, "AnonHugePages")
     assert huge <= 16 * MIB
     assert huge > 0
@@ -103,6 +107,7 @@ def test_failing_to_grow_leaves_the_arena_as_it_was() -> None:
     assert arena.tensor(0, torch.uint8, (3 * MIB,)).eq(7).all()
     memory.broken = False
     arena.resize(20 * MIB)
+    arena.populate()
     assert resident(arena) == 20 * MIB
     arena.close()
 
@@ -110,6 +115,7 @@ def test_failing_to_grow_leaves_the_arena_as_it_was() -> None:
 def test_too_much_memory_is_refused_before_any_is_taken() -> None:
     arena = Arena(HostMemory(headroom=lambda: 8 * MIB), 64 * MIB)
     arena.resize(8 * MIB)
+    arena.populate()
     with pytest.raises(DeviceError, match=r"8392704 bytes.*8388608 bytes.*lower the budget"):
         arena.resize(16 * MIB + PAGE)
     assert arena.backed_bytes == resident(arena) == 8 * MIB
@@ -274,6 +280,7 @@ def test_a_kernel_without_huge_pages_is_one_warning(
     with caplog.at_level(logging.WARNING):
         arena = Arena(HostMemory(), 16 * MIB)
         arena.resize(5 * MIB)
+        arena.populate()
         arena.resize(MIB)
     assert resident(arena) == MIB
     assert len([record for record in caplog.records if "huge pages" in record.message]) == 1
