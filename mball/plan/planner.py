@@ -87,15 +87,12 @@ def draft_plan(
     machine: Machine,
     demand: Demand,
     residents: frozenset[int],
+    visits: Sequence[Visit],
     arena_bytes: int,
-    *,
-    bridge: Bridge,
-    near_bytes: int,
 ) -> Draft | None:
-    """Returns the better of two ring layouts for these residents, or None when the streamed bundles do not fit."""
+    """Returns the better of two ring layouts for these residents and visits, or None when the visits do not fit."""
     placements, resident_bytes = _stack(demand, residents)
     pool_bytes = arena_bytes - resident_bytes
-    visits = find_visits(demand, residents, bridge, near_bytes)
     sizes = [demand.bundles[visit.bundle].size_bytes for visit in visits]
     filled = place_visits(visits, sizes, pool_bytes)
     if filled is None:
@@ -132,32 +129,38 @@ def draft_plan(
 
 def _best_draft(trace: Trace, machine: Machine, finest: Demand, arena_bytes: int) -> Draft:
     candidates = _granularities(trace, machine, finest, arena_bytes)
-    for demand, near_bytes in candidates:
+    for demand, _ in candidates:
         everything = frozenset(demand.read_bundles())
         if demand.slot_bytes(sorted(everything)) <= arena_bytes:
-            draft = draft_plan(
-                trace, machine, demand, everything, arena_bytes, bridge=Bridge.NEAR, near_bytes=near_bytes
-            )
+            draft = draft_plan(trace, machine, demand, everything, (), arena_bytes)
             assert draft is not None
             return draft
     best: Draft | None = None
     for demand, near_bytes in candidates:
-        visits = count_visits(demand, near_bytes)
+        counts = count_visits(demand, near_bytes)
         tried: set[frozenset[int]] = set()
         for pool_bytes in _pool_sizes(demand, arena_bytes):
             residents = choose_residents(
-                demand, visits, machine.link, resident_bytes=arena_bytes - pool_bytes, pool_bytes=pool_bytes
+                demand, counts, machine.link, resident_bytes=arena_bytes - pool_bytes, pool_bytes=pool_bytes
             )
             if residents is None or residents in tried:
                 continue
             tried.add(residents)
             for bridge in Bridge:
-                draft = draft_plan(trace, machine, demand, residents, arena_bytes, bridge=bridge, near_bytes=near_bytes)
+                visits = find_visits(demand, residents, bridge, near_bytes)
+                # The bridges that follow bring no fewer bytes.
+                if best is not None and _read_s(demand, visits, machine) > best.cost()[0]:
+                    break
+                draft = draft_plan(trace, machine, demand, residents, visits, arena_bytes)
                 if draft is not None:
                     best = draft if best is None or draft.cost() < best.cost() else best
                     break
     assert best is not None, "the finest bundles, nothing resident and no bridging fit every budget that is allowed"
     return best
+
+
+def _read_s(demand: Demand, visits: Sequence[Visit], machine: Machine) -> float:
+    return sum(demand.moved_bytes[visit.bundle] for visit in visits) / machine.link.bandwidth_bytes_per_s
 
 
 def _granularities(trace: Trace, machine: Machine, finest: Demand, arena_bytes: int) -> list[tuple[Demand, int]]:

@@ -110,9 +110,9 @@ def measure_link(
     *names: str,
     num_threads: int = DEFAULT_NUM_THREADS,
     size_limit_bytes: int = 256 * MIB,
-    time_limit_s: float = 0.25,
+    time_limit_s: float = 0.1,
 ) -> Link:
-    """Returns the speed at which `num_threads` of a `ThreadedReader` bring files of the table (`names`, or all) to memory.
+    """Returns the speed at which a `ThreadedReader` brings files of the table, `names` or all of them, to memory.
 
     Reads at most about `size_limit_bytes`, and stops after `time_limit_s`. Bandwidth is that of 8 MiB blocks, four at
     a time; latency is what a block that is read alone takes longer than that. Takes 32 MiB of memory meanwhile.

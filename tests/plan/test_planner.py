@@ -18,7 +18,7 @@ from mball.plan import make_plan, simulate, smallest_budget, validate
 from mball.plan.bundles import finest_bundles
 from mball.plan.demand import Demand
 from mball.plan.planner import draft_plan
-from mball.plan.steps import Bridge
+from mball.plan.steps import Bridge, find_visits
 from mball.schema import Machine, Plan, Step, Trace
 from mball.units import MIB, round_up
 from tests.plan.traces import (
@@ -131,9 +131,8 @@ def test_strided_residency_beats_a_resident_prefix(num_residents: int) -> None:
     demand = Demand.of(trace, finest_bundles(trace, machine))
     slot = max(bundle.size_bytes for bundle in demand.bundles)
     arena = (num_residents + 2) * slot
-    prefix = draft_plan(
-        trace, machine, demand, frozenset(range(num_residents)), arena, bridge=Bridge.NEAR, near_bytes=0
-    )
+    first = frozenset(range(num_residents))
+    prefix = draft_plan(trace, machine, demand, first, find_visits(demand, first, Bridge.NEAR, 0), arena)
     assert prefix is not None
     plan = make_plan(trace, machine, arena)
     assert plan.prediction.pass_s < 0.98 * prefix.prediction.pass_s
