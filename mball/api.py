@@ -30,12 +30,19 @@ from mball.run.engine import Engine
 from mball.run.home_sources import map_checkpoint, write_homes
 from mball.run.homes import Homes
 from mball.run.tenants import move_in, move_out, place_buffers
+from mball.run.tiers import TieredCall
 from mball.schema import Plan, Trace
 from mball.snapshot import take_report, take_timeline
 from mball.storage import CheckpointIndex, TensorEntry
 from mball.units import format_bytes
 
 logger = logging.getLogger(__name__)
+
+_HOW = {
+    Capture.AUTO: "operator by operator until capturing graphs has paid (capture='graphs' captures at once)",
+    Capture.GRAPHS: "in captured steps (compile='inductor' has them compiled)",
+    Capture.OPERATORS: "operator by operator",
+}
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -137,13 +144,13 @@ def _wrap(
     parameters = move_in(census, homes.homes)
     place_buffers(census, new_buffers)
     buffers = [buffer for root in roots for buffer in root.buffers()]
-    if capture is Capture.OPERATORS:
+    if capture is not Capture.GRAPHS:
         machinery.engine.live.count_inputs(buffers)
     gate = Gate(machinery.engine, parameters, roots)
     if config.compile is Compile.EAGER:
         make_faithful()
     backend = Backend(gate, parameters, buffers, config, options)
-    _hang_doors(roots, classes, gate, backend if capture is Capture.GRAPHS else None, config)
+    _hang_doors(roots, classes, gate, backend, config, capture)
     state = _State(
         machinery=machinery,
         gate=gate,
@@ -154,11 +161,11 @@ def _wrap(
     for root in roots:
         _states[root] = state
     logger.info(
-        "%d weights, %s, under a budget of %s; steps run %s",
+        "%d weights, %s, under a budget of %s; the model runs %s",
         len(homes),
         format_bytes(sum(home.span_bytes for home in homes.homes)),
         format_bytes(config.budget_bytes),
-        "compiled" if config.compile is Compile.INDUCTOR else "as captured (compile='inductor' has them compiled)",
+        _HOW[capture] if config.compile is Compile.EAGER else "compiled",
     )
 
 
@@ -322,11 +329,13 @@ def _check_roots(roots: Sequence[torch.nn.Module]) -> None:
 
 
 def _capture_of(config: Config) -> Capture:
+    capture = config.capture
+    if capture is Capture.AUTO and (config.compile is Compile.INDUCTOR or config.fullgraph):
+        capture = Capture.GRAPHS
     missing = torch_private.missing_for_capture()
-    if config.capture is Capture.GRAPHS and missing:
+    if capture is Capture.GRAPHS and missing:
         logger.warning("this torch lacks %s: no graphs are captured, operators are watched instead", ", ".join(missing))
-        return Capture.OPERATORS
-    return config.capture
+    return Capture.OPERATORS if missing else capture
 
 
 def _homes(census: Census, entries: Sequence[TensorEntry] | None, storage: Storage) -> Homes:
@@ -354,21 +363,26 @@ def _hang_doors(
     roots: Sequence[torch.nn.Module],
     classes: Sequence[type[torch.nn.Module]],
     gate: Gate,
-    backend: Backend | None,
+    backend: Backend,
     config: Config,
+    capture: Capture,
 ) -> None:
     for root, mixed in zip(roots, classes, strict=True):
         for module in root.modules():
             if torch_private.get_call(module) is None and any(True for _ in module.parameters()):
                 hang_door(module, gate)
-        if backend is not None:
+        if capture is not Capture.OPERATORS:
+            tiered = capture is Capture.AUTO
             call = torch_private.compile_call(
                 torch_private.plain_call(root),
                 backend,
                 before_capture=gate.engine.capture.begin,
                 faithful=config.compile is Compile.EAGER,
                 fullgraph=config.fullgraph,
-                dynamic=config.dynamic,
+                # Many passes ran by then, and their sizes differed.
+                dynamic=True if tiered and config.dynamic is None else config.dynamic,
             )
+            if tiered:
+                call = TieredCall(gate.engine, gate.mode, torch_private.plain_call(root), call)
             hang_door(root, gate, call)
         mix_in(root, mixed, gate)

@@ -18,9 +18,12 @@ class Capture(Enum):
     """How mball learns what the model will read.
 
     GRAPHS captures the model through torch.compile and knows every pass before it runs.
-    OPERATORS watches operators as they run: the first pass is read on demand, later ones by what the last one did.
+    OPERATORS watches operators as they run: the first pass is read in the order of the modules, later ones by what the
+    last one did. AUTO begins with operators, so that nobody waits for a capture, and captures graphs of what runs so
+    often that it pays; with `compile="inductor"` or `fullgraph` it is GRAPHS.
     """
 
+    AUTO = "auto"
     GRAPHS = "graphs"
     OPERATORS = "operators"
 
@@ -66,7 +69,7 @@ class Config:
 
     budget_bytes: int
     swap_dir: Path
-    capture: Capture = Capture.GRAPHS
+    capture: Capture = Capture.AUTO
     compile: Compile = Compile.EAGER
     step_bytes: int | None = None
     mode: str | None = None
@@ -83,7 +86,7 @@ class Config:
             raise ConfigError(
                 "mode, options and step_bytes are for compiled steps; add compile='inductor', or drop them"
             )
-        if self.capture is not Capture.GRAPHS and self.compile is Compile.INDUCTOR:
+        if self.capture is Capture.OPERATORS and self.compile is Compile.INDUCTOR:
             raise ConfigError("compile='inductor' needs graphs; drop capture='operators'")
         if self.mode and self.options:
             raise ConfigError("mode and options exclude each other, as they do in torch.compile; give one of them")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from mball import torch_private
+
+
+class _Birth(weakref.ref[torch.UntypedStorage]):
+    """Refers to a storage that is counted."""
+
+    __slots__ = ("key", "size_bytes")
+    key: int
+    size_bytes: int
 
 
 class LiveBytes:
@@ -22,43 +31,45 @@ class LiveBytes:
         self._kept: list[torch.Tensor] = []
         self.current = 0
         self.peak = 0
-        self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    @property
-    def counts_inputs(self) -> bool:
-        """Whether `read` counts."""
-        return self._uncounted is not None
+        self._live: dict[int, _Birth] = {}
 
     def count_inputs(self, buffers: Iterable[torch.Tensor]) -> None:
         """Has what operators read counted too, but for weights and these buffers, which are counted elsewhere.
 
-        For engines that capture no graphs: a graph's inputs are known before it runs.
+        For passes without captured graphs: a graph's inputs are known before it runs.
         """
         self._kept = list(buffers)  # a storage's number is its own while it lives
         self._uncounted = {torch_private.storage_key(buffer) for buffer in self._kept}
 
-    def read(self, tensor: torch.Tensor) -> None:
-        """Says that an operator reads the tensor, which is no weight."""
-        if self._uncounted is not None and torch_private.storage_key(tensor) not in self._uncounted:
-            self.born(tensor)
+    @contextmanager
+    def without_inputs(self) -> Iterator[None]:
+        """Counts no inputs while captured graphs run: what they read is in their plans."""
+        before, self._uncounted = self._uncounted, None
+        try:
+            yield
+        finally:
+            self._uncounted = before
 
-    def born(self, tensor: torch.Tensor) -> None:
-        """Counts the tensor's storage, once, until it is freed."""
-        storage = tensor.untyped_storage()
-        key = torch_private.storage_key(tensor)
+    def read(self, tensor: torch.Tensor, key: int) -> None:
+        """Says that an operator reads the tensor, which is no weight. `key` is its storage's."""
+        if self._uncounted is not None and key not in self._uncounted:
+            self.born(tensor, key)
+
+    def born(self, tensor: torch.Tensor, key: int) -> None:
+        """Counts the tensor's storage, which has this key, once, until it is freed."""
         if key in self._live:
             return
-        size_bytes = storage.nbytes()
-
-        def died(reference: weakref.ref[torch.UntypedStorage]) -> None:
-            # The key may belong to another storage by now: addresses are used again.
-            if self._live.get(key) is reference:
-                del self._live[key]
-                self.current -= size_bytes
-
-        self._live[key] = weakref.ref(storage, died)
-        self.current += size_bytes
+        storage = tensor.untyped_storage()
+        birth = self._live[key] = _Birth(storage, self._died)
+        birth.key, birth.size_bytes = key, storage.nbytes()
+        self.current += birth.size_bytes
         self.peak = max(self.peak, self.current)
+
+    def _died(self, birth: _Birth) -> None:
+        # The key may belong to another storage by now: addresses are used again.
+        if self._live.get(birth.key) is birth:
+            del self._live[birth.key]
+            self.current -= birth.size_bytes
 
     def end_pass(self) -> int:
         """Returns the peak of the pass and forgets its tensors."""

@@ -6,11 +6,12 @@ its bytes; views stay views of homes, and writes go to homes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from mball import torch_private
 
@@ -27,37 +28,37 @@ class BindingMode(torch_private.TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not type its modes
         self.engine = engine
         self.paused = False
+        self.watched = 0  # operators so far
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Runs for every operator of a pass: what it takes here is what watching operators costs.
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
-        live = self.engine.live
-        if live.counts_inputs:
-            for leaf in tree_leaves((args, kwargs)):
-                if self._is_counted(leaf):
-                    live.read(leaf)
-        weights = _weights_among(self.engine.homes.weight_of_storage, args, kwargs)
+        self.watched += 1
+        engine = self.engine
+        live, weight_of_storage = engine.live, engine.homes.weight_of_storage
+        weights: list[int] = []
+        for tensor in _tensors_among((*args, *kwargs.values()) if kwargs else args):
+            key = torch_private.storage_key(tensor)
+            weight = weight_of_storage.get(key)
+            if weight is None:
+                live.read(tensor, key)
+            elif weight not in weights:
+                weights.append(weight)
         if not weights or not isinstance(func, torch._ops.OpOverload):
             result = func(*args, **kwargs)
         else:
-            result = self._run(func, args, kwargs, weights)
-        for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
-            if self._is_counted(leaf):
-                live.born(leaf)
+            result = self._run(func, args, kwargs, tuple(weights))
+        for tensor in _tensors_among((result,)):
+            key = torch_private.storage_key(tensor)
+            if key not in weight_of_storage:
+                live.born(tensor, key)
         return result
-
-    def _is_counted(self, leaf: Any) -> bool:
-        return (
-            isinstance(leaf, torch.Tensor)
-            and leaf.layout is torch.strided
-            and not leaf.is_meta
-            and torch_private.storage_key(leaf) not in self.engine.homes.weight_of_storage
-        )
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weights: tuple[int, ...]) -> Any:
         writes, returns_alias = _facts(func)
@@ -66,7 +67,7 @@ class BindingMode(torch_private.TorchDispatchMode):
         homes = self.engine.homes
         if writes:
             kept = [a for i, a in enumerate(args) if i in writes] + [a for n, a in kwargs.items() if n in writes]
-            self.engine.note_written(_weights_among(homes.weight_of_storage, tuple(kept), {}))
+            self.engine.note_written(_weights_among(homes.weight_of_storage, kept))
         if self.engine.written_now:
             weights = tuple(weight for weight in weights if weight not in self.engine.written_now)
             if not weights:
@@ -75,28 +76,37 @@ class BindingMode(torch_private.TorchDispatchMode):
         try:
 
             def bind(value: Any) -> Any:
-                if not isinstance(value, torch.Tensor):
-                    return value
-                weight = homes.weight_of_storage.get(torch_private.storage_key(value))
-                return value if weight is None or weight not in views else _same_view(value, views[weight])
+                if isinstance(value, torch.Tensor):
+                    weight = homes.weight_of_storage.get(torch_private.storage_key(value))
+                    return value if weight is None or weight not in views else _same_view(value, views[weight])
+                return tree_map(bind, value) if isinstance(value, (list, tuple, dict)) else value
 
-            return func(*tree_map(bind, args), **tree_map(bind, kwargs))
+            return func(*map(bind, args), **{name: bind(value) for name, value in kwargs.items()})
         finally:
             self.engine.leave_operator()
 
 
+_STRIDED = torch.strided
 _facts = cache(torch_private.writes_and_aliases)
 
 
-def _weights_among(weight_of_storage: dict[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    found: dict[int, None] = {}
-    for leaf in (*args, *kwargs.values()):
-        for value in tree_leaves(leaf) if isinstance(leaf, (list, tuple, dict)) else (leaf,):
-            if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta:
-                weight = weight_of_storage.get(torch_private.storage_key(value))
-                if weight is not None:
-                    found[weight] = None
-    return tuple(found)
+def _weights_among(weight_of_storage: dict[int, int], values: Sequence[Any]) -> list[int]:
+    keys = map(torch_private.storage_key, _tensors_among(values))
+    return [weight for key in dict.fromkeys(keys) if (weight := weight_of_storage.get(key)) is not None]
+
+
+def _tensors_among(values: Sequence[Any]) -> list[torch.Tensor]:
+    """Returns the tensors with memory of their own kind among `values`, and in containers among them."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.layout is _STRIDED and not value.is_meta:
+                found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors_among(value)
+        elif isinstance(value, dict):
+            found += _tensors_among(tuple(value.values()))
+    return found
 
 
 def _same_view(home: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:

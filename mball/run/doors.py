@@ -19,6 +19,7 @@ from mball.run.binding import BindingMode
 from mball.run.engine import Engine
 from mball.run.homes import Home
 from mball.run.household import Household
+from mball.run.tiers import kind_of
 
 _R = TypeVar("_R")
 
@@ -51,7 +52,7 @@ class Gate:
         self, engine: Engine, parameters: Sequence[tuple[torch.nn.Parameter, int]], roots: Sequence[torch.nn.Module]
     ) -> None:
         self.engine = engine
-        self._mode = BindingMode(engine)
+        self.mode = BindingMode(engine)
         self._tenants = [tenant_of(engine, parameter, weight) for parameter, weight in parameters]
         self._require_grad: list[bool] = []
         self._managed = {id(parameter) for parameter, _ in parameters}
@@ -79,13 +80,13 @@ class Gate:
 
     def _pass(self, call: Callable[..., _R], args: Sequence[Any], kwargs: Mapping[str, Any]) -> _R:
         try:
-            self.engine.begin_pass()
+            self.engine.begin_pass(kind_of(args, kwargs))
             self._check_household()
             check_tenants(self._tenants)
             check_autograd(self._tenants, args, kwargs)
             self._follow_requires_grad()
-            self._mode.paused = False
-            with torch_private.no_autocast_cache(), self._mode:
+            self.mode.paused = False
+            with torch_private.no_autocast_cache(), self.mode:
                 result = call(*args, **kwargs)
             self.engine.end_pass()
         except BaseException:
@@ -99,15 +100,15 @@ class Gate:
         An operator of higher order looks for modes itself, and must find ours where it is active.
         """
         plain = not higher_order and not any(map(torch_private.is_subclass, args))
-        if plain and torch_private.is_only_mode(self._mode):
+        if plain and torch_private.is_only_mode(self.mode):
             with torch_private.without_dispatch():
                 return call(*args)
         # A mode of the user's sees them all, and so does ours.
-        self._mode.paused = True
+        self.mode.paused = True
         try:
             return call(*args)
         finally:
-            self._mode.paused = False
+            self.mode.paused = False
 
     def _check_household(self) -> None:
         if not self._household.changed():

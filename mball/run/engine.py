@@ -32,6 +32,10 @@ from mball.units import format_bytes
 logger = logging.getLogger(__name__)
 
 MAX_PLANS = 32
+# What part of the budget is kept for operators whose tensors were never measured.
+UNKNOWN_OPERATORS_SHARE = 8
+# A plan that keeps less for operators takes over when this part of the budget becomes free for weights.
+WORTHWHILE_SHARE = 32
 
 # plan(trace, budget_bytes) -> Plan; raises BudgetError
 Planner = Callable[[Trace, int], Plan]
@@ -120,7 +124,8 @@ class Engine:
         self._active: _Planned | None = None
         self._position = 0  # in the active tape: the segment expected next
         self._tape: list[Hashable] = []
-        self._operator_bytes: int | None = None  # None: never measured
+        self.kind: Hashable = None  # of the open pass
+        self._operator_bytes: dict[Hashable, int] = {}  # as measured, by the kind of pass
         self._stretch: Stretch | None = None  # of the graph that runs
         self._step = -1  # the plan step the graph is in
         self._handed: Bound = ()
@@ -155,8 +160,11 @@ class Engine:
         """Whether a pass is open."""
         return self.passing.locked()
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, kind: Hashable = None) -> None:
         """Prepares a pass; `lock` and `passing` are held. Then call `end_pass`, or `recover` if the pass fails.
+
+        Args:
+            kind: equal for passes whose operators take about the same room.
 
         Raises:
             StorageError: written homes could not be saved; nothing is lost and the next pass tries again.
@@ -170,6 +178,7 @@ class Engine:
         self._verify_files()
         self._notice_writes()
         self._in_place_bytes = 0
+        self.kind = kind
         self._tape = []
         counters = self.execution.counters
         self._before = PassFacts(
@@ -253,7 +262,7 @@ class Engine:
             )
         peak = self.live.end_pass()
         if any(isinstance(self._segments[key], OperatorSegment) for key in self._tape):
-            self._operator_bytes = max(self._operator_bytes or 0, _bucket(peak))
+            self._operator_bytes[self.kind] = max(self._operator_bytes.get(self.kind, 0), _bucket(peak))
         if self._tape:
             tape = tuple(self._tape)
             known = self._next.get(tape[0])
@@ -322,10 +331,13 @@ class Engine:
         key = tuple(sorted(set(weights)))
         self._operator(key, name)
         if self.live.current > self._reserve():
-            self._operator_bytes = _bucket(self.live.current)
+            self._operator_bytes[self.kind] = _bucket(self.live.current)
         position = self._seek(key)
         if position is None and self._must_replan(key):
             position = self._replan(key)
+        elif position != self._position and self._tape and self.execution.holds(key):
+            # Going elsewhere in the plan, and back, would bring all that is read there.
+            position = None
         assert self._active is not None
         self._tape.append(key)
         self.weights_read.update(key)
@@ -365,9 +377,9 @@ class Engine:
 
     def _reserve(self) -> int:
         """Returns the bytes that are kept free for what operators outside graphs allocate."""
-        if self._operator_bytes is not None:
-            return self._operator_bytes
-        return self.ledger.budget_bytes // 8
+        if self.kind in self._operator_bytes:
+            return self._operator_bytes[self.kind]
+        return max(self._operator_bytes.values(), default=self.ledger.budget_bytes // UNKNOWN_OPERATORS_SHARE)
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
@@ -381,7 +393,8 @@ class Engine:
         if active.has_operators and active.reserve < self._reserve():
             return None
         if not self._tape:
-            if self._stale:
+            spare = active.reserve - self._reserve() if active.has_operators else 0
+            if self._stale or spare > self.ledger.budget_bytes // WORTHWHILE_SHARE:
                 return None
             # A new pass: go on with the active plan only if this pass is the one it was made for.
             predicted = self._next.get(key)
@@ -479,7 +492,7 @@ class Engine:
             return tape, plan, workspace
         # Nothing is known yet of what operators allocate: keep what there is.
         spare = budget - (refused[-1].smallest_bytes - reserve)
-        if self._operator_bytes is not None or not reserve or spare < 0:
+        if self.kind in self._operator_bytes or not reserve or spare < 0:
             raise refused[-1]
         tape = make_tape(name, self.weights, segments, spare, workspace=False)
         return tape, self._plan(tape.trace, budget), False

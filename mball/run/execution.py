@@ -147,6 +147,10 @@ class Execution:
         for occupant in self._occupants.values():
             occupant.views.clear()
 
+    def holds(self, weights: Iterable[int]) -> bool:
+        """Returns whether the bundles of `weights` are all in the arena, or on their way."""
+        return all(self._bundle_of_weight.get(weight) in self._occupants for weight in weights)
+
     def smallest_region(self, weights: Iterable[int]) -> int:
         """Returns the arena bytes that the bundles of `weights` take together."""
         assert self.plan is not None
@@ -360,26 +364,30 @@ class Execution:
     def _land(self, bundle: int) -> Occupant:
         occupant = self._occupants[bundle]
         if occupant.event is not None:
-            began_s = time.perf_counter()
             try:
-                self.device.wait(occupant.event)
+                self._stall(occupant, occupant.event)
             except StorageError:
                 occupant.settle()
                 self._evict(bundle)
                 raise
-            finally:
-                ended_s = time.perf_counter()
-                self.counters.stall_s += ended_s - began_s
-                self.recorder.stalled(occupant.bundle, began_s, ended_s)
             occupant.settle()
         return occupant
+
+    def _stall(self, occupant: Occupant, event: Event) -> None:
+        began_s = time.perf_counter()
+        try:
+            self.device.wait(event)
+        finally:
+            ended_s = time.perf_counter()
+            self.counters.stall_s += ended_s - began_s
+            self.recorder.stalled(occupant.bundle, began_s, ended_s)
 
     def _evict(self, bundle: int) -> None:
         occupant = self._occupants[bundle]
         if occupant.event is not None:
             # Nobody reads these bytes; who needs them reads them again and sees the error.
             with contextlib.suppress(StorageError):
-                self.device.wait(occupant.event)
+                self._stall(occupant, occupant.event)
             occupant.settle()
         del self._occupants[bundle]
         for view in occupant.views.values():

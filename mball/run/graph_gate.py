@@ -77,8 +77,8 @@ class GraphGate(Gate):
             check_tenants(tenants)
             check_autograd(tenants, args, {})
             self._follow_requires_grad()
-            self._mode.paused = False
-            with torch_private.no_autocast_cache(), self._mode:
+            self.mode.paused = False
+            with torch_private.no_autocast_cache(), self.mode:
                 result = call(*args)
         except BaseException:
             self._ran.clear()

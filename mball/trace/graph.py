@@ -245,6 +245,8 @@ def _evaluate(size: Any, values: Mapping[Any, int]) -> int:
     if isinstance(size, int):
         return size
     known = size.xreplace(dict(values))
+    if isinstance(known, int):  # torch's own functions of sizes evaluate to numbers of Python
+        return known
     return int(known.xreplace(dict.fromkeys(known.free_symbols, 0)))
 
 

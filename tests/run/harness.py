@@ -49,7 +49,8 @@ def wrap_hostile(
     rename: dict[str, str] | None = None,
     **settings: Any,
 ) -> torch.nn.Module:
-    """Like mball.wrap, on a device that punishes every early read and every late overwrite."""
+    """Like mball.wrap, on a device that punishes every early read and every late overwrite; captures at once."""
+    settings.setdefault("capture", "graphs")
     _wrap((model,), Config.of(budget=budget, **settings), weights, rename or {}, hostile(seed))
     return model
 

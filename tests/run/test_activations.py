@@ -73,7 +73,7 @@ def test_the_planned_peak_is_the_real_one(
 ) -> None:
     factory, inputs, budget = CASES[name]
     plain, model = make(factory), make(factory)
-    mball.wrap(model, budget=int(weight_bytes(model) * budget), swap_dir=tmp_path)
+    mball.wrap(model, budget=int(weight_bytes(model) * budget), swap_dir=tmp_path, capture="graphs")
 
     def call(each: Any) -> Any:
         return each(**inputs)
