@@ -116,14 +116,15 @@ class _Clock:
 
 
 def _loading(values: dict[str, Any]) -> ways.Loading:
-    offload = values.get("offload")
+    offload = values["offload"]
     return ways.Loading(
         way=ways.Way(values["way"]),
         mode=ways.Mode(values["mode"]),
         checkpoint=Path(values["checkpoint"]),
-        budget_bytes=values.get("budget_bytes", 0),
+        budget_bytes=values["budget_bytes"],
+        capture=values["capture"],
         offload=Path(offload) if offload else None,
-        resident_bytes=values.get("resident_bytes", 0),
+        resident_bytes=values["resident_bytes"],
     )
 
 

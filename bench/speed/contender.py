@@ -117,6 +117,7 @@ def order_of(loading: Loading) -> dict[str, Any]:
         "mode": loading.mode.value,
         "checkpoint": str(loading.checkpoint),
         "budget_bytes": loading.budget_bytes,
+        "capture": loading.capture,
         "offload": str(loading.offload) if loading.offload else None,
         "resident_bytes": loading.resident_bytes,
     }

@@ -144,7 +144,8 @@ def _start(results: Sequence[Result]) -> list[str]:
     if figures.has("warm_compile"):
         parts.append(
             f"Second process, compiled code on disk: first token after {figures.show('warm_compile_s')}, "
-            f"{figures.interval('warm_compile')} of eager mode's; {figures.verdict('warm_compile')}."
+            f"{figures.interval('warm_compile')} of eager mode's on graphs; {figures.verdict('warm_compile')}. Eager "
+            f"mode by default: {figures.show('eager_default_first_s')}."
         )
     return parts
 

@@ -48,6 +48,8 @@ class Loading:
 
     Attributes:
         budget_bytes: for mball.
+        capture: for mball. Steady state is measured on graphs from the first pass on; what captures only once that
+            pays would get there in the middle of the rounds.
         offload: for accelerate, the folder that `write_offload` wrote.
         resident_bytes: for accelerate, the weights that it may keep in memory.
     """
@@ -56,6 +58,7 @@ class Loading:
     mode: Mode
     checkpoint: Path
     budget_bytes: int = 0
+    capture: str = "graphs"
     offload: Path | None = None
     resident_bytes: int = 0
 
@@ -63,7 +66,7 @@ class Loading:
 def load(loading: Loading) -> Any:
     """Returns the model, in eval mode. Raises what mball, transformers or accelerate raise."""
     if loading.way is Way.MBALL:
-        settings = {"compile": loading.mode.value} if _has_modes() else {}
+        settings = {"compile": loading.mode.value, "capture": loading.capture}
         return from_pretrained(loading.checkpoint, budget=loading.budget_bytes, **settings)
     if loading.way is Way.ACCELERATE:
         return _offloaded(loading)
