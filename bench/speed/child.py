@@ -123,6 +123,7 @@ def _loading(values: dict[str, Any]) -> ways.Loading:
         checkpoint=Path(values["checkpoint"]),
         budget_bytes=values["budget_bytes"],
         capture=values["capture"],
+        step_bytes=values["step_bytes"],
         offload=Path(offload) if offload else None,
         resident_bytes=values["resident_bytes"],
     )

@@ -118,6 +118,7 @@ def order_of(loading: Loading) -> dict[str, Any]:
         "checkpoint": str(loading.checkpoint),
         "budget_bytes": loading.budget_bytes,
         "capture": loading.capture,
+        "step_bytes": loading.step_bytes,
         "offload": str(loading.offload) if loading.offload else None,
         "resident_bytes": loading.resident_bytes,
     }

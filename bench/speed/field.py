@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 from bench.speed import gate
 from bench.speed.contender import Contender, ContenderError
@@ -13,6 +14,21 @@ from bench.speed.workload import Kind
 
 # Everything fits then, activations too.
 RESIDENT_PERCENT = 110
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reference:
+    """What compiled contenders are held against.
+
+    Attributes:
+        uncompiled: by the model without mball.
+        in_steps: by mball with everything resident, cut like what streams.
+        allowed: distance from `uncompiled`, see `gate.allowance`.
+    """
+
+    uncompiled: gate.Logits
+    in_steps: gate.Logits
+    allowed: float
 
 
 class Field:
@@ -36,6 +52,7 @@ class Field:
         self.plain: Contender
         self.disk: Contender
         self.num_threads = 0
+        self._references: dict[Kind, _Reference] = {}
 
     def __enter__(self) -> Field:
         try:
@@ -66,29 +83,52 @@ class Field:
     def check(self, kind: Kind) -> None:
         """Holds what the contenders compute against the model without mball, and warms them up by that.
 
-        In mode EAGER all have the same bits. In mode INDUCTOR both compiled ones are close to the uncompiled model,
-        and what streams has the same bits as what is resident.
+        In mode EAGER all have the same bits. In mode INDUCTOR the bits depend on what is compiled in one piece: what
+        streams has the same bits as what is resident in the same steps; that, and what is compiled whole, is close to
+        the uncompiled model.
 
         Raises:
             GateError: a contender computes something else.
             ContenderError: a contender failed.
         """
+        resident = self.mball[RESIDENT_PERCENT]
         if self.mode is Mode.INDUCTOR:
-            with Contender("plain eager") as eager:
-                eager.load(self._loading(Way.PLAIN, Mode.EAGER), self.scale.prompt_tokens)
-                uncompiled = gate.logits(eager, kind)
-            gate.close(self.plain, kind, uncompiled, "the uncompiled model")
-            reference = gate.close(self.mball[RESIDENT_PERCENT], kind, uncompiled, "the uncompiled model")
+            if not self._references:
+                self._references = self._compiled_references()
+            held = self._references[kind]
+            gate.close(self.plain, kind, held.uncompiled, "the uncompiled model", gate.LOOSE)
+            gate.close(resident, kind, held.uncompiled, "the uncompiled model", held.allowed)
+            reference = held.in_steps
         else:
             reference = gate.logits(self.plain, kind)
-            gate.same_bits(self.mball[RESIDENT_PERCENT], kind, reference, "the model without mball")
+            gate.same_bits(resident, kind, reference, "the model without mball")
         for percent in self.scale.percents:
             gate.same_bits(self.mball[percent], kind, reference, "where all is resident")
         self._say(f"{self.mode.value} {kind.value}: all compute the right logits")
 
+    def _compiled_references(self) -> dict[Kind, _Reference]:
+        kinds = list(self.scale.rounds)
+        with Contender("plain eager") as eager:
+            eager.load(self._loading(Way.PLAIN, Mode.EAGER), self.scale.prompt_tokens)
+            uncompiled = {kind: gate.logits(eager, kind) for kind in kinds}
+        found = {}
+        # In the steps of those that stream, which the contender that is timed has no need of.
+        with Contender("mball, all resident, in steps") as stepwise:
+            loading = self._loading(Way.MBALL, self.mode, RESIDENT_PERCENT)
+            stepwise.load(replace(loading, step_bytes=self.scale.step_bytes), self.scale.prompt_tokens)
+            for kind in kinds:
+                allowed = gate.allowance(gate.logits(self.plain, kind), uncompiled[kind])
+                in_steps = gate.close(stepwise, kind, uncompiled[kind], "the uncompiled model", allowed)
+                found[kind] = _Reference(uncompiled=uncompiled[kind], in_steps=in_steps, allowed=allowed)
+        return found
+
     def _loading(self, way: Way, mode: Mode, percent: int = 0) -> Loading:
         budget_bytes = self.scale.budget_bytes(percent)
-        return Loading(way=way, mode=mode, checkpoint=self.scale.checkpoint, budget_bytes=budget_bytes)
+        streams = way is Way.MBALL and mode is Mode.INDUCTOR and percent in self.scale.percents
+        return Loading(
+            way=way, mode=mode, checkpoint=self.scale.checkpoint, budget_bytes=budget_bytes,
+            step_bytes=self.scale.step_bytes if streams else 0,
+        )  # fmt: skip
 
     def _start(self, name: str) -> Contender:
         return self._stack.enter_context(Contender(name))

@@ -57,7 +57,10 @@ def peers(scale: Scale, mode: Mode, say: Say) -> list[Measurement]:
         NoCgroupError: no process can be capped here; see `why_no_cap`.
     """
     budget_bytes = scale.budget_bytes(PERCENT)
-    common = Loading(way=Way.MBALL, mode=mode, checkpoint=scale.checkpoint, budget_bytes=budget_bytes)
+    common = Loading(
+        way=Way.MBALL, mode=mode, checkpoint=scale.checkpoint, budget_bytes=budget_bytes,
+        step_bytes=scale.step_bytes if mode is Mode.INDUCTOR else 0,
+    )  # fmt: skip
     found: list[Measurement] = []
     with ExitStack() as stack:
         with Contender("plain eager") as plain:
@@ -65,11 +68,12 @@ def peers(scale: Scale, mode: Mode, say: Say) -> list[Measurement]:
             references = {kind: gate.logits(plain, kind) for kind in scale.peer_kinds}
             # In a process that ends: this way it is not read into one that is capped.
             offload = plain.tell("offload", checkpoint=str(scale.checkpoint), folder=str(_offload_folder(scale)))["at"]
+        allowed = _allowances(scale, references) if mode is Mode.INDUCTOR else {}
         capped: dict[Way, Contender] = {}
         common = replace(common, offload=Path(offload))
         for way in (Way.MBALL, *TARGETS):
             loading = replace(common, way=way, mode=mode if way is Way.MBALL else Mode.EAGER)
-            contender, limit_bytes = _admitted(scale, loading, references, stack, say)
+            contender, limit_bytes = _admitted(scale, loading, references, allowed, stack, say)
             capped[way] = contender
             if way is Way.MBALL:
                 report = contender.tell("burst", kind=Kind.DECODE.value, warm=2, timed=1)["report"]
@@ -101,19 +105,34 @@ def peers(scale: Scale, mode: Mode, say: Say) -> list[Measurement]:
     return found
 
 
+def _allowances(scale: Scale, references: Mapping[Kind, gate.Logits]) -> dict[Kind, float]:
+    """Returns how far from the references mball's compiled steps may be."""
+    with Contender("plain compiled") as plain:
+        loading = Loading(way=Way.PLAIN, mode=Mode.INDUCTOR, checkpoint=scale.checkpoint)
+        plain.load(loading, scale.prompt_tokens)
+        return {kind: gate.allowance(gate.logits(plain, kind), found) for kind, found in references.items()}
+
+
 def _admitted(
-    scale: Scale, loading: Loading, references: Mapping[Kind, gate.Logits], stack: ExitStack, say: Say
+    scale: Scale,
+    loading: Loading,
+    references: Mapping[Kind, gate.Logits],
+    allowed: Mapping[Kind, float],
+    stack: ExitStack,
+    say: Say,
 ) -> tuple[Contender, int]:
     """Returns a contender that passed the gate, and its cap: for a peer that dies of it, the least of a few higher."""
     extras = (0,) if loading.way is Way.MBALL else (0, 2, 4, 8)
-    check = gate.close if loading.mode is Mode.INDUCTOR else gate.same_bits
     for extra in extras:
         forget_pages(scale.checkpoint, *([loading.offload] if loading.offload else []))
         with ExitStack() as attempt:
             try:
                 contender, limit_bytes = _capped(scale, loading, extra, attempt)
                 for kind, reference in references.items():
-                    check(contender, kind, reference, "the model without mball")
+                    if loading.mode is Mode.INDUCTOR:
+                        gate.close(contender, kind, reference, "the uncompiled model", allowed[kind])
+                    else:
+                        gate.same_bits(contender, kind, reference, "the model without mball")
             except ContenderError as error:
                 if extra == extras[-1]:
                     raise

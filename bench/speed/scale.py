@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.speed.model import weight_bytes, weight_file
 from bench.speed.workload import Burst, Kind
+from mball.units import MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,7 @@ class Scale:
         kin: a small checkpoint of the same kind, run and dropped before a process is capped.
         prompt_tokens: of the prefill.
         percents: budgets, of the weights' bytes.
+        step_bytes: of what streams compiled steps, under every budget the same: equal cuts compute equal bits.
         rounds, bursts: for each workload that is run.
         pairs: rounds of mball against plain where the model fits; 0 takes the rounds of all contenders for it.
         peer_kinds: what peers are compared in.
@@ -28,6 +30,7 @@ class Scale:
     kin: Path
     prompt_tokens: int
     percents: tuple[int, ...]
+    step_bytes: int
     rounds: dict[Kind, int]
     bursts: dict[Kind, Burst]
     pairs: dict[Kind, int]
@@ -55,6 +58,7 @@ def full(checkpoint: Path, kin: Path, *, prefill_rounds: int = 3) -> Scale:
         kin=kin,
         prompt_tokens=512,
         percents=(25, 50, 75),
+        step_bytes=32 * MIB,
         rounds={Kind.DECODE: 10} | ({Kind.PREFILL: prefill_rounds} if prefill_rounds else {}),
         bursts={Kind.DECODE: Burst(warm=1, timed=3), Kind.PREFILL: Burst(warm=0, timed=1)},
         pairs={Kind.DECODE: 30} | ({Kind.PREFILL: 0} if prefill_rounds else {}),
@@ -70,6 +74,7 @@ def smoke(checkpoint: Path) -> Scale:
         kin=checkpoint,
         prompt_tokens=16,
         percents=(75,),
+        step_bytes=MIB // 2,
         rounds={Kind.DECODE: 2},
         bursts={Kind.DECODE: Burst(warm=1, timed=2)},
         pairs={Kind.DECODE: 0},

@@ -50,6 +50,7 @@ class Loading:
         budget_bytes: for mball.
         capture: for mball. Steady state is measured on graphs from the first pass on; what captures only once that
             pays would get there in the middle of the rounds.
+        step_bytes: for mball's compiled steps; 0 for its default.
         offload: for accelerate, the folder that `write_offload` wrote.
         resident_bytes: for accelerate, the weights that it may keep in memory.
     """
@@ -59,6 +60,7 @@ class Loading:
     checkpoint: Path
     budget_bytes: int = 0
     capture: str = "graphs"
+    step_bytes: int = 0
     offload: Path | None = None
     resident_bytes: int = 0
 
@@ -66,7 +68,9 @@ class Loading:
 def load(loading: Loading) -> Any:
     """Returns the model, in eval mode. Raises what mball, transformers or accelerate raise."""
     if loading.way is Way.MBALL:
-        settings = {"compile": loading.mode.value, "capture": loading.capture}
+        settings: dict[str, Any] = {"compile": loading.mode.value, "capture": loading.capture}
+        if loading.step_bytes:
+            settings["step_bytes"] = loading.step_bytes
         return from_pretrained(loading.checkpoint, budget=loading.budget_bytes, **settings)
     if loading.way is Way.ACCELERATE:
         return _offloaded(loading)

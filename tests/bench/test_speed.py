@@ -12,7 +12,7 @@ import pytest
 from bench.results import Device, Topic, read_result, read_results, record
 from bench.speed.contender import Contender, ContenderError
 from bench.speed.field import Field
-from bench.speed.gate import GateError, Logits, close, same_bits
+from bench.speed.gate import GateError, Logits, allowance, close, distance, same_bits
 from bench.speed.model import SMALL, make_checkpoint, weight_bytes, weight_file
 from bench.speed.preadv import Setting, Span, Yardstick, huge_pages
 from bench.speed.ratios import Target, ratio, ratio_measurements
@@ -189,9 +189,25 @@ def test_gate_wants_the_same_bits(values: list[float]) -> None:
 
 @pytest.mark.parametrize("values", [[1.0, 2.2], [1.0, float("nan")], [1.0]])
 def test_gate_has_a_tolerance_for_compiled_steps(values: list[float]) -> None:
-    close(Fixed([1.0, 2.05]), Kind.DECODE, reference([1.0, 2.0]), "it")  # type: ignore[arg-type]
-    with pytest.raises(GateError, match=r"allowed 0\.1"):
-        close(Fixed(values), Kind.DECODE, reference([1.0, 2.0]), "it")  # type: ignore[arg-type]
+    close(Fixed([1.0, 2.05]), Kind.DECODE, reference([1.0, 2.0]), "it", 0.05)  # type: ignore[arg-type]
+    with pytest.raises(GateError, match=r"allowed 0\.05"):
+        close(Fixed(values), Kind.DECODE, reference([1.0, 2.0]), "it", 0.05)  # type: ignore[arg-type]
+
+
+def test_tolerance_is_twice_what_torch_compile_is_off() -> None:
+    # 0.1 in each of two logits of root mean square 3.5
+    assert allowance(reference([3.1, 4.1]), reference([3.0, 4.0])) == pytest.approx(2 * 0.1 / 12.5**0.5)
+    # Where it has the same bits, mball may still round the logits themselves.
+    assert 0 < allowance(reference([3.0, 4.0]), reference([3.0, 4.0])) < 0.01
+    for far in ([3.0, 5.0], [3.0, float("nan")], [3.0]):
+        with pytest.raises(GateError, match="no measure"):
+            allowance(reference(far), reference([3.0, 4.0]))
+
+
+def test_the_worst_step_counts() -> None:
+    steps = Logits(values=numpy.array([[3.0, 4.0]] * 9 + [[3.5, 4.5]], dtype=numpy.float32), sha256="")
+    right = Logits(values=numpy.array([[3.0, 4.0]] * 10, dtype=numpy.float32), sha256="")
+    assert distance(steps, right) == pytest.approx(0.5 / 12.5**0.5)
 
 
 def test_a_contender_says_why_it_failed() -> None:
