@@ -51,7 +51,8 @@ def full(checkpoint: Path, kin: Path, *, prefill_rounds: int = 3) -> Scale:
     """Returns the size of `make bench`.
 
     A prefill of 512 is a trillion operations, half a minute on two cores without bfloat16 instructions. So it gets
-    few rounds, and peers are compared in decode, where their ways of reading tell.
+    few rounds, and peers are compared in decode, where their ways of reading tell. Nor has it a warming step in each
+    burst: what was read ahead before its clock began, at most the budget, counts in its favour by that much reading.
     """
     return Scale(
         checkpoint=checkpoint,
