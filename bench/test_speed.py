@@ -37,7 +37,7 @@ def field(request: pytest.FixtureRequest, say: Say) -> Iterator[Field]:
         yield contenders
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 def test_roofline(field: Field, say: Say, benchmark: BenchmarkFixture, findings: Findings) -> None:
     findings.add(*benchmark.pedantic(roofline, args=(field, say), rounds=1))
 
