@@ -66,17 +66,24 @@ def huge_pages(size_bytes: int) -> memoryview:
 class Yardstick:
     """Reads the same spans again and again; `spans` are widened to the alignment that direct reads need.
 
-    Raises OSError where files cannot be read past the page cache.
+    Raises:
+        OSError: the files cannot be read past the page cache.
+        ValueError: a span is larger than `memory`, so that not all of it would be read.
     """
 
     def __init__(self, spans: Sequence[Span], memory: memoryview) -> None:
         self._files = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in {span.path for span in spans}}
         self._memory = memory
+        self._file_bytes = {path: os.fstat(descriptor).st_size for path, descriptor in self._files.items()}
         self._spans = [_aligned(span) for span in spans]
+        largest_bytes = max((span.size_bytes for span in self._spans), default=0)
+        if largest_bytes > len(memory):
+            self.close()
+            raise ValueError(f"a span of {largest_bytes} B does not fit into {len(memory)} B of memory to read into")
         self.size_bytes = sum(span.size_bytes for span in spans)
 
     def read(self, setting: Setting) -> float:
-        """Reads everything once; returns the seconds that took."""
+        """Reads everything once; returns the seconds that took. Raises OSError when a read fails or is short."""
         chunks = iter(list(self._chunks(setting.chunk_bytes)))
         lock = threading.Lock()
         failures: list[OSError] = []
@@ -87,10 +94,13 @@ class Yardstick:
                     chunk = next(chunks, None)
                 if chunk is None:
                     return
-                descriptor, offset, view = chunk
+                path, offset, view = chunk
                 try:
-                    # Short at the end of the file only.
-                    os.preadv(descriptor, [view], offset)
+                    size_bytes = os.preadv(self._files[path], [view], offset)
+                    # Widened spans may end behind the file.
+                    wanted_bytes = min(len(view), self._file_bytes[path] - offset)
+                    if size_bytes != wanted_bytes:
+                        raise OSError(f"{path}: read {size_bytes} of {wanted_bytes} B at {offset}")
                 except OSError as error:
                     failures.append(error)
                     return
@@ -116,7 +126,7 @@ class Yardstick:
             os.close(descriptor)
         self._files = {}
 
-    def _chunks(self, chunk_bytes: int) -> Iterator[tuple[int, int, memoryview]]:
+    def _chunks(self, chunk_bytes: int) -> Iterator[tuple[str, int, memoryview]]:
         place = 0
         for span in self._spans:
             if place + span.size_bytes > len(self._memory):
@@ -124,7 +134,7 @@ class Yardstick:
             for done in range(0, span.size_bytes, chunk_bytes):
                 length = min(chunk_bytes, span.size_bytes - done)
                 view = self._memory[place + done : place + done + length]
-                yield self._files[span.path], span.offset_bytes + done, view
+                yield span.path, span.offset_bytes + done, view
             place += span.size_bytes
 
 

@@ -140,9 +140,34 @@ def test_yardstick_reads_what_it_is_asked_for(tmp_path: Path) -> None:
     assert bytes(memory[: 2 * PAGE_BYTES]) == content[: 2 * PAGE_BYTES]
     assert bytes(memory[2 * PAGE_BYTES : 4 * PAGE_BYTES + 100]) == content[3 * PAGE_BYTES :]
     yardstick.close()
-    # A failure in a thread is no fast read.
-    with pytest.raises(KeyError):
-        yardstick.read(Setting(num_threads=1, chunk_bytes=PAGE_BYTES))
+    with pytest.raises(ValueError, match="does not fit"):
+        Yardstick([Span(path=str(path), offset_bytes=0, size_bytes=4 * PAGE_BYTES)], memory[: 3 * PAGE_BYTES])
+
+
+@pytest.mark.parametrize("outcome", ["fails", "is short"])
+def test_yardstick_takes_no_failure_for_a_fast_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: str
+) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(4 * PAGE_BYTES))
+    memory = huge_pages(4 * PAGE_BYTES)
+    try:
+        yardstick = Yardstick([Span(path=str(path), offset_bytes=0, size_bytes=4 * PAGE_BYTES)], memory)
+    except OSError as error:
+        pytest.skip(f"no direct reads from {tmp_path}: {error.strerror}")
+    read = os.preadv
+
+    def third_disturbed(descriptor: int, views: list[memoryview], offset: int) -> int:
+        if offset < 2 * PAGE_BYTES:
+            return read(descriptor, views, offset)
+        if outcome == "fails":
+            raise OSError(f"{outcome} in a thread")
+        return PAGE_BYTES // 2
+
+    monkeypatch.setattr(os, "preadv", third_disturbed)
+    with pytest.raises(OSError, match="in a thread" if outcome == "fails" else "read 2048 of 4096 B at"):
+        yardstick.read(Setting(num_threads=2, chunk_bytes=PAGE_BYTES))
+    yardstick.close()
 
 
 # -- model, gate, session ------------------------------------------------------------------------------------------
