@@ -15,6 +15,8 @@ from typing import Any  # noqa: E402
 import numpy  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 - else whoever captures first pays for it
+import transformers.generation  # noqa: E402 - lazily imported, and both load and generate by these
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 from bench.speed import ways  # noqa: E402
 from bench.speed.protocol import serve  # noqa: E402
