@@ -17,7 +17,7 @@ from bench.speed.model import LARGE, SMALL, make_checkpoint
 from bench.speed.roofline import fits, roofline
 from bench.speed.rounds import Say
 from bench.speed.scale import full
-from bench.speed.ways import Mode, modes
+from bench.speed.ways import Mode
 
 HEADING = Heading(
     name="speed-roofline",
@@ -28,7 +28,7 @@ HEADING = Heading(
 )
 
 
-@pytest.fixture(scope="module", params=modes(), ids=lambda mode: mode.value)
+@pytest.fixture(scope="module", params=list(Mode), ids=lambda mode: mode.value)
 def field(request: pytest.FixtureRequest, say: Say) -> Iterator[Field]:
     mode: Mode = request.param
     prefill_rounds = request.config.getoption("--prefill-rounds")

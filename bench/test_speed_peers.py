@@ -11,7 +11,7 @@ from bench.speed.model import LARGE, SMALL, make_checkpoint
 from bench.speed.peers import peers, why_no_cap
 from bench.speed.rounds import Say
 from bench.speed.scale import full
-from bench.speed.ways import Mode, modes
+from bench.speed.ways import Mode
 
 HEADING = Heading(
     name="speed-peers",
@@ -23,7 +23,7 @@ HEADING = Heading(
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("mode", modes(), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
 def test_peers(mode: Mode, say: Say, benchmark: BenchmarkFixture, findings: Findings) -> None:
     if why := why_no_cap():
         pytest.skip(why)

@@ -12,7 +12,6 @@ from mball.errors import SchemaError
 
 PAGE = RESULTS / "SPEED.md"
 PERCENTS = (25, 50, 75)
-NOT_MEASURED = "not measured"
 _HEAD = "# Speed\n\nWritten by `python -m bench.speed.table` from the files here, `make bench` writes those."
 _PEERS = {"mball": "mball", "mapped": "transformers, memory-mapped", "accelerate": "accelerate, disk offload"}
 
@@ -52,7 +51,7 @@ class Figures:
     def source(self) -> str:
         """Returns when and where it was measured, with a link to the file."""
         if self.result is None:
-            return NOT_MEASURED.capitalize() + "."
+            return "Not measured."
         facts = self.result.machine
         note = f" {self.result.note}" if self.result.note else ""
         return (
@@ -84,7 +83,6 @@ def _roofline(results: Sequence[Result]) -> list[str]:
                     figures.show(f"{name}_stall_s"), figures.interval(name), figures.show(f"{name}_plain"),
                     figures.verdict(name),
                 ])  # fmt: skip
-        rows += _absent(figures, mode, 9)
     head = ["mode, step, budget", "measured", "resident", "without mball", "bare read", "stall", "÷ roofline"]
     head += ["÷ roofline of plain", "target"]
     text = "A step over max(compute with everything resident, bare read of what is streamed); medians ± IQR."
@@ -102,7 +100,6 @@ def _fits(results: Sequence[Result]) -> list[str]:
                     f"{mode.value}, {kind.value}", figures.show(f"{name}_s"), figures.show(f"{name}_plain_s"),
                     figures.interval(name), figures.show(f"{name}_read"), figures.verdict(f"{name}_high"),
                 ])  # fmt: skip
-        rows += _absent(figures, mode, 6)
     head = ["mode, step", "mball", "without mball", "ratio", "bytes read meanwhile", "target, of the upper end"]
     return ["## Where the model fits: a budget of 110 %", _markdown(head, rows)]
 
@@ -119,7 +116,6 @@ def _peers(results: Sequence[Result]) -> list[str]:
                         f"{mode.value}, {kind.value}", title, figures.show(f"{name}_s"),
                         figures.show(f"{mode.value}_{way}_cap"), figures.interval(name), figures.verdict(name),
                     ])  # fmt: skip
-        rows += _absent(figures, mode, 6)
     head = ["mode of mball, step", "way", "time", "cap", "times mball's", "target"]
     return ["## Peers in half the memory", figures.source(), _markdown(head, rows)]
 
@@ -137,7 +133,6 @@ def _start(results: Sequence[Result]) -> list[str]:
                     figures.verdict(f"{name}_s"), figures.show(f"{name}_mball_stall_s"),
                     figures.show(f"{name}_mball_steady_s"), figures.show(f"{name}_mball_imports_s"),
                 ])  # fmt: skip
-        rows += _absent(figures, mode, 9)
     head = ["mode, budget", "first token", "transformers", "ratio", "target", "read + pass + 0.5 s"]
     head += ["longest wait, tokens 2–6", "token 6", "imports, apart"]
     parts = ["## Cold start", figures.source(), _markdown(head, rows)]
@@ -148,12 +143,6 @@ def _start(results: Sequence[Result]) -> list[str]:
             f"mode by default: {figures.show('eager_default_first_s')}."
         )
     return parts
-
-
-def _absent(figures: Figures, mode: Mode, num_columns: int) -> list[list[str]]:
-    if figures.result is None or figures.has(f"{mode.value}_"):
-        return []
-    return [[mode.value, f"{NOT_MEASURED}: not in this mball", *[""] * (num_columns - 2)]]
 
 
 def _number(measurement: Measurement, value: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import mball
 from bench.speed.preadv import Span
 from mball.api import _states, trace_and_plan
-from mball.config import Config
 from mball.integrations.transformers import from_pretrained
 
 
@@ -31,15 +30,6 @@ class Way(Enum):
     PLAIN = "plain"  # transformers, all weights in anonymous memory
     MAPPED = "mapped"  # transformers as it loads by default: weights are the mapped checkpoint
     ACCELERATE = "accelerate"  # accelerate's disk offload
-
-
-def modes() -> list[Mode]:
-    """Returns the modes that this mball has."""
-    return list(Mode) if _has_modes() else [Mode.EAGER]
-
-
-def _has_modes() -> bool:
-    return "compile" in {field.name for field in fields(Config)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
