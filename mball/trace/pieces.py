@@ -7,7 +7,7 @@ piece that needs them makes its own. Names inside are counted, not inherited, so
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,27 +44,34 @@ def settle(graph: torch.fx.Graph) -> None:
     puts at the end of the graph, comes as early as it may: else its source would live until then, and could not be
     made in the argument's own memory.
     """
-    order = {node: number for number, node in enumerate(graph.nodes)}
+    readers = _readers_of_memory(graph)
     for node in list(graph.nodes):
         if torch_private.takes_part_of_tuple(node):
             node.args[0].append(node)
         elif torch_private.writes_argument(node):
-            last = max((node.args[1], *_users_of_memory(graph, node)), key=lambda other: order[other])
+            # Nodes compare by where they are now: a write that was moved is often a reader of what the next one writes.
+            last = max(other for other in _what_precedes(node, readers) if other < node)
             if last.op != "placeholder":
                 _after_its_parts(last).append(node)
     graph.lint()
 
 
-def _users_of_memory(graph: torch.fx.Graph, write: Node) -> Iterator[Node]:
-    """Yields the nodes that read the memory which `write` overwrites, directly or through a view."""
-    written = {torch_private.storage_key(tensor) for tensor in tensors_of(write.all_input_nodes[0])}
+def _readers_of_memory(graph: torch.fx.Graph) -> dict[int, list[Node]]:
+    """Returns for each storage the nodes that read or write it, directly or through a view."""
+    readers: dict[int, list[Node]] = {}
     for node in graph.nodes:
-        if node is write or node.op == "output":
-            continue
-        for argument in node.all_input_nodes:
-            if any(torch_private.storage_key(tensor) in written for tensor in tensors_of(argument)):
-                yield node
-                break
+        if node.op != "output":
+            tensors = [tensor for argument in node.all_input_nodes for tensor in tensors_of(argument)]
+            for key in {torch_private.storage_key(tensor) for tensor in tensors}:
+                readers.setdefault(key, []).append(node)
+    return readers
+
+
+def _what_precedes(write: Node, readers: Mapping[int, Sequence[Node]]) -> Iterator[Node]:
+    """Yields what must come before `write`: what it writes, and the users of the memory that it overwrites."""
+    yield from write.all_input_nodes
+    for tensor in tensors_of(write.all_input_nodes[0]):
+        yield from readers.get(torch_private.storage_key(tensor), ())
 
 
 def _after_its_parts(node: Node) -> Node:

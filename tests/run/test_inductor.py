@@ -140,6 +140,40 @@ def test_written_buffers(tmp_path: Path) -> None:
     assert steps_compiled(streamed) == [4]
 
 
+class Shifts(nn.Module):
+    """A written buffer is what the next one written becomes: neither may be written before all have read it."""
+
+    def __init__(self, keeps_result: bool) -> None:
+        super().__init__()
+        self.keeps_result = keeps_result
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.register_buffer("previous", torch.zeros(4, 64))
+        self.register_buffer("current", torch.ones(4, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled = x * 2
+        result = self.second(self.first(scaled - self.previous)) + self.current
+        self.previous.copy_(self.current)
+        self.current.copy_(result if self.keeps_result else scaled)
+        return result
+
+
+@pytest.mark.parametrize("keeps_result", [True, False])
+@pytest.mark.parametrize("in_one_piece", [True, False])
+def test_a_buffer_that_another_one_becomes(in_one_piece: bool, keeps_result: bool, tmp_path: Path) -> None:
+    plain, model = (make(lambda: Shifts(keeps_result)) for _ in range(2))
+    if in_one_piece:
+        mball.wrap(model, budget="64MiB", swap_dir=tmp_path, compile="inductor")
+    else:
+        wrap_hostile(model, weight_bytes(model), swap_dir=tmp_path, compile="inductor", step_bytes=64 * 65 * 4)
+    for seed in range(3):
+        x = noise(4, 64, seed=seed)
+        torch.testing.assert_close(run(model, lambda m, x=x: m(x)), run(plain, lambda m, x=x: m(x)))
+        torch.testing.assert_close(model.previous, plain.previous)
+        torch.testing.assert_close(model.current, plain.current)
+    assert steps_compiled(model) == [1 if in_one_piece else 2]
+
+
 class Layers(nn.Module):
     def __init__(self, count: int, width: int = 64) -> None:
         super().__init__()
