@@ -498,9 +498,10 @@ class Engine:
         return tape, self._plan(tape.trace, budget), False
 
     def fits(self, segment: Segment) -> bool:
-        """Returns whether a pass of this segment alone fits the budget."""
+        """Returns whether a pass of this segment alone fits the budget, with what its operators allocate inside."""
+        tape = make_tape("a segment alone", self.weights, [segment], 0, workspace=True)
         try:
-            self._fit([segment], 0)
+            self._plan(tape.trace, self.ledger.budget_bytes)
         except BudgetError:
             return False
         return True

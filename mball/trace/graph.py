@@ -44,12 +44,19 @@ class StepFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tensor:
-    """Storage of one or more nodes: where it is born and last used, as (step, node position)."""
+    """Storage of one or more nodes: where it is born and last used, as (step, node position).
+
+    An input, which the caller holds, is born before position 0.
+    """
 
     name: str
     size_bytes: Any  # int or sympy expression
     first: tuple[int, int]
     last: tuple[int, int]
+
+    @property
+    def is_input(self) -> bool:
+        return self.first[1] < 0
 
 
 class CapturedGraph:
@@ -140,9 +147,12 @@ class CapturedGraph:
     def learn_workspace(self, values: Mapping[Any, int]) -> bool:
         """Takes over what a run with these sizes measured; returns whether a step took more than was known."""
         activations, scratch = self._memory(values)
+        inputs = {f"{self.name}/{tensor.name}" for tensor in self._lives if tensor.is_input}
         born = [0] * len(self.steps)
         for activation in activations:
-            born[activation.live.first] += activation.size_bytes
+            # Inputs, such as caches, were there before the first step.
+            if activation.name not in inputs:
+                born[activation.live.first] += activation.size_bytes
         more = False
         for number, step in enumerate(self.steps):
             workspace_bytes = (step.rise_bytes or 0) - born[number] - scratch[number]
@@ -165,7 +175,7 @@ class CapturedGraph:
             if size_bytes == 0:
                 continue
             first, last = tensor.first[0], min(tensor.last[0], num_steps - 1)
-            if tensor.first[0] == tensor.last[0] and tensor.first[1] >= 0:
+            if tensor.first[0] == tensor.last[0] and not tensor.is_input:
                 inside[first].append((tensor.first[1], tensor.last[1], size_bytes))
             else:
                 live = LiveRange(first=first, end=last + 1)

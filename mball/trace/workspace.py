@@ -23,9 +23,12 @@ _CONVOLUTIONS = frozenset(
         torch.conv_transpose1d,
         torch.conv_transpose2d,
         torch.conv_transpose3d,
+        torch.ops.aten.convolution.default,
     )
 )
 _PRODUCTS = frozenset((torch.nn.functional.linear, torch.matmul, operator.matmul))
+# What becomes of products that do not fold, after AOTAutograd; those that do are `mm` and `addmm`, which copy nothing.
+_BATCHED_PRODUCT = torch.ops.aten.bmm.default
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -39,6 +42,8 @@ def assumed_workspace_bytes(node: torch.fx.Node) -> int:
     if node.target in _CONVOLUTIONS:
         return _bytes(right)
     if node.target in _PRODUCTS and right.dtype in _HALF and not _has_bias(node) and not _folds(left, right):
+        return _bytes(right)
+    if node.target is _BATCHED_PRODUCT and right.dtype in _HALF and _repeats(right) and not _is_loop(left, right):
         return _bytes(right)
     return 0
 
@@ -59,6 +64,16 @@ def _folds(left: torch.Tensor, right: torch.Tensor) -> bool:
     sizes = [torch_private.hint_of(size) for size in left.shape]
     strides = [torch_private.hint_of(stride) for stride in left.stride()]
     return all(strides[i] == strides[i + 1] * sizes[i + 1] for i in range(len(sizes) - 2))
+
+
+def _repeats(batch: torch.Tensor) -> bool:
+    """Returns whether all matrices of a batch are one, as a weight that was expanded; others are not copied."""
+    return torch_private.hint_of(batch.stride(0)) == 0 or torch_private.hint_of(batch.shape[0]) == 1
+
+
+def _is_loop(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Returns whether Inductor computes a batched product in a loop of its own, which copies nothing."""
+    return 1 in (torch_private.hint_of(left.shape[1]), torch_private.hint_of(right.shape[2]))
 
 
 def _bytes(tensor: torch.Tensor) -> int:

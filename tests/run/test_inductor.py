@@ -19,7 +19,7 @@ import mball
 from mball import torch_private
 from mball.api import _states
 from mball.errors import ConfigError
-from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes, wrap_hostile
+from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes, wrap_hostile
 from tests.run.zoo import ZOO, Net, Specimen, generate, ids, llama, logits, noise
 
 
@@ -228,7 +228,21 @@ def test_one_graph_that_does_not_fit_at_some_sizes_runs_in_steps(
     assert mball.report(model).peak_bytes <= budget
 
 
-def test_recompiles_only_where_torch_compile_does(tmp_path: Path) -> None:
+def test_one_piece_must_have_room_for_workspace(tmp_path: Path) -> None:
+    def convolutions() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(256, 256, 3), nn.Conv2d(256, 256, 3))
+
+    plain, model = make(convolutions), make(convolutions)
+    budget = weight_bytes(model) + (1 << 20)  # each convolution reorders its weight of 2.4 MB
+    mball.wrap(model, budget=budget, swap_dir=tmp_path, compile="inductor")
+    x = noise(1, 256, 6, 6)
+    for _ in range(2):
+        torch.testing.assert_close(run(model, lambda m: m(x)), run(plain, lambda m: m(x)))
+    assert steps_compiled(model) == [2]
+    assert engine_of(model).workspace_fits
+
+
+def test_recompiles_only_where_torch_compile_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = (4, 4, 5, 6, 9, 1, 4, 33)
     counter = CompileCounter()
     compiled = torch.compile(make(lambda: Layers(3)), backend=counter)
@@ -240,9 +254,13 @@ def test_recompiles_only_where_torch_compile_does(tmp_path: Path) -> None:
     for rows in sizes:
         run(model, lambda m, rows=rows: m(noise(rows, 64)))
     assert mball.report(model).graphs == counter.frame_count
-    for runner in _states[model].backend.runners:  # a change of plans alone compiles nothing
-        _states[model].engine.forget_plans([runner._programs[0].segment(runner.graph.traced_values()).key])
+    engine = engine_of(model)
+    before, compiled_now = engine.plan, []
+    monkeypatch.setattr(torch_private, "compile_piece", lambda *args: compiled_now.append(args))
+    engine.forget_plans(engine._active.tape.keys)
     run(model, lambda m: m(noise(33, 64)))
+    assert engine.plan is not before
+    assert not compiled_now, "a change of plans alone compiles nothing"
     assert mball.report(model).graphs == counter.frame_count
     assert_streamed(model)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from mball import torch_private
 from mball.memory.gauge import HostGauge
 from mball.trace.cut import Cut
 from mball.trace.graph import CapturedGraph
@@ -85,19 +86,77 @@ def test_a_convolution_reorders_its_weight() -> None:
     assert max(sizes) == 3 * 8 * 3 * 3 * 4
 
 
-def test_what_was_measured_counts_where_it_is_more() -> None:
-    linear = nn.Linear(64, 64)
+def compiled_sizes(model: Callable[..., Any], *inputs: torch.Tensor) -> dict[str, int]:
+    """Returns what is assumed of each operator after AOTAutograd, where it is anything."""
+    found: dict[str, int] = {}
+
+    def compile_graph(module: torch.fx.GraphModule, _: Any) -> Any:
+        assumed = {str(node.target): assumed_workspace_bytes(node) for node in module.graph.nodes}
+        found.update({target: size_bytes for target, size_bytes in assumed.items() if size_bytes})
+        return lambda values: torch.fx.Interpreter(module).boxed_run(values)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(
+            model,
+            backend=lambda graph, values: torch_private.compile_through_inductor(graph, values, compile_graph, {}),
+        )(*inputs)
+    return found
+
+
+def test_compiled_steps_take_workspace_too() -> None:
+    convolution = nn.Conv2d(3, 8, 3)
+    assert compiled_sizes(convolution.forward, torch.randn(1, 3, 8, 8)) == {
+        "aten.convolution.default": 3 * 8 * 3 * 3 * 4
+    }
+    linear = nn.Linear(64, 128, bias=False).bfloat16().requires_grad_(False)
+    half = torch.randn(2, 32, 64).bfloat16()
+    # The weight is expanded to a batch, and copied whole.
+    assert compiled_sizes(lambda x: linear(x[:, :16]), half) == {"aten.bmm.default": 2 * 64 * 128 * 2}
+    assert compiled_sizes(lambda x: linear(x[:, -1:]), half) == {}, "Inductor makes a loop of it"
+    assert compiled_sizes(linear.forward, half) == {}, "one product of two matrices"
+    assert compiled_sizes(lambda x: x @ x.mT, half) == {}, "a batch of matrices of its own"
+
+
+def test_a_batched_product_copies_the_weight_that_it_repeats() -> None:
+    weight = torch.randn(64, 8192).bfloat16().expand(16, -1, -1)
+    left = torch.randn(16, 2, 64).bfloat16()
+    (assumed,) = compiled_sizes(torch.bmm, left, weight).values()
+    assert assumed == 16 * MIB
+    gauge = HostGauge()
+    torch.bmm(left, weight)
+    gauge.reset()
+    torch.bmm(left, weight)
+    assert gauge.rise_bytes() < assumed + 8 * MIB
+
+
+def captured(model: Callable[..., Any], *inputs: torch.Tensor) -> CapturedGraph:
+    """Returns the facts of a graph whose matrices are its weights."""
     graphs: list[CapturedGraph] = []
 
     def backend(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        weight_of = [0 if isinstance(value, nn.Parameter) and value.dim() == 2 else None for value in example_inputs]
+        weights = [isinstance(value, nn.Parameter) and value.dim() == 2 for value in example_inputs]
+        weight_of = [sum(weights[:number]) if is_weight else None for number, is_weight in enumerate(weights)]
         graphs.append(CapturedGraph(Cut("graph", module, weight_of, EveryWeight()), [False] * len(weight_of)))
         return module.forward
 
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(linear.forward, backend=backend)(torch.randn(4, 64))
+        torch.compile(model, backend=backend)(*inputs)
     (graph,) = graphs
+    return graph
+
+
+def test_inputs_do_not_hide_what_the_first_step_takes() -> None:
+    linear = nn.Linear(64, 64)
+    graph = captured(lambda x, cache: linear(x) + cache[:4, :64], torch.randn(4, 64), torch.randn(1024, 4096))
+    graph.steps[0].rise_bytes = 10 * MIB
+    assert graph.learn_workspace({}), "the cache of 16 MiB was there before"
+    assert 9 * MIB < graph.steps[0].workspace_bytes <= 10 * MIB
+
+
+def test_what_was_measured_counts_where_it_is_more() -> None:
+    graph = captured(nn.Linear(64, 64).forward, torch.randn(4, 64))
     before = graph.schema_steps([64 * 64 * 4])[0][-1].scratch_bytes
     assert not graph.learn_workspace({}), "nothing was measured"
     graph.steps[-1].rise_bytes = 3 * MIB
