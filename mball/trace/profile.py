@@ -75,21 +75,22 @@ class TimeProfile(_Profile):
 
 
 class CostProfile(_Profile):
-    """Counts each step's operations and measures by how much memory rises within it."""
+    """Measures by how much memory rises within each step, and counts its operations under `counting`."""
 
     def __init__(self, steps: Sequence[StepFacts], hooks: StepHooks, gauge: Gauge) -> None:
         super().__init__(steps, hooks)
         self._gauge = gauge
 
     def began(self, step: StepFacts) -> None:
-        step.flops = 0
         self._gauge.reset()
 
     def ended(self, step: StepFacts) -> None:
         step.rise_bytes = self._gauge.rise_bytes()
 
     def counting(self) -> torch_private.TorchDispatchMode:
-        """Returns the mode under which the operators of the run must be dispatched."""
+        """Returns the mode under which the operators of the run must be dispatched; without it counts stay as they are."""
+        for step in self.steps:
+            step.flops = 0
         return _FlopMode(self)
 
 

@@ -242,6 +242,14 @@ def test_one_piece_must_have_room_for_workspace(tmp_path: Path) -> None:
     assert engine_of(model).workspace_fits
 
 
+def test_operations_of_compiled_steps_are_known(tmp_path: Path) -> None:
+    model = make(lambda: Layers(3))
+    wrap_hostile(model, int(weight_bytes(model) * 0.7), swap_dir=tmp_path, compile="inductor")
+    for _ in range(3):
+        run(model, lambda m: m(noise(4, 64)))
+        assert sum(step.flops for step in engine_of(model)._active.tape.trace.steps) == 2 * 4 * 3 * 2 * 64 * 128
+
+
 def test_recompiles_only_where_torch_compile_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = (4, 4, 5, 6, 9, 1, 4, 33)
     counter = CompileCounter()
