@@ -148,8 +148,12 @@ def _build_driver(cut: Cut, pieces: Sequence[Piece], compiled: Sequence[Callable
         return env[node]
 
     output = cut.module.graph.output_node()
-    for node in output.all_input_nodes:
-        if is_made_again(node):
+    needed = list(output.all_input_nodes)
+    while needed:
+        node = needed.pop()
+        if node in cut.views:
+            needed += node.all_input_nodes
+        elif is_made_again(node):
             make(node)
     flat.node_copy(output, Binder(cut, flat, env, None, {}))
     return compile_driver(root, flat)

@@ -250,6 +250,32 @@ def test_operations_of_compiled_steps_are_known(tmp_path: Path) -> None:
         assert sum(step.flops for step in engine_of(model)._active.tape.trace.steps) == 2 * 4 * 3 * 2 * 64 * 128
 
 
+class Positions(nn.Module):
+    """Returns a view of a weight, of a size that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+        self.table = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = x.shape[1] + 1
+        for layer in self.layers:
+            x = layer(x)
+        return x, self.table[:rows]
+
+
+def test_a_view_of_a_weight_of_a_computed_size_is_returned(tmp_path: Path) -> None:
+    streamed, resident = wrap_both(Positions, 0.9, tmp_path, dynamic=True)
+    for rows in (5, 9):
+        x = noise(2, rows, 64)
+        got = run(streamed, lambda m, x=x: m(x))
+        assert_same(got, run(resident, lambda m, x=x: m(x)))
+        assert_same(got[1], make(Positions).table[: rows + 1].detach())
+    assert_streamed(streamed)
+    assert max(steps_compiled(streamed)) > 1
+
+
 def test_recompiles_only_where_torch_compile_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = (4, 4, 5, 6, 9, 1, 4, 33)
     counter = CompileCounter()
