@@ -87,7 +87,7 @@ class Cut:
             return
         current = self.steps[-1]
         new = [weight for weight in reads if weight not in current.reads]
-        if current.reads and not all(self._grouping.joins(weight, current.reads) for weight in new):
+        if new and current.reads and not self._grouping.joins(new, current.reads):
             current = StepNodes()
             self.steps.append(current)
             new = reads

@@ -20,21 +20,21 @@ _WORTH_A_STEP_BYTES = 8 * MIB
 class Grouping(Protocol):
     """Decides where steps begin."""
 
-    def joins(self, weight: int, reads: Sequence[int]) -> bool:
-        """Returns whether a step that reads `reads` (not empty) may read `weight` too."""
+    def joins(self, weights: Sequence[int], reads: Sequence[int]) -> bool:
+        """Returns whether a step that reads `reads` may read all of `weights` too; neither is empty."""
 
 
 class EveryWeight:
     """A step a weight."""
 
-    def joins(self, weight: int, reads: Sequence[int]) -> bool:
+    def joins(self, weights: Sequence[int], reads: Sequence[int]) -> bool:
         return False
 
 
 class Whole:
     """One step for the whole graph."""
 
-    def joins(self, weight: int, reads: Sequence[int]) -> bool:
+    def joins(self, weights: Sequence[int], reads: Sequence[int]) -> bool:
         return True
 
 
@@ -54,10 +54,11 @@ class Blocks:
     sizes_bytes: Sequence[int]
     step_bytes: int
 
-    def joins(self, weight: int, reads: Sequence[int]) -> bool:
-        if any(_block(self.names[other]) != _block(self.names[weight]) for other in reads):
+    def joins(self, weights: Sequence[int], reads: Sequence[int]) -> bool:
+        together = (*reads, *weights)
+        if len({_block(self.names[weight]) for weight in together}) > 1:
             return False
-        return sum(self.sizes_bytes[other] for other in (*reads, weight)) <= self.step_bytes
+        return sum(self.sizes_bytes[weight] for weight in together) <= self.step_bytes
 
 
 def default_step_bytes(budget_bytes: int) -> int:
