@@ -88,7 +88,7 @@ class CostProfile(_Profile):
         step.rise_bytes = self._gauge.rise_bytes()
 
     def counting(self) -> torch_private.TorchDispatchMode:
-        """Returns the mode under which the operators of the run must be dispatched; without it counts stay as they are."""
+        """Returns the mode under which the run's operators must be dispatched; without it counts stay as they are."""
         for step in self.steps:
             step.flops = 0
         return _FlopMode(self)
