@@ -1,0 +1,201 @@
+"""backend="mball": its settings, what it refuses, and how it gets on with the rest of mball."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mball
+from mball.api import _state_of
+from mball.backend_door import mball_backend
+from mball.errors import BudgetError, ConfigError, StorageError, WrapError
+from tests.run.door import Tied, X, backend, call, compiled, options, three_layers
+from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes
+from tests.run.zoo import logits, noise
+
+
+def test_inductors_own_options_and_mode(tmp_path: Path) -> None:
+    model = make(Tied)
+    for settings in ({"options": {"max_fusion_size": 1}}, {"mode": "max-autotune-no-cudagraphs"}):
+        torch._dynamo.reset()
+        chosen = options(model, 2.0, tmp_path, compile="inductor", **settings)
+        assert run(torch.compile(model, backend=mball_backend, options=chosen), call).shape == (4, 64)
+        mball.unwrap(model)
+    chosen = options(model, 2.0, tmp_path, compile="inductor", mode="no such")
+    with pytest.raises(ConfigError, match="no such"):
+        run(torch.compile(model, backend=mball_backend, options=chosen), call)
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (None, "needs a budget.*options="),
+        ({"compile": "eager"}, "needs a budget"),
+        ({"budget": "1GiB", "colour": "blue"}, "colour"),
+        ({"budget": "1GiB", "capture": "operators"}, "capture"),
+        ({"budget": "1GiB", "fullgraph": True}, r"torch\.compile's own"),
+        ({"budget": "1GiB", "options": {"max_fusion_size": 1}}, "compile='inductor'"),
+        ({"budget": "much"}, "much"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: Any, message: str) -> None:
+    model = make(Tied)
+    with pytest.raises(ConfigError, match=message):
+        run(torch.compile(model, backend=mball_backend, options=settings), call)
+    with pytest.raises(WrapError, match="not wrapped"):
+        mball.report(model)
+
+
+def test_a_budget_that_is_too_small(tmp_path: Path) -> None:
+    plain, model = make(three_layers), make(three_layers)
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    threads = threading.active_count()
+    with pytest.raises(BudgetError, match="smallest") as refused:
+        run(
+            torch.compile(model, backend=mball_backend, options={"budget": 4096, "swap_dir": str(tmp_path)}),
+            logits(1, 4),
+        )
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+    assert_same(run(model, logits(1, 4)), run(plain, logits(1, 4)))
+    gc.collect()
+    assert threading.active_count() == threads
+    smallest = refused.value.smallest_bytes
+    assert refused.value.budget_bytes == 4096
+    assert 4096 < smallest < weight_bytes(model)
+    exact = {"budget": smallest - 4096, "swap_dir": str(tmp_path)}
+    with pytest.raises(BudgetError):
+        run(torch.compile(model, backend=mball_backend, options=exact), logits(1, 4))
+
+
+def test_a_swap_file_that_cannot_be_made(tmp_path: Path) -> None:
+    model = make(Tied)
+    chosen = {"budget": "1MiB", "swap_dir": str(tmp_path / "nowhere")}
+    with pytest.raises(StorageError, match="nowhere"):
+        run(torch.compile(model, backend=mball_backend, options=chosen), call)
+
+
+def test_overlapping_weights_are_refused_and_left_alone(tmp_path: Path) -> None:
+    model = make(Tied)
+    memory = noise(64 * 65)
+    model.body[0].weight = nn.Parameter(memory[: 64 * 64].view(64, 64))
+    model.body[4].weight = nn.Parameter(memory[64:].view(64, 64))
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    with pytest.raises(WrapError, match="different views of the same memory"):
+        run(torch.compile(model, backend=mball_backend, options=options(model, 0.6, tmp_path)), call)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+
+
+def test_another_budget_for_the_same_weights_is_refused(tmp_path: Path) -> None:
+    plain, model = compiled(Tied, 0.6, tmp_path)
+    run(model, call)
+    other = torch.compile(model.forward, backend=mball_backend, options=options(model, 0.7, tmp_path))
+    with pytest.raises(WrapError, match="under another budget"):
+        run(model, lambda _: other(X))
+    assert_same(run(model, call), run(plain, call))
+
+
+# -- with the rest of mball ----------------------------------------------------------------------------------------
+
+
+def test_report_timeline_and_unwrap(tmp_path: Path) -> None:
+    plain, model = make(Tied), make(Tied)
+    call_compiled = torch.compile(model, backend=backend(), options=options(model, 0.6, tmp_path))
+    with pytest.raises(WrapError, match="not wrapped"):
+        mball.report(call_compiled)
+    for _ in range(3):
+        run(call_compiled, call)
+    assert mball.report(call_compiled) == mball.report(model)
+    assert mball.timeline(model, tmp_path / "trace.json").stat().st_size > 1000
+    assert mball.unwrap(call_compiled) is call_compiled
+    assert_same(run(model, call), run(plain, call))
+    with pytest.raises(WrapError, match="unwrapped"):
+        run(call_compiled, call)
+    with pytest.raises(WrapError, match="not wrapped"):
+        mball.report(model)
+    torch._dynamo.reset()
+    assert_same(run(call_compiled, call), run(plain, call))
+    assert mball.report(model).weights_managed == mball.report(model).weights_owned
+
+
+def test_what_dynamo_forgot_is_captured_again(tmp_path: Path) -> None:
+    plain, model = compiled(Tied, 0.6, tmp_path)
+    for _ in range(2):
+        run(model, call)
+        with torch.no_grad():
+            model.body[0].weight.mul_(2)
+            plain.body[0].weight.mul_(2)
+        torch._dynamo.reset()
+        gc.collect()
+        with pytest.raises(WrapError, match="not wrapped"):
+            mball.report(model)
+        for _ in range(2):
+            assert_same(run(model, call), run(plain, call))
+        assert_streamed(model)
+
+
+def test_unwrap_after_compiling_in_place(tmp_path: Path) -> None:
+    plain, model = compiled(Tied, 0.6, tmp_path)
+    run(model, call)
+    mball.unwrap(model)
+    assert_same(run(model, call), run(plain, call))
+    torch._dynamo.reset()
+    mball.wrap(model, budget=int(weight_bytes(model) * 0.6), swap_dir=tmp_path)
+    for _ in range(2):
+        assert_same(run(model, call), run(plain, call))
+    assert_streamed(model)
+
+
+def test_a_wrapped_model_keeps_its_own_engine(tmp_path: Path) -> None:
+    plain, model = make(Tied), make(Tied)
+    budget = int(weight_bytes(model) * 0.6)
+    mball.wrap(model, budget=budget, swap_dir=tmp_path)
+    whole = torch.compile(model, backend=mball_backend, options={"budget": budget})
+    for _ in range(3):
+        assert_same(run(whole, call), run(plain, call))
+    assert mball.report(whole).passes == 3
+    within = torch.compile(lambda x: model(x) + 1, backend=mball_backend)
+    for _ in range(3):
+        assert_same(run(model, lambda _: within(X)), run(plain, call) + 1)
+    assert mball.report(model).passes == 6
+    assert_streamed(model)
+    other = torch.compile(lambda x: model(x) + 2, backend=mball_backend, options={"budget": budget + 4096})
+    with pytest.raises(ConfigError, match="wrapped already"):
+        run(model, lambda _: other(X))
+
+
+def test_everything_is_given_back(tmp_path: Path) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    gc.collect()
+    threads, files = threading.active_count(), open_files()
+    model = make(Tied)
+    model.compile(backend=mball_backend, options=options(model, 0.6, tmp_path))
+    for _ in range(2):
+        run(model, call)
+    engine = weakref.ref(_state_of(model).engine.execution.arena)
+    assert threading.active_count() > threads
+    assert mapped()
+    gone = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
+    assert engine() is None
+    assert threading.active_count() == threads
+    assert open_files() <= files
+    assert not mapped()
