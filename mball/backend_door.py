@@ -3,7 +3,8 @@
 [Note: weights without their module] A backend is given graphs and never the module. A weight is an argument that is a
 Parameter. It moves to its home when the first graph comes that reads it, and engine, plans and swap file grow. Dynamo
 calls one graph with the weights of any module that its guards let pass (equal layers, another model of the same class),
-so each call looks which Parameters it was given, and the graph is renumbered for them once.
+so each call looks which Parameters it was given, and the graph is renumbered for them once. A graph without Parameters
+runs as it is.
 
 [Note: one door] Dynamo takes two backends with equal options for the same one, and calls graphs that it captured for
 the first on behalf of the second. So there is one door, with one budget, for equal settings.
@@ -22,7 +23,7 @@ import torch
 from mball import torch_private
 from mball.assembly import AdaptDevice, Machinery, Storage, inductor_options
 from mball.backend import Backend, GraphRunner, backends
-from mball.config import Config
+from mball.config import Compile, Config
 from mball.errors import ConfigError, MballError, WrapError
 from mball.forecast import check_budget, measure_machine
 from mball.run.census import OwnedWeight, check_overlap, check_streamable, identity_of
@@ -67,8 +68,10 @@ def mball_backend(
         adapt_device: for tests.
     """
     try:
-        parameters = [value for value in example_inputs if isinstance(value, torch.nn.Parameter)]
-        if wrapped := _wrapped_backend(parameters, options):
+        parameters = [value for value in example_inputs if _is_weight(value)]
+        if not parameters:
+            return _as_it_is(module, example_inputs, options, mode)
+        if wrapped := _wrapped_backend(parameters, options, mode):
             return wrapped(module, example_inputs)
         config = _config_of(options, mode)
         door = next((each for each in list(_doors) if each.config == config and not each.engine.closed), None)
@@ -361,12 +364,38 @@ _UNWRAPPED = (
 )
 
 
-def _wrapped_backend(parameters: Sequence[torch.nn.Parameter], options: Mapping[str, Any] | None) -> Backend | None:
+def _as_it_is(
+    module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None, mode: str | None
+) -> Callable[..., Any]:
+    """Returns what runs a graph that reads no weights: nobody needs a plan or a disk for it, or perhaps a budget.
+
+    Raises:
+        ConfigError: the options make no sense. Without any the graph may belong to a model that is wrapped.
+    """
+    if options:
+        config = _config_of(options, mode)
+        settings = inductor_options(config)
+        if config.compile is Compile.INDUCTOR:
+            try:
+                return torch_private.compile_graph(module, example_inputs, settings)
+            except torch_private.inductor_failure() as error:
+                logger.warning("a graph without weights cannot be compiled (%s); it runs as it was captured", error)
+    return module.forward
+
+
+def _wrapped_backend(
+    parameters: Sequence[torch.nn.Parameter], options: Mapping[str, Any] | None, mode: str | None
+) -> Backend | None:
     """Returns the backend of the model that these are weights of, if `mball.wrap` wrapped it."""
     own = {id(door.backend) for door in list(_doors)}
     for backend in backends():
         if id(backend) in own or not any(map(backend.manages, parameters)):
             continue
+        if mode is not None:
+            raise ConfigError(
+                f"the model is wrapped already, with settings of its own, and mode={mode!r} is none of them: leave it "
+                "out here, or call mball.unwrap(model) first and give it to mball.wrap, with compile='inductor'"
+            )
         if options:
             budget = options.get("budget")
             budget_bytes = None if budget is None else parse_bytes(budget, what="budget")

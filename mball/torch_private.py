@@ -60,6 +60,7 @@ __all__ = [
     "argument_of",
     "capturing",
     "compile_call",
+    "compile_graph",
     "compile_piece",
     "compile_through_inductor",
     "count_flops",
@@ -418,6 +419,21 @@ def compile_call(
             _capture.active, running.here = before
 
     return run
+
+
+def compile_graph(
+    module: torch.fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Returns Dynamo's graph as `torch.compile` itself compiles it.
+
+    Raises:
+        torch._inductor.exc.InductorError: it cannot be compiled.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    call: Any = compile_fx(module, list(inputs), config_patches=dict(options))
+    compiled: Callable[..., Any] = call
+    return compiled
 
 
 def compile_through_inductor(

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import mball
+from mball import torch_private
 from mball.api import _state_of
-from mball.backend_door import mball_backend
+from mball.backend_door import _doors, mball_backend
 from mball.errors import BudgetError, ConfigError, StorageError, WrapError
 from tests.run.door import Tied, X, backend, call, compiled, options, three_layers
 from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes
@@ -199,3 +200,66 @@ def test_everything_is_given_back(tmp_path: Path) -> None:
     assert threading.active_count() == threads
     assert open_files() <= files
     assert not mapped()
+
+
+# -- graphs without weights ----------------------------------------------------------------------------------------
+
+
+class StartsWithoutWeights(nn.Module):
+    """Its first graph and its last one have no Parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        torch._dynamo.graph_break()
+        for layer in self.layers:
+            x = layer(x)
+        torch._dynamo.graph_break()
+        return x.relu()
+
+
+def test_graphs_without_weights_run_as_they_are(tmp_path: Path) -> None:
+    plain, model = compiled(StartsWithoutWeights, 0.75, tmp_path)
+    for attempt in range(4):
+        assert_same(run(model, call), run(plain, call), f"attempt {attempt}")
+    assert_streamed(model)
+
+
+def test_graphs_without_weights_are_compiled_where_steps_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_graph, seen = torch_private.compile_graph, []
+    monkeypatch.setattr(torch_private, "compile_graph", lambda *args: seen.append(args) or compile_graph(*args))
+    plain, model = compiled(StartsWithoutWeights, 4, tmp_path, compile="inductor", options={"epilogue_fusion": False})
+    for _ in range(2):
+        torch.testing.assert_close(run(model, call), run(plain, call))
+    assert [settings for _, _, settings in seen] == [{"epilogue_fusion": False}] * 2
+
+
+def test_a_wrapped_model_with_graphs_without_weights(tmp_path: Path) -> None:
+    plain, model = make(StartsWithoutWeights), make(StartsWithoutWeights)
+    budget = int(weight_bytes(model) * 0.75)
+    mball.wrap(model, budget=budget, swap_dir=tmp_path)
+    doors = len(_doors)
+    for chosen in (None, {"budget": budget}):
+        torch._dynamo.reset()
+        within = torch.compile(lambda x: model(x * 2 + 1), backend=mball_backend, options=chosen)
+        for _ in range(3):
+            assert_same(run(model, lambda _, within=within: within(X)), run(plain, lambda m: m(X * 2 + 1)))
+        assert_streamed(model)
+    assert len(_doors) == doors
+
+
+def test_mode_is_refused_for_a_wrapped_model(tmp_path: Path) -> None:
+    model = make(Tied)
+    mball.wrap(model, budget=int(weight_bytes(model) * 0.6), swap_dir=tmp_path)
+    within = torch.compile(lambda x: model(x) + 1, backend=mball_backend, mode="reduce-overhead")
+    with pytest.raises(ConfigError, match=r"wrapped already.*reduce-overhead"):
+        run(model, lambda _: within(X))
+
+
+def test_settings_are_read_with_the_first_graph() -> None:
+    model = make(StartsWithoutWeights)
+    with pytest.raises(ConfigError, match="colour"):
+        run(torch.compile(model, backend=mball_backend, options={"budget": "1GiB", "colour": "blue"}), call)
