@@ -172,16 +172,17 @@ def _wrap(
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """Gives `model` its weights back as ordinary tensors in memory, and returns it.
 
-    All modules that were wrapped together are unwrapped together.
+    All modules that were wrapped together are unwrapped together. Models that share a budget because they were
+    compiled with equal options are not: the others go on, unless they hold the very same Parameters.
 
     Raises:
         WrapError: the model is not wrapped.
     """
     state = _state_of(model)
     if isinstance(state, Door):
-        state.release()
-        # `model.compile(backend="mball")` set it.
-        torch_private.set_call(torch_private.inner_module(model), None)
+        inner = torch_private.inner_module(model)
+        state.release(inner.parameters())
+        torch_private.set_call(inner, None)  # `model.compile(backend="mball")` set it
         return model
     roots = [root for ref in state.roots if (root := ref()) is not None]
     move_out(state.gate.pairs())

@@ -269,9 +269,7 @@ class Backend:
             suffix: what the new one's names have besides.
             weights: for each weight that the graph reads the one that takes its place.
         """
-        other = runner.renumbered(suffix, weights, self._weight_bytes)
-        self.runners.append(other)
-        return other
+        return runner.renumbered(suffix, weights, self._weight_bytes)
 
     def _compiled(
         self, called: Cut, example_inputs: Sequence[Any], weight_of: Sequence[int | None], is_buffer: Sequence[bool]

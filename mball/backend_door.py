@@ -8,14 +8,18 @@ runs as it is.
 
 [Note: one door] Dynamo takes two backends with equal options for the same one, and calls graphs that it captured for
 the first on behalf of the second. So there is one door, with one budget, for equal settings.
+
+[Note: models that go] Nobody says that a model is gone, so nothing here keeps a Parameter alive. What is known of a
+model goes with it, but for its homes: their place in the swap file is given back when the door closes.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,10 +33,9 @@ from mball.forecast import check_budget, measure_machine
 from mball.run.census import OwnedWeight, check_overlap, check_streamable, identity_of
 from mball.run.doors import Tenant
 from mball.run.engine import Engine
-from mball.run.graph_gate import GraphGate
+from mball.run.graph_gate import GraphGate, Lodger
 from mball.run.home_sources import write_homes
 from mball.run.homes import Home, Homes
-from mball.run.tenants import move_out
 from mball.schema import Machine
 from mball.trace.cut import Cut, UnsupportedGraphError
 from mball.trace.grouping import EveryWeight
@@ -130,7 +133,6 @@ class Door:
         self._closer = weakref.finalize(self, self.machinery.close)
         self.gate = GraphGate(self.machinery.engine)
         self.backend = Backend(self.gate, (), (), config, options)
-        self._tenants: dict[int, Tenant] = {}
         _doors.add(self)
 
     @property
@@ -141,11 +143,15 @@ class Door:
         """Ends the pass that is open, so that it is reported."""
         self.gate.settle()
 
-    def release(self) -> None:
-        """Gives all weights back as ordinary memory. Graphs that are called afterwards raise WrapError."""
+    def release(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Gives these weights back as ordinary memory. Graphs that are called with them afterwards raise WrapError.
+
+        The door closes with its last weight.
+        """
         with self.engine.lock:
-            move_out(self.gate.pairs())
-            self._closer()
+            self.gate.release(parameters)
+            if not self.gate.living_weights():
+                self._closer()
 
     def capture(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Returns what runs the graph, once its weights are at home.
@@ -171,36 +177,43 @@ class Door:
                 return [(weight,) for weight in weights]
             return [tuple(step.reads) for step in cut.steps if step.reads]
 
-        tenants = self.adopt(names, parameters, steps)
+        new = [parameter for parameter in parameters if self.gate.lodger(parameter) is None]
+        lodgers = self.adopt(names, parameters, steps)
         weight_of: list[int | None] = [None] * len(example_inputs)
-        for number, tenant in zip(positions, tenants, strict=True):
-            weight_of[number] = tenant.weight
-        runner = self.backend.capture(module, example_inputs, weight_of)
-        return DoorRunner(self, runner or module.forward, positions, names, tenants)
+        for number, lodger in zip(positions, lodgers, strict=True):
+            weight_of[number] = lodger.weight
+        try:
+            runner = self.backend.capture(module, example_inputs, weight_of)
+        except BaseException:
+            self.gate.release(new)
+            raise
+        return DoorRunner(self, runner or module.forward, positions, names, [lodger.weight for lodger in lodgers])
 
     def adopt(
         self,
         names: Sequence[str],
         parameters: Sequence[torch.nn.Parameter],
         steps: Callable[[Sequence[int]], Sequence[tuple[int, ...]]],
-    ) -> list[Tenant]:
-        """Brings those of the parameters home that are not there yet; returns all of them as tenants.
+    ) -> list[Lodger]:
+        """Brings those of the parameters home that are not there yet; returns what is known of all of them.
 
         Args:
             names: of the parameters, for people.
             parameters: each once.
-            steps: given the weight that each of them is (or will be), returns the weights that steps read together.
+            steps: given the weight that each of them is (or will be), returns the weights that steps read together, or
+                raises WrapError.
 
         Raises:
             BudgetError: the budget cannot hold a step.
             StorageError: the swap file cannot take the weights.
             WrapError: a weight cannot be streamed. In every case all is left as it was.
         """
-        new = [(n, p) for n, p in zip(names, parameters, strict=True) if id(p) not in self._tenants]
+        new = [(n, p) for n, p in zip(names, parameters, strict=True) if self.gate.lodger(p) is None]
         if new:
             with torch.no_grad(), self.engine.lock:
                 self._bring_home(new, parameters, steps)
-        return [self._tenants[id(parameter)] for parameter in parameters]
+        found = [self.gate.lodger(parameter) for parameter in parameters]
+        return [lodger for lodger in found if lodger is not None]
 
     def _bring_home(
         self,
@@ -213,7 +226,7 @@ class Door:
         known = self.engine.homes
         taken = {home.name for home in known.homes}
         found: dict[object, OwnedWeight] = {}
-        tenant_weights: dict[int, int] = {}
+        weight_of: dict[int, int] = {}
         joined: dict[object, list[torch.nn.Parameter]] = {}
         for name, parameter in new:
             check_streamable(name, parameter)
@@ -231,7 +244,7 @@ class Door:
                         f"weight {name!r} is part of the memory of {known.homes[at_home].name!r}; give it its own "
                         "(clone it), or make them one Parameter"
                     )
-                tenant_weights[id(parameter)] = at_home
+                weight_of[id(parameter)] = at_home
                 continue
             if identity not in found:
                 unique = _unique(name, taken)
@@ -241,7 +254,13 @@ class Door:
         owned = list(found.values())
         check_overlap(owned)
         for weight, identity in enumerate(found, len(known)):
-            tenant_weights |= {id(parameter): weight for parameter in joined[identity]}
+            weight_of |= {id(parameter): weight for parameter in joined[identity]}
+
+        for parameter in parameters:
+            if (lodger := self.gate.lodger(parameter)) is not None:
+                weight_of[id(parameter)] = lodger.weight
+        # May refuse them.
+        expected = steps([weight_of[id(parameter)] for parameter in parameters])
 
         homes: list[Home] = []
         file = None
@@ -250,8 +269,6 @@ class Door:
             file, homes = write_homes(owned, self._storage.swap)
             try:
                 machine = measure_machine(homes, self._storage.files, self.config.io_threads)
-                weight_of = {key: tenant.weight for key, tenant in self._tenants.items()} | tenant_weights
-                expected = steps([weight_of[id(parameter)] for parameter in parameters])
                 check_budget(self.config.budget_bytes, [*known.homes, *homes], machine, 0, expected)
             except BaseException:
                 self._storage.swap.shrink(size_before)
@@ -267,9 +284,7 @@ class Door:
         for weight, identity in enumerate(found):
             for parameter in joined[identity]:
                 parameter.data = homes[weight].tensor
-        moved = [(parameter, tenant_weights[id(parameter)]) for _, parameter in new]
-        tenants = self.gate.adopt(homes, file, moved)
-        self._tenants |= {id(tenant.parameter): tenant for tenant in tenants}
+        self.gate.adopt(homes, file, [(parameter, weight_of[id(parameter)]) for _, parameter in new])
         self.backend.learn_sizes()
 
 
@@ -281,7 +296,7 @@ class DoorRunner:
         runner: runs the graph: for the weights it was captured with if it knows steps, else for any.
         positions: of the weights among the arguments.
         names: of the weights.
-        tenants: the weights it was captured with.
+        weights: that it was captured with.
     """
 
     def __init__(
@@ -290,54 +305,72 @@ class DoorRunner:
         runner: Callable[..., Any],
         positions: Sequence[int],
         names: Sequence[str],
-        tenants: Sequence[Tenant],
+        weights: Sequence[int],
     ) -> None:
         self._door = door
         self._runner = runner
         self._positions = positions
         self._names = names
-        self._tenants = tenants
-        # Parameters are held by the door, so that their ids stay theirs.
-        self._known = {tuple(id(tenant.parameter) for tenant in tenants): (runner, tenants)}
+        self._weights = tuple(weights)
+        self._numbers = itertools.count(1)
+        self._known = {self._weights: runner}
 
     def __call__(self, *args: Any) -> Any:
+        gate = self._door.gate
         if self._door.engine.closed:
             raise WrapError(_UNWRAPPED)
-        key = tuple(id(args[position]) for position in self._positions)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = self._renumbered(args)
-        runner, tenants = known
-        return self._door.gate.run_part((id(self), key), tenants, runner, args)
-
-    def _renumbered(self, args: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Tenant]]:
-        """Returns the graph for the other weights that it is given now."""
-        door, runner = self._door, self._runner
         parameters = [args[position] for position in self._positions]
+        lodgers = [lodger for parameter in parameters if (lodger := gate.lodger(parameter)) is not None]
+        if len(lodgers) < len(parameters):
+            lodgers = self._adopt(parameters)
+        weights = tuple([lodger.weight for lodger in lodgers])
+        runner = self._known.get(weights)
+        if runner is None:
+            runner = self._renumbered(weights)
+        tenants = [
+            Tenant(parameter, lodger.home, lodger.address, lodger.weight)
+            for parameter, lodger in zip(parameters, lodgers, strict=True)
+        ]
+        return gate.run_part((id(self), weights), tenants, runner, args)
+
+    def _adopt(self, parameters: Sequence[Any]) -> list[Lodger]:
+        """Returns the other weights that the graph is given now, once they are at home."""
         if not all(map(_is_weight, parameters)):
             raise WrapError(
                 f"the graph that reads {self._names[0]!r} was captured with Parameters and is called without: "
                 "torch._dynamo.reset(), then call the model again"
             )
-        before = [tenant.weight for tenant in self._tenants]
+        if any(map(self._door.gate.was_released, parameters)):
+            raise WrapError(_UNWRAPPED)
 
         def steps(weights: Sequence[int]) -> list[tuple[int, ...]]:
-            if not isinstance(runner, GraphRunner):
+            if not isinstance(self._runner, GraphRunner):
                 return [(weight,) for weight in weights]
-            now = dict(zip(before, weights, strict=True))
-            return [tuple(now[weight] for weight in step.reads) for step in runner.graph.steps if step.reads]
+            now = self._replaced(weights)
+            return [tuple(now[weight] for weight in step.reads) for step in self._runner.graph.steps if step.reads]
 
-        tenants = door.adopt(self._names, parameters, steps)
-        if not isinstance(runner, GraphRunner):
-            return runner, tenants
-        now = [tenant.weight for tenant in tenants]
-        pairs = set(zip(before, now, strict=True))
-        if len(pairs) != len(set(before)) or len(pairs) != len(set(now)):
+        return self._door.adopt(self._names, parameters, steps)
+
+    def _renumbered(self, weights: tuple[int, ...]) -> Callable[..., Any]:
+        """Returns what runs the graph for these weights."""
+        living = self._door.gate.living_weights()
+        for known in [known for known in self._known if known != self._weights and not living.issuperset(known)]:
+            del self._known[known]  # for a model that is gone
+        runner = self._runner
+        if isinstance(runner, GraphRunner):
+            runner = self._door.backend.renumbered(runner, f"@{next(self._numbers)}", self._replaced(weights))
+        self._known[weights] = runner
+        return runner
+
+    def _replaced(self, weights: Sequence[int]) -> dict[int, int]:
+        """Returns which of these takes the place of each weight that the graph was captured with."""
+        pairs = set(zip(self._weights, weights, strict=True))
+        if len(pairs) != len(set(self._weights)) or len(pairs) != len(set(weights)):
             raise WrapError(
                 f"the graph that reads {self._names[0]!r} was captured where other weights were tied than in this "
                 "model: make tied weights one Parameter, or compile with other options"
             )
-        return door.backend.renumbered(runner, f"@{len(self._known)}", dict(pairs)), tenants
+        return dict(pairs)
 
 
 class _MachineOnceKnown:

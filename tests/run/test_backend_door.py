@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import nn
 
 import mball
 from mball.api import _state_of
-from mball.backend_door import find_door, mball_backend
+from mball.backend_door import DoorRunner, find_door, mball_backend
 from mball.errors import AutogradError, WrapError
 from tests.run.door import Tied, X, backend, call, compiled, is_installed, options, three_layers
 from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes
@@ -325,3 +327,114 @@ def test_torch_knows_the_name(tmp_path: Path) -> None:
     for _ in range(2):
         assert_same(run(model, lambda m: m(ids(1, 4)).logits), run(plain, lambda m: m(ids(1, 4)).logits))
     assert_streamed(model)
+
+
+# -- models that go ------------------------------------------------------------------------------------------------
+
+
+def compiled_model(seed: int, directory: Path, **settings: Any) -> tuple[nn.Module, nn.Module]:
+    """Returns a model as it is, and the same one compiled; all of them with equal options, so with one budget."""
+    plain, model = make(Tied, seed), make(Tied, seed)
+    model.compile(backend=mball_backend, options=options(model, 0.6, directory, **settings))
+    return plain, model
+
+
+@pytest.mark.parametrize("how", ["eager", "inductor"])
+def test_a_model_that_is_dropped_is_freed(how: str, tmp_path: Path) -> None:
+    """Its Parameters' ids may be those of the next model's: graphs must not take those for its weights."""
+    kept_plain, kept = compiled_model(0, tmp_path, compile=how)
+    expected = run(kept, call)
+    runner = next(iter(_state_of(kept).backend.runners))
+    for seed in range(1, 5):
+        plain, model = compiled_model(seed, tmp_path, compile=how)
+        for _ in range(2):
+            torch.testing.assert_close(run(model, call), run(plain, call))
+        gone = [weakref.ref(parameter) for parameter in model.parameters()]
+        del model
+        gc.collect()
+        assert [ref() for ref in gone] == [None] * len(gone)
+        assert _state_of(kept).backend.runners == [runner]
+        assert len(_state_of(kept).gate.living_weights()) == len(list(kept.parameters()))
+    assert_same(run(kept, call), expected)
+    torch.testing.assert_close(expected, run(kept_plain, call))
+
+
+def test_what_is_known_of_models_that_went_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    make_runner = DoorRunner.__init__
+    monkeypatch.setattr(DoorRunner, "__init__", lambda self, *args: made.append(self) or make_runner(self, *args))
+    _, kept = compiled_model(0, tmp_path)
+    run(kept, call)
+    for seed in range(1, 5):
+        _, model = compiled_model(seed, tmp_path)
+        run(model, call)
+        assert len(made) == 1
+        assert len(made[0]._known) == 2  # of the first model, and of this one
+        del model
+        gc.collect()
+
+
+def test_unwrap_leaves_models_that_share_the_budget_alone(tmp_path: Path) -> None:
+    models = [compiled_model(seed, tmp_path) for seed in range(3)]
+    for plain, model in models:
+        assert_same(run(model, call), run(plain, call))
+    (first_plain, first), (second_plain, second) = models[:2]
+    mball.unwrap(first)
+    del models[2], plain, model
+    gc.collect()
+    assert_same(run(first, call), run(first_plain, call))
+    for _ in range(2):
+        assert_same(run(second, call), run(second_plain, call))
+    report = assert_streamed_among_others(second)
+    assert report.weights_owned == len(list(second.parameters()))
+    with pytest.raises(WrapError, match="not wrapped"):
+        mball.report(first)
+    first.compile(backend=mball_backend, options=options(first, 0.6, tmp_path))
+    with pytest.raises(WrapError, match="was unwrapped"):
+        run(first, call)  # the graph is the second one's too
+    state = _state_of(second)
+    mball.unwrap(second)
+    assert state.engine.closed
+    assert_same(run(second, call), run(second_plain, call))
+
+
+def assert_streamed_among_others(model: nn.Module) -> Any:
+    report = mball.report(model)
+    assert report.bytes_read_last_pass > 0
+    assert report.in_place_bytes == 0
+    return report
+
+
+def test_a_graph_that_cannot_be_captured_leaves_weights_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no room for the graph")
+
+    plain, model = compiled(Tied, 0.6, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("mball.backend.Backend.capture", fails)
+        with pytest.raises(Exception, match="no room"):
+            run(model, call)
+        with pytest.raises(WrapError, match="not wrapped"):
+            mball.report(model)
+    torch._dynamo.reset()
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    for _ in range(2):
+        assert_same(run(model, call), run(plain, call))
+    assert_streamed(model)
+
+
+def test_weights_that_are_tied_otherwise_are_refused_and_left_alone(tmp_path: Path) -> None:
+    """Dynamo calls the first one's graph for the second, in which two Parameters share their memory."""
+    first, second = make(Shares), make(Shares)
+    with torch.no_grad():
+        first.layers[3].weight.data = first.layers[3].weight.clone()
+    expected = run(second, call)
+    addresses = [parameter.data_ptr() for parameter in second.parameters()]
+    for model in (first, second):
+        model.compile(backend=mball_backend, options=options(first, 0.75, tmp_path))
+    run(first, call)
+    with pytest.raises(WrapError, match="other weights were tied"):
+        run(second, call)
+    assert [parameter.data_ptr() for parameter in second.parameters()] == addresses
+    assert_same(run(second, lambda model: model.forward(X)), expected)
