@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from mball import torch_private
-from mball.config import Config, Io
+from mball.config import Compile, Config, Io
 from mball.errors import ConfigError
 from mball.memory import CpuDevice, Device, Kind, Ledger
 from mball.plan import make_plan
@@ -93,11 +93,16 @@ class Machinery:
 
 
 def inductor_options(config: Config) -> dict[str, Any]:
-    """Returns Inductor's options, those of the mode if one is given. Raises ConfigError if that is unknown."""
+    """Returns Inductor's options, those of the mode if one is given. Raises ConfigError if it does not know them."""
+    if config.compile is not Compile.INDUCTOR:
+        return {}  # and nothing of Inductor is imported
     try:
-        return dict(config.options) or torch_private.options_of_mode(config.mode)
+        return torch_private.inductor_settings(config.mode, config.options, config.dynamic)
     except RuntimeError as error:
-        raise ConfigError(f"mode is {config.mode!r}: {error}") from error
+        # Without the list of all the hundreds that there are.
+        why = str(error).partition(", known options are")[0]
+        given = f"mode is {config.mode!r}" if config.mode else f"options are {dict(config.options)!r}"
+        raise ConfigError(f"{given}: {why}; give what torch.compile takes (torch._inductor.list_options())") from error
 
 
 def _plan(trace: Trace, budget_bytes: int, *, machine: Callable[[], Machine], fixed_bytes: int) -> Plan:

@@ -49,6 +49,7 @@ _USED = (
         "torch._functorch._aot_autograd.descriptors.PlainAOTInput",
         "finds weights in the graph of basic operators (compile='inductor')",
     ),
+    ("torch._TorchCompileInductorWrapper", "checks mode and options (compile='inductor')"),
     ("torch._guards.Source.name", "names the weights of graphs that come without their module"),
     ("torch._ops.OpOverload", "tells views and writes from reads"),
     ("torch.utils.flop_counter.flop_registry", "counts floating point operations"),
@@ -69,6 +70,8 @@ __all__ = [
     "get_call",
     "hint_of",
     "inductor_failure",
+    "inductor_settings",
+    "inner_module",
     "is_elementwise",
     "is_only_mode",
     "is_reduction",
@@ -79,10 +82,10 @@ __all__ = [
     "name_sizes",
     "no_autocast_cache",
     "numbered_symbol",
-    "options_of_mode",
     "plain_call",
     "probe",
     "set_call",
+    "source_name",
     "storage_key",
     "symbol_of",
     "symbols_of",
@@ -507,8 +510,10 @@ def inductor_failure() -> type[Exception]:
     return failure
 
 
-def options_of_mode(mode: str | None) -> dict[str, Any]:
-    """Returns the options of Inductor that a mode of torch.compile stands for. Raises RuntimeError if it is unknown."""
-    from torch._inductor import list_mode_options
+def inductor_settings(mode: str | None, options: Mapping[str, Any], dynamic: bool | None) -> dict[str, Any]:
+    """Returns the settings of Inductor that torch.compile makes of its arguments of these names.
 
-    return dict(list_mode_options(mode)) if mode else {}
+    Raises:
+        RuntimeError: the mode or an option is unknown, or an option has another type.
+    """
+    return dict(torch._TorchCompileInductorWrapper(mode, dict(options), dynamic).config)

@@ -23,16 +23,48 @@ from tests.run.harness import assert_same, assert_streamed, make, run, weight_by
 from tests.run.zoo import logits, noise
 
 
-def test_inductors_own_options_and_mode(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "name", "value"),
+    [
+        ({"options": {"epilogue-fusion": False}}, "epilogue_fusion", False),
+        ({"mode": "max-autotune"}, "max_autotune", True),
+    ],
+)
+def test_inductors_own_options_and_mode(
+    settings: dict[str, Any], name: str, value: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.config
+
+    compile_piece, seen = torch_private.compile_piece, []
+    monkeypatch.setattr(
+        torch_private,
+        "compile_piece",
+        lambda *args: seen.append(getattr(torch._inductor.config, name)) or compile_piece(*args),
+    )
+    plain, model = compiled(Tied, 2.0, tmp_path, compile="inductor", **settings)
+    torch.testing.assert_close(run(model, call), run(plain, call))
+    assert seen
+    assert set(seen) == {value}
+    assert getattr(torch._inductor.config, name) is not value
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "no such"}, "no such"),
+        ({"options": {"no_such": 1}}, "Unexpected optimization option no_such; give"),
+        ({"options": {"max_fusion_size": "large"}}, "max_fusion_size, got str should be int"),
+    ],
+)
+def test_inductor_settings_that_it_does_not_know(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     model = make(Tied)
-    for settings in ({"options": {"max_fusion_size": 1}}, {"mode": "max-autotune-no-cudagraphs"}):
-        torch._dynamo.reset()
-        chosen = options(model, 2.0, tmp_path, compile="inductor", **settings)
-        assert run(torch.compile(model, backend=mball_backend, options=chosen), call).shape == (4, 64)
-        mball.unwrap(model)
-    chosen = options(model, 2.0, tmp_path, compile="inductor", mode="no such")
-    with pytest.raises(ConfigError, match="no such"):
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    with pytest.raises(ConfigError, match=message):
+        mball.wrap(model, budget="64MiB", swap_dir=tmp_path, compile="inductor", **settings)
+    chosen = options(model, 2.0, tmp_path, compile="inductor", **settings)
+    with pytest.raises(ConfigError, match=message):
         run(torch.compile(model, backend=mball_backend, options=chosen), call)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
