@@ -23,7 +23,7 @@ from mball.errors import WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
 from mball.integrations import make_faithful
 from mball.observe.report import Report
-from mball.run.census import Census, take_census
+from mball.run.census import Census, count_weights, take_census
 from mball.run.checkpoint_match import load_buffers, match_weights
 from mball.run.doors import Gate, Wrapped, hang_door, mix_in, mix_out, mixed_class
 from mball.run.engine import Engine
@@ -261,7 +261,7 @@ def report(model: torch.nn.Module) -> Report:
         state.engine,
         link_bytes_per_s=state.machinery.machine().link.bandwidth_bytes_per_s,
         io_path=state.machinery.reader.path,
-        weights_owned=len(take_census(roots).weights),
+        weights_owned=count_weights(roots),
         graphs=len(state.backend.runners),
     )
 

@@ -76,6 +76,18 @@ def take_census(roots: Sequence[torch.nn.Module]) -> Census:
     return Census(weights=found, buffers=buffers, buffer_owners=buffer_owners)
 
 
+def count_weights(roots: Sequence[torch.nn.Module]) -> int:
+    """Returns how many distinct weights `roots` have that hold bytes, those that cannot be streamed included."""
+    found: set[object] = set()
+    for _, module in _modules(roots):
+        for parameter in module._parameters.values():
+            if parameter is None or isinstance(parameter, torch.nn.UninitializedParameter) or not parameter.numel():
+                continue
+            plain = type(parameter.data) is torch.Tensor and parameter.layout is torch.strided
+            found.add(identity_of(parameter) if plain else id(parameter))
+    return len(found)
+
+
 def _modules(roots: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
     seen: set[torch.nn.Module] = set()
     for number, root in enumerate(roots):

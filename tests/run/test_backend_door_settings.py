@@ -295,3 +295,38 @@ def test_settings_are_read_with_the_first_graph() -> None:
     model = make(StartsWithoutWeights)
     with pytest.raises(ConfigError, match="colour"):
         run(torch.compile(model, backend=mball_backend, options={"budget": "1GiB", "colour": "blue"}), call)
+
+
+# -- reports -------------------------------------------------------------------------------------------------------
+
+
+class WithOthers(nn.Module):
+    """Holds Parameters that cannot be streamed, and that no graph reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Tied()
+        self.lazy = nn.LazyLinear(4)
+        self.sparse = nn.Parameter(torch.eye(4).to_sparse())
+        memory = noise(12)
+        self.left, self.right = nn.Parameter(memory[:8]), nn.Parameter(memory[4:])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+def test_report_counts_weights_that_cannot_be_streamed(tmp_path: Path) -> None:
+    model = make(WithOthers)
+    chosen = {"budget": "64MiB", "swap_dir": str(tmp_path)}
+    whole = torch.compile(model, backend=backend(), options=chosen)
+    run(whole, call)
+    report = mball.report(whole)
+    assert report.weights_owned == report.weights_managed + 3
+
+
+def test_report_counts_graphs_and_not_what_was_renumbered(tmp_path: Path) -> None:
+    models = [make(Tied, seed) for seed in range(3)]
+    for model in models:
+        model.compile(backend=mball_backend, options=options(model, 0.6, tmp_path))
+        run(model, call)
+    assert mball.report(models[0]).graphs == 1
