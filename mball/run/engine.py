@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -77,6 +78,13 @@ class PassFacts:
     unplanned_fetches: int = 0
     steps: int = 0
     in_place_bytes: int = 0
+
+
+class PassEnd(NamedTuple):
+    """When a pass ended, in seconds of `time.perf_counter`, and the bytes of homes that were in memory then."""
+
+    time_s: float
+    touched_bytes: int
 
 
 class Engine:
@@ -222,10 +230,14 @@ class Engine:
         self._plans.clear()
         self._stale = True
 
-    def end_pass(self, ended_s: float | None = None) -> None:
-        """Ends a pass that went well, now or at `ended_s` of `time.perf_counter`."""
-        self._learn(time.perf_counter() if ended_s is None else ended_s)
+    def end_pass(self, ended: PassEnd | None = None) -> None:
+        """Ends a pass that went well, now or when `note_end` returned `ended`."""
+        self._learn(ended or self.note_end())
         self._unclear = False
+
+    def note_end(self) -> PassEnd:
+        """Returns what `end_pass` takes should the pass turn out to end here."""
+        return PassEnd(time.perf_counter(), self._touched_bytes())
 
     def recover(self) -> None:
         """Makes everything consistent after a pass that did not end well."""
@@ -242,18 +254,18 @@ class Engine:
         self._handed = ()
         self._unclear = False
 
-    def _learn(self, ended_s: float) -> None:
+    def _learn(self, ended: PassEnd) -> None:
         counters, before = self.execution.counters, self._before
         self.passes += 1
         self.last = PassFacts(
-            wall_s=ended_s - self._began_s,
+            wall_s=ended.time_s - self._began_s,
             stall_s=counters.stall_s - before.stall_s,
             bytes_read=counters.bytes_read - before.bytes_read,
             unplanned_fetches=counters.unplanned_fetches - before.unplanned_fetches,
             steps=self.last.steps,
-            in_place_bytes=self._in_place_bytes + self._touched_bytes(),
+            in_place_bytes=self._in_place_bytes + ended.touched_bytes,
         )
-        self.execution.recorder.end(ended_s)
+        self.execution.recorder.end(ended.time_s)
         if self.last.in_place_bytes:
             logger.warning(
                 "%s of weights were read in place during the pass, outside the budget: an operation that mball does "

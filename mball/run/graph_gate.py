@@ -8,7 +8,6 @@ written homes.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -18,7 +17,7 @@ import torch
 
 from mball import torch_private
 from mball.run.doors import Gate, Tenant, check_autograd, check_tenants
-from mball.run.engine import Engine
+from mball.run.engine import Engine, PassEnd
 from mball.run.homes import Home, HomeFile
 from mball.run.tenants import move_out
 
@@ -51,7 +50,7 @@ class GraphGate(Gate):
         self._released: dict[int, weakref.ref[torch.nn.Parameter]] = {}
         self._ran: Counter[Hashable] = Counter()  # what ran in the pass that is open; empty: none is
         self._first: Hashable = None
-        self._ended_s = 0.0
+        self._ended: PassEnd | None = None  # of the graph that ran last
 
     def lodger(self, parameter: object) -> Lodger | None:
         """Returns what is known of the parameter, None if it is not at a home of this gate."""
@@ -123,11 +122,12 @@ class GraphGate(Gate):
             self.mode.paused = False
             with torch_private.no_autocast_cache(), self.mode:
                 result = call(*args)
+            # Code that comes after the last graph may be anybody's.
+            self._ended = self.engine.note_end()
         except BaseException:
             self._ran.clear()
             self.engine.recover()
             raise
-        self._ended_s = time.perf_counter()
         return result
 
     def settle(self) -> None:
@@ -135,7 +135,7 @@ class GraphGate(Gate):
         with self.engine.lock:
             if self._ran and not self.engine.passing.locked():
                 self._ran.clear()
-                self.engine.end_pass(self._ended_s)
+                self.engine.end_pass(self._ended)
 
     def _follow_requires_grad_of(self, tenants: Sequence[Tenant]) -> None:
         flags = dict.fromkeys((tenant.weight for tenant in tenants), False)
@@ -149,7 +149,7 @@ class GraphGate(Gate):
     def _advance(self, part: Hashable) -> None:
         if self._ran and (part == self._first or self._ran[part] > 1):
             self._ran.clear()
-            self.engine.end_pass(self._ended_s)
+            self.engine.end_pass(self._ended)
         if self._ran:
             self.engine.continue_pass()
         else:

@@ -330,3 +330,34 @@ def test_report_counts_graphs_and_not_what_was_renumbered(tmp_path: Path) -> Non
         model.compile(backend=mball_backend, options=options(model, 0.6, tmp_path))
         run(model, call)
     assert mball.report(models[0]).graphs == 1
+
+
+@torch.compiler.disable
+def by_hand(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, layer.weight)
+
+
+class EndsWithGraph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(64, 64) for _ in range(3))
+        self.reads_by_hand = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        if self.reads_by_hand:
+            x = by_hand(self.second, x)
+        torch._dynamo.graph_break()
+        return self.third(self.second(x))
+
+
+@pytest.mark.parametrize("reads_by_hand", [False, True])
+def test_what_is_read_after_a_pass_is_not_charged_to_it(reads_by_hand: bool, tmp_path: Path) -> None:
+    _, model = compiled(EndsWithGraph, 0.8, tmp_path)
+    model.reads_by_hand = reads_by_hand
+    for _ in range(3):
+        run(model, call)
+    for parameter in model.parameters():
+        parameter.sum()
+    assert (mball.report(model).in_place_bytes > 0) == reads_by_hand
