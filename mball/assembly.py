@@ -97,12 +97,15 @@ def inductor_options(config: Config) -> dict[str, Any]:
     if config.compile is not Compile.INDUCTOR:
         return {}  # and nothing of Inductor is imported
     try:
-        return torch_private.inductor_settings(config.mode, config.options, config.dynamic)
+        settings = torch_private.inductor_settings(config.mode, config.options, config.dynamic)
     except RuntimeError as error:
         # Without the list of all the hundreds that there are.
         why = str(error).partition(", known options are")[0]
         given = f"mode is {config.mode!r}" if config.mode else f"options are {dict(config.options)!r}"
         raise ConfigError(f"{given}: {why}; give what torch.compile takes (torch._inductor.list_options())") from error
+    if settings.get("freezing"):
+        raise ConfigError("options say freezing, which makes weights constants that cannot be streamed: leave it out")
+    return settings
 
 
 def _plan(trace: Trace, budget_bytes: int, *, machine: Callable[[], Machine], fixed_bytes: int) -> Plan:

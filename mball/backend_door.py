@@ -71,6 +71,12 @@ def mball_backend(
         adapt_device: for tests.
     """
     try:
+        if frozen := [name for name, value in module.named_parameters() if _is_weight(value)]:
+            raise ConfigError(
+                f"a graph came with {len(frozen)} weights as its constants ({frozen[0]!r}), which cannot be streamed: "
+                "set torch._inductor.config.freezing = False (or leave TORCHINDUCTOR_FREEZING out), and "
+                "torch._dynamo.config.prepare_freezing and inline_inbuilt_nn_modules as they are by default"
+            )
         parameters = [value for value in example_inputs if _is_weight(value)]
         if not parameters:
             return _as_it_is(module, example_inputs, options, mode)

@@ -398,6 +398,7 @@ def compile_call(
     the calling thread whenever Dynamo begins to capture.
     """
     import torch._dynamo
+    import torch._inductor.config  # which the line above imports too, and no more of it
     from torch._dynamo.callback import callback_handler
 
     compiled = torch.compile(call, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
@@ -414,7 +415,7 @@ def compile_call(
             _capture.active, running.here = faithful, True
             # Here and not once for all: `torch._dynamo.reset()` removes what is registered.
             callback_handler.register_start_callback(started)
-            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            with _weights_as_arguments(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
                 return compiled(*args, **kwargs)
         finally:
             with contextlib.suppress(ValueError):
@@ -422,6 +423,17 @@ def compile_call(
             _capture.active, running.here = before
 
     return run
+
+
+@contextmanager
+def _weights_as_arguments() -> Iterator[None]:
+    """Keeps Dynamo from putting weights into graphs as constants, which it does where Inductor is to freeze them."""
+    frozen, prepared = torch._inductor.config.freezing, torch._dynamo.config.prepare_freezing
+    if not frozen and not prepared:
+        yield
+        return
+    with torch._inductor.config.patch(freezing=False), torch._dynamo.config.patch(prepare_freezing=False):
+        yield
 
 
 def compile_graph(

@@ -53,6 +53,7 @@ def test_inductors_own_options_and_mode(
     [
         ({"mode": "no such"}, "no such"),
         ({"options": {"no_such": 1}}, "Unexpected optimization option no_such; give"),
+        ({"options": {"freezing": True}}, "options say freezing"),
         ({"options": {"max_fusion_size": "large"}}, "max_fusion_size, got str should be int"),
     ],
 )
@@ -232,6 +233,22 @@ def test_everything_is_given_back(tmp_path: Path) -> None:
     assert threading.active_count() == threads
     assert open_files() <= files
     assert not mapped()
+
+
+def test_weights_that_are_constants_of_graphs(tmp_path: Path) -> None:
+    import torch._inductor.config
+
+    plain, wrapped, model = (make(Tied) for _ in range(3))
+    budget = int(weight_bytes(wrapped) * 0.6)
+    mball.wrap(wrapped, budget=budget, swap_dir=tmp_path)
+    with torch._inductor.config.patch(freezing=True):
+        for _ in range(2):
+            assert_same(run(wrapped, call), run(plain, call))
+        assert_streamed(wrapped)
+        for each in (wrapped, model):
+            within = torch.compile(lambda x, each=each: each(x), backend=mball_backend, options={"budget": budget})
+            with pytest.raises(ConfigError, match="9 weights as its constants"):
+                run(each, lambda _, within=within: within(X))
 
 
 # -- graphs without weights ----------------------------------------------------------------------------------------
