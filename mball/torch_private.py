@@ -78,8 +78,8 @@ __all__ = [
     "is_size",
     "is_subclass",
     "kind_of",
+    "known_of",
     "missing_for_capture",
-    "name_sizes",
     "no_autocast_cache",
     "numbered_symbol",
     "plain_call",
@@ -240,13 +240,30 @@ def is_size(value: Any) -> bool:
 
 
 def symbols_of(value: Any) -> dict[Any, Any]:
-    """Returns the symbols that this fake value is made of, in order, each with the range it may have."""
+    """Returns the symbols that this fake value is made of, in order, each with the ShapeEnv that knows it."""
     found: dict[Any, Any] = {}
     for size in _sizes_of(value):
         if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             for symbol in sorted(size.node.expr.free_symbols, key=str):
-                found[symbol] = size.node.shape_env.var_to_range.get(symbol)
+                found[symbol] = size.node.shape_env
     return found
+
+
+def known_of(symbols: Mapping[Any, Any], names: Mapping[Any, Any]) -> Hashable:
+    """Returns what a compiler may take for granted of symbols, in order, under these names: ranges and relations.
+
+    Args:
+        symbols: as `symbols_of` returns them.
+        names: for each of them the one to use.
+    """
+    ranges = tuple(str(shape_env.var_to_range.get(symbol)) for symbol, shape_env in symbols.items())
+    relations = {
+        str(relation.xreplace(names))
+        for shape_env in {id(shape_env): shape_env for shape_env in symbols.values()}.values()
+        for relation in shape_env.get_axioms()
+        if relation.free_symbols and relation.free_symbols <= names.keys()
+    }
+    return ranges, tuple(sorted(relations))
 
 
 def numbered_symbol(number: int) -> Any:
@@ -276,8 +293,10 @@ def _sizes_of(value: Any) -> list[Any]:
 
 
 def hint_of(value: Any) -> int:
-    """Returns the value that a symbolic int had while tracing, or the int itself."""
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+    """Returns the value that a symbolic int had while tracing, 0 if that depended on data; or the int itself."""
+    if isinstance(value, torch.SymInt):
+        return int(value.node.hint) if value.node.hint is not None else 0
+    return int(value)
 
 
 def is_elementwise(node: torch.fx.Node) -> bool:
@@ -289,28 +308,6 @@ def is_reduction(node: torch.fx.Node) -> bool:
     """Returns whether the operator reduces; Inductor reads its argument in the loop that makes it."""
     reduction = getattr(torch.Tag, "reduction", None)
     return reduction is not None and reduction in getattr(node.target, "tags", ())
-
-
-def name_sizes(graph: torch.fx.Graph) -> dict[Any, torch.fx.Node]:
-    """Returns for each symbol that an argument's size is made of the node that is its value.
-
-    Where no argument is the symbol itself, a node that asks a tensor for it is added after the arguments.
-    """
-    placeholders = graph.find_nodes(op="placeholder")
-    found = {
-        value.node.expr: node
-        for node in placeholders
-        if isinstance(value := example_value(node), torch.SymInt) and value.node.expr.is_Symbol
-    }
-    for node in placeholders:
-        tensor = example_value(node)
-        for dimension, size in enumerate(tensor.shape if isinstance(tensor, torch.Tensor) else ()):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.expr not in found:
-                with graph.inserting_after(placeholders[-1]):
-                    asked = graph.call_function(torch.ops.aten.sym_size.int, (node, dimension))
-                asked.meta["val"] = size
-                found[size.node.expr] = asked
-    return found
 
 
 def takes_part_of_tuple(node: torch.fx.Node) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,15 +28,11 @@ class Compiled:
     """A graph whose steps are compiled.
 
     Attributes:
-        cut: the graph of basic operators, cut.
-        arguments: for each of its placeholders the position among the arguments of Dynamo's graph.
         flops: of each step, for the sizes that were traced.
         num_pieces: different pieces, so many were compiled.
     """
 
     driver: Driver
-    cut: Cut
-    arguments: tuple[int, ...]
     flops: tuple[int, ...]
     num_pieces: int
 
@@ -70,17 +66,13 @@ def compile_steps(
         arguments = _arguments(name, graph)
         weights = [weight_of[argument] for argument in arguments]
         settle(graph.graph)
-        sizes = torch_private.name_sizes(graph.graph)
-
         cut = choose_cut(lambda grouping: Cut(name, graph, weights, grouping), arguments)
-        pieces = take_apart(cut, sizes)
+        pieces = take_apart(cut)
         compiled = _compile_pieces(pieces, cut, settings)
         driver = _build_driver(cut, pieces, compiled)
         made.append(
             Compiled(
                 driver=driver,
-                cut=cut,
-                arguments=arguments,
                 flops=tuple(sum(map(torch_private.count_node_flops, step.nodes)) for step in cut.steps),
                 num_pieces=len({piece.key for piece in pieces}),
             )
@@ -96,9 +88,7 @@ def compile_steps(
         relay.hooks = hooks
         return call(*args)
 
-    return Compiled(
-        driver=drive, cut=found.cut, arguments=found.arguments, flops=found.flops, num_pieces=found.num_pieces
-    )
+    return replace(found, driver=drive)
 
 
 class _Relay:

@@ -81,8 +81,9 @@ def _after_its_parts(node: Node) -> Node:
     return node
 
 
-def take_apart(cut: Cut, sizes: Mapping[Any, Node]) -> list[Piece]:
-    """Returns a piece for each step of `cut`, whose graph is settled; `sizes` are the nodes that symbols are."""
+def take_apart(cut: Cut) -> list[Piece]:
+    """Returns a piece for each step of `cut`, whose graph is settled."""
+    sizes = _sizes_by_symbol(cut.module.graph)
     step_of = {node: number for number, step in enumerate(cut.steps) for node in step.nodes}
     return [_Builder(cut, step_of, sizes, number).piece() for number in range(len(cut.steps))]
 
@@ -97,9 +98,22 @@ def is_made_again(node: Node) -> bool:
     )
 
 
+def _sizes_by_symbol(graph: torch.fx.Graph) -> dict[Any, Node]:
+    """Returns for each symbol the node that is its value: an argument, or a number that is taken from a tensor."""
+    found: dict[Any, Node] = {}
+    for node in graph.nodes:
+        value = torch_private.example_value(node)
+        if isinstance(value, torch.SymInt) and not is_made_again(node):
+            symbol = torch_private.symbol_of(value)
+            if symbol.is_Symbol:
+                found.setdefault(symbol, node)
+    return found
+
+
 class _Builder:
     def __init__(self, cut: Cut, step_of: dict[Node, int], sizes: Mapping[Any, Node], number: int) -> None:
         self.cut, self.step_of, self.sizes, self.number = cut, step_of, sizes, number
+        self.named = set(sizes.values())
         self.step = cut.steps[number]
         self.graph = torch.fx.Graph()
         self.env: dict[Node, Node] = {}
@@ -131,7 +145,11 @@ class _Builder:
         )
 
     def _is_needed_later(self, node: Node) -> bool:
-        return any(self.step_of.get(user) != self.number for user in node.users)
+        """Returns whether `node` is used outside this step, perhaps only by what is made again there, or in a shape."""
+        return node in self.named or any(
+            self.step_of.get(user) != self.number or (is_made_again(user) and self._is_needed_later(user))
+            for user in node.users
+        )
 
     def _inputs(self) -> list[Node]:
         """Returns what comes from outside, in the order of first use, and the sizes that shapes are made of."""
@@ -153,11 +171,11 @@ class _Builder:
             symbols.update(torch_private.symbols_of(torch_private.example_value(node)))
             for argument in node.all_input_nodes:
                 visit(argument)
-        for number, (symbol, known_range) in enumerate(symbols.items()):
+        for number, symbol in enumerate(symbols):
             self.names[symbol] = torch_private.numbered_symbol(number)
-            self.kinds.append(str(known_range))
             if symbol in self.sizes and self.step_of.get(self.sizes[symbol]) != self.number:
                 inputs[self.sizes[symbol]] = None
+        self.kinds.append(torch_private.known_of(symbols, self.names))
         return list(inputs)
 
     def _placeholder(self, node: Node) -> None:

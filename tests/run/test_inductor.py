@@ -250,6 +250,39 @@ def test_operations_of_compiled_steps_are_known(tmp_path: Path) -> None:
         assert sum(step.flops for step in engine_of(model)._active.tape.trace.steps) == 2 * 4 * 3 * 2 * 64 * 128
 
 
+class Counts(nn.Module):
+    """Sizes that depend on data, one of them used in another step than where it is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, count: torch.Tensor) -> Any:
+        number = count.item()
+        torch._check(number >= 0)
+        torch._check(number < 7)
+        more = number + 1
+        x = self.first(x)
+        x = self.second(x) * more
+        rows = x.new_ones(more, 64)
+        return self.third(rows) + x.sum(), more
+
+
+def test_sizes_that_depend_on_data(tmp_path: Path) -> None:
+    plain = make(Counts)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        streamed, resident = wrap_both(Counts, 0.9, tmp_path, fullgraph=True)
+        for number in (2, 5, 0):
+            x, count = noise(8, 64, seed=number), torch.tensor(number)
+            got = run(streamed, lambda m, x=x, count=count: m(x, count))
+            assert_same(got, run(resident, lambda m, x=x, count=count: m(x, count)))
+            expected, more = run(plain, lambda m, x=x, count=count: m(x, count))
+            assert got[1] == more
+            torch.testing.assert_close(got[0], expected)
+    assert_streamed(streamed)
+    assert set(steps_compiled(streamed)) == {3}
+
+
 class Positions(nn.Module):
     """Returns a view of a weight, of a size that is computed."""
 
@@ -274,6 +307,34 @@ def test_a_view_of_a_weight_of_a_computed_size_is_returned(tmp_path: Path) -> No
         assert_same(got[1], make(Positions).table[: rows + 1].detach())
     assert_streamed(streamed)
     assert max(steps_compiled(streamed)) > 1
+
+
+class Halves(nn.Module):
+    """Equal layers; the sizes of the second one are known to be even."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, even: torch.Tensor, other: torch.Tensor) -> list[torch.Tensor]:
+        torch._check(even.shape[0] % 2 == 0)
+        fixed = torch.ones(3, 64)
+        return [layer(x) for layer, x in zip(self.layers, (fixed, even, other), strict=True)]
+
+
+def test_layers_of_which_other_things_are_known_are_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    compile_piece = torch_private.compile_piece
+    monkeypatch.setattr(torch_private, "compile_piece", lambda *args: compiled.append(args) or compile_piece(*args))
+    model, plain = make(Halves), make(Halves)
+    wrap_hostile(
+        model, weight_bytes(model), swap_dir=tmp_path, compile="inductor", step_bytes=64 * 65 * 4, dynamic=True
+    )
+    for even, other in ((4, 7), (6, 9)):
+        inputs = noise(even, 64), noise(other, 64)
+        torch.testing.assert_close(run(model, lambda m, xs=inputs: m(*xs)), run(plain, lambda m, xs=inputs: m(*xs)))
+    assert steps_compiled(model) == [3]
+    assert len(compiled) == 3
 
 
 def test_recompiles_only_where_torch_compile_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
