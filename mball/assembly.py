@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,23 +67,25 @@ class Machinery:
         adapt_device: AdaptDevice = lambda device: device,
     ) -> Self:
         """Starts an engine over these homes; see there. If that fails nothing of it is left but `storage`."""
-        reader = ThreadedReader(storage.files, num_threads=config.io_threads)
-        try:
+        with contextlib.ExitStack() as undo:
+            reader = ThreadedReader(storage.files, num_threads=config.io_threads)
+            undo.callback(reader.close)
             device = adapt_device(CpuDevice(reader))
+            undo.callback(device.close)
+            arena = device.arena(config.budget_bytes)
+            undo.callback(arena.close)
             ledger = Ledger(config.budget_bytes)
             ledger.set(Kind.BUFFERS, fixed_bytes)
             engine = Engine(
                 homes=homes,
-                execution=Execution(device, device.arena(config.budget_bytes), homes),
+                execution=Execution(device, arena, homes),
                 ledger=ledger,
                 plan=functools.partial(_plan, machine=machine, fixed_bytes=fixed_bytes),
                 fixed_bytes=fixed_bytes,
                 expected=expected,
                 verify_files=verify_files,
             )
-        except BaseException:
-            reader.close()
-            raise
+            undo.pop_all()
         return cls(engine=engine, machine=machine, reader=reader, device=device, files=storage.files)
 
     def close(self) -> None:
