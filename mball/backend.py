@@ -1,7 +1,7 @@
 """The torch.compile backend: turns each graph that Dynamo captures into steps that the engine runs.
 
-[Note: two ways] A graph's steps run as Dynamo captured them, or compiled by Inductor. A model that fits the budget is
-compiled in one piece.
+[Note: two ways] A graph's steps run as Dynamo captured them, or compiled by Inductor. Without `step_bytes` a model that
+fits the budget is compiled in one piece; for the door of torch.compile that is what came of it so far.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mball import torch_private
 from mball.memory.mapping import PrivateMapping
 from mball.schema import Extent, Weight
 from mball.storage.swapfile import SwapFile
@@ -178,7 +179,7 @@ class Homes:
         self.homes += homes
         self.requires_grad += [False] * len(homes)
         for index, home in enumerate(homes, start):
-            self.weight_of_storage[home.tensor.untyped_storage()._cdata] = index
+            self.weight_of_storage[torch_private.storage_key(home.tensor)] = index
         for file in files:
             self.files.append(file)
             self._file_of.setdefault(file.name, file)
