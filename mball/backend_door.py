@@ -191,7 +191,7 @@ class Door:
         try:
             runner = self.backend.capture(module, example_inputs, weight_of)
         except BaseException:
-            self.gate.release(new)
+            self.gate.give_back(new)
             raise
         return DoorRunner(self, runner or module.forward, positions, names, [lodger.weight for lodger in lodgers])
 

@@ -84,14 +84,23 @@ class GraphGate(Gate):
                 self._lodgers[id(parameter)] = Lodger(ref, home, home.tensor.data_ptr(), weight)
 
     def release(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Gives those of the parameters that are at home here ordinary memory with the bytes of their homes."""
+        """Gives back those of the parameters that are at home here, and remembers them until they are adopted again."""
+        with self.engine.lock:
+            for parameter in self.give_back(parameters):
+                self._released[id(parameter)] = _until_death(self._released, parameter)
+
+    def give_back(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+        """Gives those of the parameters that are at home here ordinary memory with the bytes of their homes.
+
+        Returns them.
+        """
         with self.engine.lock:
             self.settle()
             leaving = [parameter for parameter in parameters if id(parameter) in self._lodgers]
             move_out([(parameter, self._lodgers[id(parameter)].home.tensor) for parameter in leaving])
             for parameter in leaving:
                 self._lodgers.pop(id(parameter), None)
-                self._released[id(parameter)] = _until_death(self._released, parameter)
+            return leaving
 
     def run_part(self, part: Hashable, tenants: Sequence[Tenant], call: Callable[..., _R], args: Sequence[Any]) -> _R:
         """Returns `call(*args)`, as the next part of the pass that is open, or as the first of a new one.

@@ -424,6 +424,21 @@ def test_a_graph_that_cannot_be_captured_leaves_weights_alone(tmp_path: Path, mo
     assert_streamed(model)
 
 
+def test_weights_that_a_capture_gave_back_may_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no room for the graph")
+
+    _, first = compiled_model(0, tmp_path)
+    plain, second = compiled_model(1, tmp_path)
+    run(first, call)
+    with monkeypatch.context() as patched:
+        patched.setattr("mball.backend.Backend.capture", fails)
+        with pytest.raises(Exception, match="no room"):
+            run(second, lambda model: model(X[:2]))
+    for _ in range(2):
+        assert_same(run(second, call), run(plain, call))  # by the first one's graph
+
+
 def test_weights_that_are_tied_otherwise_are_refused_and_left_alone(tmp_path: Path) -> None:
     """Dynamo calls the first one's graph for the second, in which two Parameters share their memory."""
     first, second = make(Shares), make(Shares)
