@@ -242,7 +242,7 @@ def tracing(at_line: Callable[[Place], None]) -> Iterator[None]:
 
     def enter(frame: FrameType, _: str, __: object) -> Any:
         code = frame.f_code
-        return local if code.co_filename.startswith(MBALL) and code.co_name != "died" else None
+        return local if code.co_filename.startswith(MBALL) and code.co_name != "_died" else None
 
     before = sys.gettrace()
     sys.settrace(enter)

@@ -136,7 +136,13 @@ def test_workspace_is_measured_again_when_sizes_outgrow_it(tmp_path: Path) -> No
     _, model = wrapped_pieces(tmp_path)
     mball.unwrap(model)
     gauge = SaidGauge()
-    _wrap((model,), Config.of(budget="256MiB", swap_dir=tmp_path), None, {}, lambda device: SaidDevice(device, gauge))
+    _wrap(
+        (model,),
+        Config.of(budget="256MiB", swap_dir=tmp_path, capture="graphs"),
+        None,
+        {},
+        lambda device: SaidDevice(device, gauge),
+    )
 
     def rows(number: int) -> int:
         run(model, lambda m: m(noise(number, 64)))

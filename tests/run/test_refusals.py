@@ -185,12 +185,13 @@ def test_budgets_that_cannot_be_read(budget: object) -> None:
 
 def test_the_smallest_budget_is_exact(tmp_path: Path) -> None:
     page = 4096
+    settings: dict[str, Any] = {"swap_dir": tmp_path, "capture": "graphs"}
     with pytest.raises(mball.BudgetError) as caught:
-        mball.wrap(make(tied_sequential), budget=page, swap_dir=tmp_path)
+        mball.wrap(make(tied_sequential), budget=page, **settings)
     smallest = caught.value.smallest_bytes
     with pytest.raises(mball.BudgetError, match=str(smallest)):
-        mball.wrap(make(tied_sequential), budget=smallest - page, swap_dir=tmp_path)
-    model = mball.wrap(make(tied_sequential), budget=smallest, swap_dir=tmp_path)
+        mball.wrap(make(tied_sequential), budget=smallest - page, **settings)
+    model = mball.wrap(make(tied_sequential), budget=smallest, **settings)
     # The activations of this input come on top: the forward says so before anything runs, and names the sum.
     with pytest.raises(mball.BudgetError) as caught:
         run(model, call)
@@ -198,9 +199,9 @@ def test_the_smallest_budget_is_exact(tmp_path: Path) -> None:
     assert enough > smallest
     mball.unwrap(model)
     with pytest.raises(mball.BudgetError, match=str(enough)):
-        run(mball.wrap(model, budget=enough - page, swap_dir=tmp_path), call)
+        run(mball.wrap(model, budget=enough - page, **settings), call)
     mball.unwrap(model)
-    assert_same(run(mball.wrap(model, budget=enough, swap_dir=tmp_path), call), run(make(tied_sequential), call))
+    assert_same(run(mball.wrap(model, budget=enough, **settings), call), run(make(tied_sequential), call))
     assert_streamed(model)
 
 
