@@ -373,17 +373,19 @@ def _hang_doors(
             if torch_private.get_call(module) is None and any(True for _ in module.parameters()):
                 hang_door(module, gate)
         if capture is not Capture.OPERATORS:
-            tiered = capture is Capture.AUTO
-            call = torch_private.compile_call(
-                torch_private.plain_call(root),
+            plain = torch_private.plain_call(root)
+            compiled = functools.partial(
+                torch_private.compile_call,
+                plain,
                 backend,
                 before_capture=gate.engine.capture.begin,
                 faithful=config.compile is Compile.EAGER,
                 fullgraph=config.fullgraph,
-                # Many passes ran by then, and their sizes differed.
-                dynamic=True if tiered and config.dynamic is None else config.dynamic,
             )
-            if tiered:
-                call = TieredCall(gate.engine, gate.mode, torch_private.plain_call(root), call)
+            call = compiled(dynamic=config.dynamic)
+            if capture is Capture.AUTO:
+                # Where sizes differed so far a graph for one of them would soon be captured again.
+                varied = call if config.dynamic is not None else compiled(dynamic=True)
+                call = TieredCall(gate.engine, gate.mode, plain, call, varied)
             hang_door(root, gate, call)
         mix_in(root, mixed, gate)

@@ -83,7 +83,8 @@ class HostMemory:
     zeroing pages takes as long as a third of the reading.
 
     `headroom` says how many bytes may still be backed. It is asked first, because running out while
-    pages are faulted in does not fail, it gets the process killed.
+    pages are faulted in does not fail, it gets the process killed. It does not see what was granted and not
+    written yet.
     """
 
     def __init__(self, *, headroom: Callable[[], int] = facts.headroom_bytes) -> None:
@@ -131,21 +132,29 @@ class HostMemory:
         if whole_first < whole_end:
             self._advise_page_size(reservation.address + whole_first, whole_end - whole_first, libc.HUGEPAGE)
 
-        if first < end and not _populate(reservation.address + first, libc.PAGE_BYTES):
+        if first < end and not self._fault_in(reservation, first, first + libc.PAGE_BYTES):
             # Before Linux 5.14 only a write faults a page in, which is safe now that nobody else writes there.
-            touch_pages(reservation.address + first, end - first)
+            for begin in range(first, end, _POPULATE_BYTES):
+                touch_pages(reservation.address + begin, min(_POPULATE_BYTES, end - begin))
 
     def populate(self, reservation: Reservation, first: int, end: int) -> None:
         self._check(reservation, first, end)
+        self._fault_in(reservation, first, end)
+
+    def _fault_in(self, reservation: Reservation, first: int, end: int) -> bool:
+        """Faults pages in; returns False where this kernel cannot. Raises DeviceError."""
         for begin in range(first, end, _POPULATE_BYTES):
             size = min(_POPULATE_BYTES, end - begin)
             try:
-                _populate(reservation.address + begin, size)
+                libc.advise(reservation.address + begin, size, libc.POPULATE_WRITE)
             except OSError as error:
+                if error.errno == errno.EINVAL:
+                    return False
                 raise DeviceError(
                     f"cannot back {format_bytes(end - first)} ({end - first} bytes) with host memory, stopped after "
                     f"{begin - first} bytes: {_cause(error)}; lower the budget or free memory"
                 ) from error
+        return True
 
     def trim(self, reservation: Reservation, first: int, end: int) -> None:
         self._check(reservation, first, end)
@@ -192,17 +201,6 @@ class HostMemory:
             if not self._told:  # a kernel without huge pages: slower reads, the same bytes
                 self._told = True
                 _log.warning("this kernel has no transparent huge pages; reads into the arena will be slower")
-
-
-def _populate(address: int, size_bytes: int) -> bool:
-    """Faults pages in; returns False where this kernel cannot. Raises OSError."""
-    try:
-        libc.advise(address, size_bytes, libc.POPULATE_WRITE)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return False
-    return True
 
 
 def touch_pages(address: int, size_bytes: int) -> None:

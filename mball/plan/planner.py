@@ -149,7 +149,7 @@ def _best_draft(trace: Trace, machine: Machine, finest: Demand, arena_bytes: int
             for bridge in Bridge:
                 visits = find_visits(demand, residents, bridge, near_bytes)
                 # The bridges that follow bring no fewer bytes.
-                if best is not None and _read_s(demand, visits, machine) > best.cost()[0]:
+                if best is not None and _read_s(demand, visits, machine) > best.prediction.pass_s:
                     break
                 draft = draft_plan(trace, machine, demand, residents, visits, arena_bytes)
                 if draft is not None:

@@ -28,6 +28,7 @@ class LiveBytes:
 
     def __init__(self) -> None:
         self._uncounted: set[int] | None = None
+        self._counting = True
         self._kept: list[torch.Tensor] = []
         self.current = 0
         self.peak = 0
@@ -44,15 +45,15 @@ class LiveBytes:
     @contextmanager
     def without_inputs(self) -> Iterator[None]:
         """Counts no inputs while captured graphs run: what they read is in their plans."""
-        before, self._uncounted = self._uncounted, None
+        self._counting = False
         try:
             yield
         finally:
-            self._uncounted = before
+            self._counting = True
 
     def read(self, tensor: torch.Tensor, key: int) -> None:
         """Says that an operator reads the tensor, which is no weight. `key` is its storage's."""
-        if self._uncounted is not None and key not in self._uncounted:
+        if self._counting and self._uncounted is not None and key not in self._uncounted:
             self.born(tensor, key)
 
     def born(self, tensor: torch.Tensor, key: int) -> None:
@@ -80,4 +81,5 @@ class LiveBytes:
     def clear(self) -> None:
         """Forgets everything."""
         self._live.clear()
+        self._counting = True  # whatever an interrupt left
         self.current = self.peak = 0

@@ -133,7 +133,8 @@ class Engine:
         self._position = 0  # in the active tape: the segment expected next
         self._tape: list[Hashable] = []
         self.kind: Hashable = None  # of the open pass
-        self._operator_bytes: dict[Hashable, int] = {}  # as measured, by the kind of pass
+        self.captured = False  # the open pass runs graphs that account for themselves
+        self._operator_bytes: dict[tuple[Hashable, bool], int] = {}  # as measured, by the kind of pass
         self._stretch: Stretch | None = None  # of the graph that runs
         self._step = -1  # the plan step the graph is in
         self._handed: Bound = ()
@@ -186,7 +187,7 @@ class Engine:
         self._verify_files()
         self._notice_writes()
         self._in_place_bytes = 0
-        self.kind = kind
+        self.kind, self.captured = kind, False
         self._tape = []
         counters = self.execution.counters
         self._before = PassFacts(
@@ -274,7 +275,8 @@ class Engine:
             )
         peak = self.live.end_pass()
         if any(isinstance(self._segments[key], OperatorSegment) for key in self._tape):
-            self._operator_bytes[self.kind] = max(self._operator_bytes.get(self.kind, 0), _bucket(peak))
+            room = self.kind, self.captured
+            self._operator_bytes[room] = max(self._operator_bytes.get(room, 0), _bucket(peak))
         if self._tape:
             tape = tuple(self._tape)
             known = self._next.get(tape[0])
@@ -343,7 +345,7 @@ class Engine:
         key = tuple(sorted(set(weights)))
         self._operator(key, name)
         if self.live.current > self._reserve():
-            self._operator_bytes[self.kind] = _bucket(self.live.current)
+            self._operator_bytes[self.kind, self.captured] = _bucket(self.live.current)
         position = self._seek(key)
         if position is None and self._must_replan(key):
             position = self._replan(key)
@@ -389,9 +391,10 @@ class Engine:
 
     def _reserve(self) -> int:
         """Returns the bytes that are kept free for what operators outside graphs allocate."""
-        if self.kind in self._operator_bytes:
-            return self._operator_bytes[self.kind]
-        return max(self._operator_bytes.values(), default=self.ledger.budget_bytes // UNKNOWN_OPERATORS_SHARE)
+        if (self.kind, self.captured) in self._operator_bytes:
+            return self._operator_bytes[self.kind, self.captured]
+        alike = (size for (_, captured), size in self._operator_bytes.items() if captured == self.captured)
+        return max(alike, default=self.ledger.budget_bytes // UNKNOWN_OPERATORS_SHARE)
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
@@ -429,6 +432,7 @@ class Engine:
         planned = self._plans.get((predicted, reserve))
         if planned is None:
             planned = self._make(predicted, reserve, operators)
+            reserve = planned.reserve
             self._plans[predicted, reserve] = planned
         self._plans.move_to_end((predicted, reserve))
         while len(self._plans) > MAX_PLANS:
@@ -464,7 +468,7 @@ class Engine:
     def _make(self, keys: tuple[Hashable, ...], reserve: int, operators: bool) -> _Planned:
         began_s = time.perf_counter()
         segments = [self._segments[key] for key in keys]
-        tape, plan, workspace_fits = self._fit(segments, reserve)
+        tape, plan, reserve, workspace_fits = self._fit(segments, reserve)
         stretches = _stretches(tape, plan)
         positions: dict[Hashable, tuple[int, ...]] = {}
         for position, key in enumerate(keys):
@@ -480,8 +484,8 @@ class Engine:
         )
         return _Planned(tape, plan, stretches, positions, reserve, operators, workspace_fits)
 
-    def _fit(self, segments: Sequence[Segment], reserve: int) -> tuple[Tape, Plan, bool]:
-        """Returns a tape of these segments, its plan, and whether that has room for workspace.
+    def _fit(self, segments: Sequence[Segment], reserve: int) -> tuple[Tape, Plan, int, bool]:
+        """Returns a tape of these segments, its plan, what that keeps for operators, and whether for workspace too.
 
         What is only measured or guessed yields: capture first, then workspace.
         """
@@ -501,13 +505,15 @@ class Engine:
                     format_bytes(budget),
                     format_bytes(refused[-1].smallest_bytes),
                 )
-            return tape, plan, workspace
-        # Nothing is known yet of what operators allocate: keep what there is.
+            return tape, plan, reserve, workspace
+        # Nothing is known yet of what operators allocate: keep what there is, and refuse once they hold more.
         spare = budget - (refused[-1].smallest_bytes - reserve)
-        if self.kind in self._operator_bytes or not reserve or spare < 0:
+        room = self.kind, self.captured
+        if room in self._operator_bytes or not reserve or spare < 0:
             raise refused[-1]
+        self._operator_bytes[room] = spare
         tape = make_tape(name, self.weights, segments, spare, workspace=False)
-        return tape, self._plan(tape.trace, budget), False
+        return tape, self._plan(tape.trace, budget), spare, False
 
     def fits(self, segment: Segment) -> bool:
         """Returns whether a pass of this segment alone fits the budget, with what its operators allocate inside."""

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 import mball
+from mball.api import _states
 from mball.run import tiers
-from mball.run.tiers import kind_of
+from mball.run.tiers import kind_of, sizes_of
+from mball.schema import Plan, Trace
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes, wrap_hostile
 from tests.run.zoo import ZOO, generate, llama, noise, tied_sequential
 
@@ -88,12 +90,64 @@ def test_settings_that_need_graphs_capture_at_once(tmp_path: Path) -> None:
         assert mball.report(model).graphs == graphs, settings
 
 
+@pytest.mark.usefixtures("captured_after")
+def test_sizes_that_never_differed_are_fixed_in_the_graph(tmp_path: Path) -> None:
+    for rows, dynamic in (((5, 5, 5, 5), False), ((5, 6, 7, 5), True)):
+        model = make(small_sequential)
+        wrap_hostile(model, weight_bytes(model) * 4, swap_dir=tmp_path, capture="auto")
+        for number in rows:
+            run(model, lambda m, number=number: m(noise(number, 64)))
+        (runner,) = _states[model].backend.runners
+        assert bool(runner.graph.traced_values()) == dynamic
+
+
+@pytest.mark.usefixtures("captured_after")
+def test_graphs_that_do_not_fit_leave_the_model_to_its_operators(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    model, plain = make(small_sequential), make(small_sequential)
+    wrap_hostile(model, weight_bytes(model) * 4, swap_dir=tmp_path, capture="auto")
+    x = noise(2, 64)
+    for _ in range(3):
+        run(model, lambda m: m(x))
+    plan = _states[model].engine._plan
+
+    def refusing(trace: Trace, budget_bytes: int) -> Plan:
+        if any(step.graph for step in trace.steps):
+            raise mball.BudgetError("no room", budget_bytes=1, smallest_bytes=2, limited_by="a graph")
+        return plan(trace, budget_bytes)
+
+    monkeypatch.setattr(_states[model].engine, "_plan", refusing)
+    with pytest.raises(mball.BudgetError):
+        run(model, lambda m: m(x))
+    assert "operator by operator" in caplog.text
+    for _ in range(2):
+        assert_same(run(model, lambda m: m(x)), run(plain, lambda m: m(x)))
+
+
+def test_operators_that_hold_more_than_there_is_room_for_are_refused(tmp_path: Path) -> None:
+    """Nothing is known of them at first, so what the weights leave is kept for them; and no more than that."""
+    model = make(small_sequential)
+    weights = sum(-(-p.nbytes // 4096) * 4096 for p in model.parameters())
+    spare = 64 << 10
+    mball.wrap(model, budget=weights // 4 + spare, swap_dir=tmp_path, capture="operators")
+    run(model, lambda m: m(noise(8, 64)))
+    assert mball.report(model).peak_bytes <= weights // 4 + spare
+    with pytest.raises(mball.BudgetError, match="activations take"):
+        run(model, lambda m: m(noise(1024, 64)))
+
+
 def test_kinds() -> None:
     prompt, token = torch.zeros(1, 7, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
     assert kind_of((prompt,), {}) == kind_of((prompt[:, :3],), {})
     assert kind_of((prompt,), {}) != kind_of((token,), {})
     assert kind_of((prompt,), {}) != kind_of((prompt.float(),), {})
-    assert kind_of(([prompt, {"mask": token}],), {"flag": True}) == kind_of((prompt,), {"mask": token})
+    assert kind_of(([prompt, {"mask": token}],), {}) == kind_of((prompt,), {"mask": token})
+    assert kind_of((prompt,), {"flag": True}) != kind_of((prompt,), {"flag": False})
+    assert kind_of((prompt,), {"b": token, "a": prompt}) == kind_of((prompt,), {"a": prompt, "b": token})
+    assert kind_of((torch.nested.nested_tensor([token, prompt]), object(), 3), {}) == ()
+    assert len(kind_of((list(prompt.expand(100, 7)),), {})) < 20, "kinds are few, whatever is passed"
+    assert sizes_of((prompt,), {}) != sizes_of((prompt[:, :3],), {})
 
 
 def test_room_for_operators_follows_the_kind_of_call(tmp_path: Path) -> None:
