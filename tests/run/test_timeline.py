@@ -175,14 +175,18 @@ def test_a_read_across_the_end_of_a_pass_is_in_both(
         run(model, call)
     last = len(trace_and_plan(model)[1].steps) - 1
     leave, enter, read_chunk = Execution.leave, Execution.enter, _Chunk.run
+    begun = threading.Event()
 
     def gated(self: _Chunk) -> tuple[int, int]:
+        if not gate.is_set():
+            begun.set()
         assert gate.wait(60)
         return read_chunk(self)
 
     def leave_and_close(self: Execution, step: int) -> None:
         if step == last:
             self.device.synchronize()
+            begun.clear()
             gate.clear()  # what the next pass needs is asked for now, and stays under way
         leave(self, step)
 
@@ -194,6 +198,7 @@ def test_a_read_across_the_end_of_a_pass_is_in_both(
     monkeypatch.setattr(Execution, "leave", leave_and_close)
     monkeypatch.setattr(Execution, "enter", open_and_enter)
     run(model, call)
+    assert begun.wait(60)
     # The first of these two passes also finds reads that ran freely before.
     before = timeline_of(model)
     late = [read for read in before.of(Lane.READS) if read.end_s >= before.pass_s]
