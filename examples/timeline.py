@@ -18,7 +18,7 @@ def main() -> None:
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(16)))
     mball.wrap(model, budget="8MiB")
     with torch.no_grad():
-        for _ in range(4):  # captured, timed, planned with that
+        for _ in range(4):  # the order is learnt in the first, and planned with in the others
             model(torch.randn(64, WIDTH))
     print(mball.report(model))
     print("open it at https://ui.perfetto.dev:", mball.timeline(model, "timeline.json"))

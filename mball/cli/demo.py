@@ -111,7 +111,7 @@ def _comparison(wrapped: dict[str, Any], unwrapped: dict[str, Any], budget_bytes
     table.add_column("unwrapped", justify="right")
     table.add_row("weights, KV cache, activations: peak", format_bytes(wrapped["managed_peak_bytes"]), "no budget")
     table.add_row(
-        "growth of the process: peak (PSS), graph capture included",
+        "growth of the process: peak (PSS)",
         format_bytes(wrapped["peak_bytes"]),
         format_bytes(unwrapped["peak_bytes"]),
     )
@@ -158,8 +158,6 @@ class _Screen:
         self._since_s = time.perf_counter()
         if self._console.is_terminal:
             self._live.start()
-        else:
-            self._console.print("(capturing the model's graphs before the first tokens)")
         return self
 
     def __exit__(
@@ -188,7 +186,7 @@ class _Screen:
         waited_s = time.perf_counter() - self._since_s
         if waited_s < self._PATIENCE_S:
             return Group(Text(self._answer))
-        message = f"capturing a graph, {waited_s:.0f} s"
+        message = f"waiting for the next token, {waited_s:.0f} s"
         if self._messages.text:
             message += f"  ({self._messages.text})"
         self._spinner.update(text=Text(message, style="dim", no_wrap=True, overflow="ellipsis"))

@@ -112,7 +112,7 @@ def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, show: C
         "text": stream.text(),
         "token_ids": stream.token_ids,
         "first_token_s": stream.times_s[0] - start,
-        # The median leaves out the tokens that waited for a graph to be captured.
+        # The median leaves out tokens that waited for something once, such as the first plan.
         "tokens_per_s": 1 / median(gaps) if gaps else None,
         "total_s": time.perf_counter() - start,
     }
