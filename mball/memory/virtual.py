@@ -79,8 +79,8 @@ class HostMemory:
     of a backed range use small pages, and the kernel is kept from merging them: what is resident is
     what was asked for, to the page.
 
-    Pages come when they are first written. Whoever reads a file into them does that beside the compute, and
-    zeroing pages takes as long as a third of the reading.
+    Pages come when they are first written. Whoever reads a file into them does that beside the compute; zeroing
+    all of them first would keep both waiting.
 
     `headroom` says how many bytes may still be backed. It is asked first, because running out while
     pages are faulted in does not fail, it gets the process killed. It does not see what was granted and not
@@ -131,7 +131,6 @@ class HostMemory:
         whole_first, whole_end = round_up(first, libc.HUGE_PAGE_BYTES), round_down(end, libc.HUGE_PAGE_BYTES)
         if whole_first < whole_end:
             self._advise_page_size(reservation.address + whole_first, whole_end - whole_first, libc.HUGEPAGE)
-
         if first < end and not self._fault_in(reservation, first, first + libc.PAGE_BYTES):
             # Before Linux 5.14 only a write faults a page in, which is safe now that nobody else writes there.
             for begin in range(first, end, _POPULATE_BYTES):

@@ -1,17 +1,17 @@
 """Runs a model operator by operator first, and captures graphs of it once that has paid.
 
 [Note: when capture pays] Capturing is Python for every operator of the model: seconds, in which nothing is computed.
-Watching an operator as it runs takes about a hundredth of that, and nothing at all where the pass waits for reads
-anyway. So a kind of pass is captured after it ran that often without waiting: whatever comes then, waiting for the
-capture and watching together took at most twice what the better of the two would have taken alone. Both are Python, so
-their ratio is about the same on every machine.
+Watching an operator as it runs is taken to cost a hundredth of that, and nothing at all where the pass waits for reads
+anyway. So a kind of pass is captured after it ran that often without waiting: if the ratio is right, watching and
+capturing together take at most twice what the better of the two would have taken alone, whatever comes. Both are
+Python, so the ratio depends little on the machine.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from mball.run.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-# A Llama of 1.1 B parameters on two cores: 1743 operators a pass, 0.06 ms each to watch, 7 ms each to capture.
+# Assumptions, not measured here: they decide when graphs are captured, and nothing else.
 PASSES_BEFORE_CAPTURE = 100
 WATCHING_S = 60e-6
 MAX_LEAVES = 16
@@ -63,6 +63,23 @@ def _leaves(value: Any) -> list[Any]:
     return found
 
 
+@dataclass(slots=True, kw_only=True)
+class _Kind:
+    """What is known of one kind of call.
+
+    Attributes:
+        sizes: of the first one.
+        varies: whether others had other sizes.
+        passes: that did not wait for reads.
+        refused: whether its graphs did not fit the budget.
+    """
+
+    sizes: Hashable
+    varies: bool = False
+    passes: int = 0
+    refused: bool = False
+
+
 class TieredCall:
     """Calls a model plainly, or captured, as pays.
 
@@ -87,24 +104,20 @@ class TieredCall:
         self._plain = plain
         self._captured = captured
         self._captured_dynamic = captured_dynamic
-        self._passes: Counter[Hashable] = Counter()
-        self._sizes: dict[Hashable, Hashable] = {}  # of the first call of each kind
-        self._vary: set[Hashable] = set()
-        self._refused: set[Hashable] = set()
+        self._kinds: dict[Hashable, _Kind] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kind = self._engine.kind
-        if self._passes[kind] >= PASSES_BEFORE_CAPTURE and kind not in self._refused:
-            return self._run_captured(kind, args, kwargs)
         sizes = sizes_of(args, kwargs)
-        if self._sizes.setdefault(kind, sizes) != sizes:
-            self._vary.add(kind)
+        kind = self._kinds.setdefault(self._engine.kind, _Kind(sizes=sizes))
+        if kind.passes >= PASSES_BEFORE_CAPTURE and not kind.refused:
+            return self._run_captured(kind, args, kwargs)
+        kind.varies |= sizes != kind.sizes
         counters = self._engine.execution.counters
         stall_s, watched = counters.stall_s, self._mode.watched
         result = self._plain(*args, **kwargs)
         if counters.stall_s - stall_s < (self._mode.watched - watched) * WATCHING_S:
-            self._passes[kind] += 1
-            if self._passes[kind] == PASSES_BEFORE_CAPTURE:
+            kind.passes += 1
+            if kind.passes == PASSES_BEFORE_CAPTURE:
                 logger.info(
                     "%d passes did not wait for reads: from the next on such calls are captured as graphs, which takes "
                     "seconds once (capture='operators' has none captured, capture='graphs' all at once)",
@@ -112,13 +125,13 @@ class TieredCall:
                 )
         return result
 
-    def _run_captured(self, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self._captured_dynamic if kind in self._vary else self._captured
+    def _run_captured(self, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self._captured_dynamic if kind.varies else self._captured
         self._engine.captured = True
         try:
             with self._engine.live.without_inputs():
                 return call(*args, **kwargs)
         except BudgetError as error:
-            self._refused.add(kind)
+            kind.refused = True
             logger.warning("graphs need more room than operators did (%s): later calls run operator by operator", error)
             raise
