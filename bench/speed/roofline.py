@@ -46,8 +46,8 @@ def _of_workload(field: Field, kind: Kind, say: Say) -> list[Measurement]:
     sizes: dict[int, int] = {}
     for percent, contender in field.mball.items():
         # A plan settles in the first passes after another workload: costs are measured, then times, then it is made
-        # again. The gate was the first of them.
-        contender.tell("burst", kind=kind.value, warm=2 if kind is Kind.DECODE else 1, timed=1)
+        # again. The gate was the first of them; decode steps are short and get two more to be sure.
+        contender.tell("burst", kind=kind.value, warm=2 if kind is Kind.DECODE else 0, timed=1)
         reports[f"mball_{percent}"] = []
         sources[f"mball_{percent}"] = steps_of(contender, kind, burst, reports[f"mball_{percent}"])
         if percent in scale.percents:
