@@ -25,7 +25,8 @@ from mball.memory.ledger import Kind, Ledger
 from mball.run.activations import LiveBytes
 from mball.run.capture_cost import CaptureCost
 from mball.run.execution import Bound, Execution
-from mball.run.homes import PAGE_BYTES, Home, HomeFile, Homes
+from mball.run.homes import Home, HomeFile, Homes
+from mball.run.operator_room import OperatorRoom
 from mball.run.segments import OperatorSegment, Segment, Tape, make_tape
 from mball.schema import Plan, Trace
 from mball.units import format_bytes
@@ -33,8 +34,6 @@ from mball.units import format_bytes
 logger = logging.getLogger(__name__)
 
 MAX_PLANS = 32
-# What part of the budget is kept for operators whose tensors were never measured.
-UNKNOWN_OPERATORS_SHARE = 8
 # A plan that keeps less for operators takes over when this part of the budget becomes free for weights.
 WORTHWHILE_SHARE = 32
 
@@ -132,9 +131,7 @@ class Engine:
         self._active: _Planned | None = None
         self._position = 0  # in the active tape: the segment expected next
         self._tape: list[Hashable] = []
-        self.kind: Hashable = None  # of the open pass
-        self.captured = False  # the open pass runs graphs that account for themselves
-        self._operator_bytes: dict[tuple[Hashable, bool], int] = {}  # as measured, by the kind of pass
+        self.room = OperatorRoom(ledger)
         self._stretch: Stretch | None = None  # of the graph that runs
         self._step = -1  # the plan step the graph is in
         self._handed: Bound = ()
@@ -187,7 +184,7 @@ class Engine:
         self._verify_files()
         self._notice_writes()
         self._in_place_bytes = 0
-        self.kind, self.captured = kind, False
+        self.room.begin_pass(kind)
         self._tape = []
         counters = self.execution.counters
         self._before = PassFacts(
@@ -275,8 +272,7 @@ class Engine:
             )
         peak = self.live.end_pass()
         if any(isinstance(self._segments[key], OperatorSegment) for key in self._tape):
-            room = self.kind, self.captured
-            self._operator_bytes[room] = max(self._operator_bytes.get(room, 0), _bucket(peak))
+            self.room.note_peak(peak)
         if self._tape:
             tape = tuple(self._tape)
             known = self._next.get(tape[0])
@@ -344,8 +340,7 @@ class Engine:
         """
         key = tuple(sorted(set(weights)))
         self._operator(key, name)
-        if self.live.current > self._reserve():
-            self._operator_bytes[self.kind, self.captured] = _bucket(self.live.current)
+        self.room.note_live(self.live.current)
         position = self._seek(key)
         if position is None and self._must_replan(key):
             position = self._replan(key)
@@ -366,7 +361,7 @@ class Engine:
 
     def _must_replan(self, key: tuple[int, ...]) -> bool:
         active = self._active
-        if active is None or active.reserve < self._reserve() or (not self._tape and key in self._next):
+        if active is None or active.reserve < self.room.needed_bytes or (not self._tape and key in self._next):
             return True
         return self.execution.smallest_region(key) > active.plan.arena_bytes
 
@@ -389,13 +384,6 @@ class Engine:
         segment = self._segments[weights] = OperatorSegment(weights, name, time_s)
         return segment
 
-    def _reserve(self) -> int:
-        """Returns the bytes that are kept free for what operators outside graphs allocate."""
-        if (self.kind, self.captured) in self._operator_bytes:
-            return self._operator_bytes[self.kind, self.captured]
-        alike = (size for (_, captured), size in self._operator_bytes.items() if captured == self.captured)
-        return max(alike, default=self.ledger.budget_bytes // UNKNOWN_OPERATORS_SHARE)
-
     # -- plans ---------------------------------------------------------------------------------------------------
 
     def _seek(self, key: Hashable) -> int | None:
@@ -405,10 +393,10 @@ class Engine:
             return None
         keys = active.tape.segments
         position = self._position if self._position < len(keys) else 0
-        if active.has_operators and active.reserve < self._reserve():
+        if active.has_operators and active.reserve < self.room.needed_bytes:
             return None
         if not self._tape:
-            spare = active.reserve - self._reserve() if active.has_operators else 0
+            spare = active.reserve - self.room.wished_bytes if active.has_operators else 0
             if self._stale or spare > self.ledger.budget_bytes // WORTHWHILE_SHARE:
                 return None
             # A new pass: go on with the active plan only if this pass is the one it was made for.
@@ -428,13 +416,11 @@ class Engine:
         """Adopts a plan for the pass that is expected to go on with segment `key`; returns the segment's position."""
         predicted = self._predict(key)
         operators = any(isinstance(self._segments[other], OperatorSegment) for other in predicted)
-        reserve = self._reserve() if operators else 0
-        planned = self._plans.get((predicted, reserve))
-        if planned is None:
-            planned = self._make(predicted, reserve, operators)
-            reserve = planned.reserve
-            self._plans[predicted, reserve] = planned
-        self._plans.move_to_end((predicted, reserve))
+        wished = self.room.wished_bytes if operators else 0
+        planned = self._plans.get((predicted, wished))
+        if planned is None or (operators and planned.reserve < self.room.needed_bytes):
+            planned = self._plans[predicted, wished] = self._make(predicted, operators)
+        self._plans.move_to_end((predicted, wished))
         while len(self._plans) > MAX_PLANS:
             self._plans.popitem(last=False)
         plan = planned.plan
@@ -465,10 +451,10 @@ class Engine:
         alike = here < len(known) and self._segments[known[here]].family == self._segments[key].family
         return (*self._tape, key, *(known[here + 1 :] if alike else ()))
 
-    def _make(self, keys: tuple[Hashable, ...], reserve: int, operators: bool) -> _Planned:
+    def _make(self, keys: tuple[Hashable, ...], operators: bool) -> _Planned:
         began_s = time.perf_counter()
         segments = [self._segments[key] for key in keys]
-        tape, plan, reserve, workspace_fits = self._fit(segments, reserve)
+        tape, plan, reserve, workspace_fits = self._fit(segments, operators)
         stretches = _stretches(tape, plan)
         positions: dict[Hashable, tuple[int, ...]] = {}
         for position, key in enumerate(keys):
@@ -484,15 +470,18 @@ class Engine:
         )
         return _Planned(tape, plan, stretches, positions, reserve, operators, workspace_fits)
 
-    def _fit(self, segments: Sequence[Segment], reserve: int) -> tuple[Tape, Plan, int, bool]:
+    def _fit(self, segments: Sequence[Segment], operators: bool) -> tuple[Tape, Plan, int, bool]:
         """Returns a tape of these segments, its plan, what that keeps for operators, and whether for workspace too.
 
-        What is only measured or guessed yields: capture first, then workspace.
+        What is only wished for, measured or guessed yields: room to grow first, then capture, then workspace.
         """
         name, budget = f"pass of {len(segments)} segments", self.ledger.budget_bytes
-        attempts = [(budget - self.capture.share_of(budget), True), (budget, True), (budget, False)]
+        without_capture = budget - self.capture.share_of(budget)
+        needed, wished = (self.room.needed_bytes, self.room.wished_bytes) if operators else (0, 0)
+        attempts = [(wished, without_capture, True), (needed, without_capture, True)]
+        attempts += [(needed, budget, True), (needed, budget, False)]
         refused: list[BudgetError] = []
-        for limit, workspace in attempts:
+        for reserve, limit, workspace in dict.fromkeys(attempts):
             tape = make_tape(name, self.weights, segments, reserve, workspace=workspace)
             try:
                 plan = self._plan(tape.trace, limit)
@@ -507,11 +496,10 @@ class Engine:
                 )
             return tape, plan, reserve, workspace
         # Nothing is known yet of what operators allocate: keep what there is, and refuse once they hold more.
-        spare = budget - (refused[-1].smallest_bytes - reserve)
-        room = self.kind, self.captured
-        if room in self._operator_bytes or not reserve or spare < 0:
+        spare = budget - (refused[-1].smallest_bytes - needed)
+        if self.room.is_measured or not needed or spare < 0:
             raise refused[-1]
-        self._operator_bytes[room] = spare
+        self.room.settle_for(spare)
         tape = make_tape(name, self.weights, segments, spare, workspace=False)
         return tape, self._plan(tape.trace, budget), spare, False
 
@@ -551,9 +539,3 @@ def _stretches(tape: Tape, plan: Plan) -> tuple[Stretch, ...]:
         places = tuple(start + number - plan.steps[step].first for number, step in enumerate(steps))
         found.append(Stretch(steps, places))
     return tuple(found)
-
-
-def _bucket(size_bytes: int) -> int:
-    """Rounds up so that small changes do not lead to new plans: to 1/8 of the power of two below, a page at least."""
-    grain = max(PAGE_BYTES, 1 << max(size_bytes.bit_length() - 4, 0))
-    return -(-size_bytes // grain) * grain

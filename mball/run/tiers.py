@@ -108,7 +108,7 @@ class TieredCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         sizes = sizes_of(args, kwargs)
-        kind = self._kinds.setdefault(self._engine.kind, _Kind(sizes=sizes))
+        kind = self._kinds.setdefault(self._engine.room.kind, _Kind(sizes=sizes))
         if kind.passes >= PASSES_BEFORE_CAPTURE and not kind.refused:
             return self._run_captured(kind, args, kwargs)
         kind.varies |= sizes != kind.sizes
@@ -127,7 +127,7 @@ class TieredCall:
 
     def _run_captured(self, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._captured_dynamic if kind.varies else self._captured
-        self._engine.captured = True
+        self._engine.room.captured = True
         try:
             with self._engine.live.without_inputs():
                 return call(*args, **kwargs)
