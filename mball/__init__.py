@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mball.api import balloon as balloon
     from mball.api import report as report
+    from mball.api import set_budget as set_budget
     from mball.api import timeline as timeline
     from mball.api import unwrap as unwrap
     from mball.api import wrap as wrap
@@ -28,6 +29,7 @@ _HOMES = {
     "unwrap": "mball.api",
     "balloon": "mball.api",
     "report": "mball.api",
+    "set_budget": "mball.api",
     "timeline": "mball.api",
     "Config": "mball.config",
     "BudgetError": "mball.errors",
@@ -44,6 +46,7 @@ __all__ = [
     "balloon",
     "capturing",
     "report",
+    "set_budget",
     "timeline",
     "unwrap",
     "wrap",

@@ -1,4 +1,4 @@
-"""wrap, unwrap, balloon, report, timeline: the only place where the parts are put together."""
+"""wrap, unwrap, balloon, set_budget, report, timeline: the only place where the parts are put together."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mball.run.tiers import TieredCall
 from mball.schema import Plan, Trace
 from mball.snapshot import take_report, take_timeline
 from mball.storage import CheckpointIndex, TensorEntry
-from mball.units import format_bytes
+from mball.units import format_bytes, parse_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -246,6 +246,36 @@ class balloon:  # noqa: N801 - used like a function
                 return function(*args, **kwargs)
 
         return ballooned
+
+
+def set_budget(model: torch.nn.Module, budget: int | str) -> None:
+    """Changes the budget of a wrapped model between two of its calls.
+
+    Nothing is captured or compiled anew, and weights that both budgets let stay are not read again. With a smaller
+    budget memory is given back before this returns; a larger one fills as the next passes read. The peaks of
+    `mball.report` begin anew. Calls in other threads are waited for. Modules that share a budget share the new one.
+
+    Args:
+        model: the wrapped model.
+        budget: as for `mball.wrap`.
+
+    Raises:
+        ConfigError: the budget cannot be read.
+        BudgetError: it is too small for one module, or for a pass like those that ran; it names the smallest.
+        WrapError: the model is not wrapped, or this is called in the middle of one of its calls.
+        DeviceError: the device has not so much memory. In every case the budget is what it was.
+    """
+    state = _state_of(model)
+    budget_bytes = parse_bytes(budget, what="budget")
+    engine = state.engine
+    with engine.lock:
+        if engine.in_pass:
+            raise WrapError("set_budget was called in the middle of a call of the model; call it before or after")
+        state.settle()
+        machine = state.machinery.machine()
+        check_budget(budget_bytes, engine.homes.homes, machine, engine.fixed_bytes, engine.expected)
+        engine.set_budget(budget_bytes)
+    logger.info("the budget is %s now", format_bytes(budget_bytes))
 
 
 def report(model: torch.nn.Module) -> Report:

@@ -111,5 +111,7 @@ def inductor_options(config: Config) -> dict[str, Any]:
     return settings
 
 
-def _plan(trace: Trace, budget_bytes: int, *, machine: Callable[[], Machine], fixed_bytes: int) -> Plan:
-    return make_plan(trace, machine(), budget_bytes, fixed_bytes=fixed_bytes)
+def _plan(
+    trace: Trace, budget_bytes: int, previous: Plan | None, *, machine: Callable[[], Machine], fixed_bytes: int
+) -> Plan:
+    return make_plan(trace, machine(), budget_bytes, fixed_bytes=fixed_bytes, previous=previous)

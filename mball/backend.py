@@ -279,7 +279,7 @@ class Backend:
 
         def choose(cut_by: CutBy, arguments: Sequence[int]) -> Cut:
             buffers = [is_buffer[argument] for argument in arguments]
-            step_bytes = self.config.step_bytes or default_step_bytes(self.config.budget_bytes)
+            step_bytes = self.config.step_bytes or default_step_bytes(self.engine.budget_bytes)
             blocks = Blocks(names=self._names(), sizes_bytes=self._weight_bytes, step_bytes=step_bytes)
             for grouping in (Whole(), blocks) if self.config.step_bytes is None else (blocks,):
                 cut = cut_by(grouping)
@@ -318,7 +318,7 @@ class Backend:
 
     def _fits(self, graph: CapturedGraph) -> bool:
         """Returns whether all weights and what this graph needs besides fit the budget, for the sizes of this call."""
-        if sum(self._weight_bytes) > self.config.budget_bytes:
+        if sum(self._weight_bytes) > self.engine.budget_bytes:
             return False
         return self.engine.fits(GraphSegment(graph, self._weight_bytes, graph.traced_values()))
 

@@ -275,7 +275,7 @@ class Door:
             file, homes = write_homes(owned, self._storage.swap)
             try:
                 machine = measure_machine(homes, self._storage.files, self.config.io_threads)
-                check_budget(self.config.budget_bytes, [*known.homes, *homes], machine, 0, expected)
+                check_budget(self.engine.budget_bytes, [*known.homes, *homes], machine, 0, expected)
             except BaseException:
                 self._storage.swap.shrink(size_before)
                 raise
@@ -284,7 +284,7 @@ class Door:
                 "%d more weights, %s, under a budget of %s",
                 len(homes),
                 format_bytes(sum(home.span_bytes for home in homes)),
-                format_bytes(self.config.budget_bytes),
+                format_bytes(self.engine.budget_bytes),
             )
         # Nothing above changed a weight; nothing below fails.
         for weight, identity in enumerate(found):
@@ -438,9 +438,9 @@ def _wrapped_backend(
         if options:
             budget = options.get("budget")
             budget_bytes = None if budget is None else parse_bytes(budget, what="budget")
-            if options.keys() != {"budget"} or budget_bytes != backend.config.budget_bytes:
+            if options.keys() != {"budget"} or budget_bytes != backend.engine.budget_bytes:
                 raise ConfigError(
-                    f"the model is wrapped already, with a budget of {format_bytes(backend.config.budget_bytes)} and "
+                    f"the model is wrapped already, with a budget of {format_bytes(backend.engine.budget_bytes)} and "
                     "settings of its own: leave options out, or call mball.unwrap(model) first"
                 )
         return backend

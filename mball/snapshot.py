@@ -33,13 +33,13 @@ def take_report(engine: Engine, *, link_bytes_per_s: float, io_path: str, weight
     compute_s = max(last.wall_s - last.stall_s, 0.0)
     roofline_s = max(compute_s, last.bytes_read / link_bytes_per_s)
     return Report(
-        budget_bytes=engine.ledger.budget_bytes,
+        budget_bytes=engine.budget_bytes,
         peak_bytes=engine.ledger.peak_bytes,
         buffer_bytes=engine.fixed_bytes,
         activation_bytes=activations,
         arena_bytes=arena,
         capture_bytes=engine.capture.held_bytes,
-        capture_is_counted=plan is not None and plan.budget_bytes < engine.ledger.budget_bytes,
+        capture_is_counted=plan is not None and plan.budget_bytes < engine.budget_bytes,
         workspace_is_counted=engine.workspace_fits,
         weight_bytes=sum(weight.size_bytes for weight in engine.weights),
         resident_bytes=resident,

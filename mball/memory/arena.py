@@ -29,6 +29,7 @@ class Arena:
         release = partial(memory.release, self._reservation)
         self._region = Region(self._reservation.address, self._reservation.size_bytes, release, what="arena")
         self._backed_bytes = 0
+        self._reach_bytes = 0  # pages may be there up to here: more than is backed if an interrupt came at a bad time
         self._populated_bytes = 0
 
     @property
@@ -68,15 +69,25 @@ class Arena:
                 f"cannot resize the arena to {size} bytes: {self.reserved_bytes} bytes of addresses were reserved; "
                 "reserve the largest budget that will be asked for"
             )
-        if size < self._backed_bytes:
-            self._memory.trim(self._reservation, size, self._backed_bytes)
-        elif size > self._backed_bytes:
+        before = self._backed_bytes
+        if size < before or self._reach_bytes > before:
+            self._reach_bytes = max(self._reach_bytes, before)
+            # First, since Ctrl-C may come between any two lines: what is said to be there has to be there.
+            self._backed_bytes = min(before, size)
+            try:
+                self._memory.trim(self._reservation, self._backed_bytes, self._reach_bytes)
+            except DeviceError:
+                self._backed_bytes = before
+                raise
+            self._reach_bytes = self._backed_bytes
+        if size > self._backed_bytes:
+            self._reach_bytes = size
             try:
                 self._memory.back(self._reservation, self._backed_bytes, size)
             except BaseException:
                 self._memory.trim(self._reservation, self._backed_bytes, size)
                 raise
-        self._backed_bytes = size
+            self._backed_bytes = size
         self._populated_bytes = min(self._populated_bytes, size)
 
     def populate(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from mball.memory.arena import Arena
+from mball.memory.facts import addresses_are_free, machine_memory
 from mball.memory.gauge import HostGauge
 from mball.memory.virtual import HostMemory, VirtualMemory
 
@@ -72,7 +73,7 @@ class Device(Protocol):
     """Where steps run: memory, copies into it, and the order of copies and compute."""
 
     def arena(self, reserve_bytes: int) -> Arena:
-        """Makes the device's one arena, which can grow to `reserve_bytes`. The caller closes it.
+        """Makes the device's one arena, which can grow to `reserve_bytes`, or further. The caller closes it.
 
         Raises DeviceError when there are not so many addresses.
         """
@@ -131,7 +132,9 @@ class CpuDevice:
         self._memory: VirtualMemory = memory if memory is not None else HostMemory()
 
     def arena(self, reserve_bytes: int) -> Arena:
-        return Arena(self._memory, reserve_bytes)
+        # A larger budget may be set later.
+        largest_bytes = machine_memory().total_bytes if addresses_are_free() else 0
+        return Arena(self._memory, max(reserve_bytes, largest_bytes))
 
     def copy(self, reads: Sequence[ArenaRead], after: Event | None) -> Event:
         if after is not None:

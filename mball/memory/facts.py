@@ -5,6 +5,7 @@ Judge a process by its PSS or its cgroup, not by RSS: RSS counts a page once for
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mball.units import KIB
 _PROC = Path("/proc")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_NEVER_OVERCOMMIT = "2"
 _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes "no limit" as a number close to 2**63
 
 
@@ -113,6 +115,16 @@ def transparent_huge_pages(setting: Path = _HUGE_PAGES) -> str | None:
     except OSError:
         return None
     return text.partition("[")[2].partition("]")[0] or None
+
+
+def addresses_are_free(proc: Path = _PROC) -> bool:
+    """Returns whether addresses that are reserved count towards no limit."""
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return False
+    try:
+        return (proc / "sys/vm/overcommit_memory").read_text().strip() != _NEVER_OVERCOMMIT
+    except OSError:
+        return True
 
 
 def headroom_bytes() -> int:

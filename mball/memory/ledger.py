@@ -43,6 +43,23 @@ class Ledger:
         """The cap on the total."""
         return self._budget_bytes
 
+    def set_budget(self, budget_bytes: int) -> None:
+        """Sets another cap; peaks begin anew.
+
+        Raises:
+            DeviceError: more than that is taken now; nothing is changed then. Give back first.
+        """
+        with self._lock:
+            total = sum(self._current.values())
+            if total > budget_bytes:
+                raise DeviceError(
+                    f"{format_bytes(total)} ({total} bytes) are taken, so the budget cannot be {budget_bytes} bytes; "
+                    "give memory back first"
+                )
+            self._budget_bytes = budget_bytes
+            self._peak = dict(self._current)
+            self._total_peak = total
+
     def set(self, kind: Kind, num_bytes: int) -> None:
         """Enters that `kind` now takes `num_bytes` (not negative). Call it before the memory is taken.
 

@@ -1,6 +1,7 @@
 """Plans memory: pure functions from a `Trace`, a `Machine` and a budget to a `Plan`. No torch, no clock."""
 
 from mball.plan.bundles import lay_out_bundle
+from mball.plan.curve import UtilityPoint, utility_curve
 from mball.plan.planner import make_plan
 from mball.plan.simulate import Simulation, StepTiming, simulate
 from mball.plan.smallest import SmallestBudget, smallest_budget
@@ -10,9 +11,11 @@ __all__ = [
     "Simulation",
     "SmallestBudget",
     "StepTiming",
+    "UtilityPoint",
     "lay_out_bundle",
     "make_plan",
     "simulate",
     "smallest_budget",
+    "utility_curve",
     "validate",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from mball.schema import Bundle, Extent, Machine, Trace, Weight
 from mball.units import KIB, round_down, round_up
@@ -89,7 +90,23 @@ def group_weights(trace: Trace, machine: Machine, target_bytes: int) -> tuple[li
     pools = _chunk(trace, tiny, target_bytes)
     pooled = frozenset(range(len(groups), len(groups) + len(pools)))
     groups += pools + _chunk(trace, unread, target_bytes)
-    return [lay_out_bundle(group, trace, machine) for group in groups], pooled
+    return [even_bundle(group, trace, machine) for group in groups], pooled
+
+
+def even_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bundle:
+    """Returns the bundle of these weights with the same slot size for the same sizes of weights.
+
+    Weights that begin in the middle of a page may touch one page more than others. A slot with room for it can take the
+    place of any other of its kind.
+    """
+    bundle = lay_out_bundle(weights, trace, machine)
+    parts = [0] * len(bundle.extents)
+    for index in bundle.weights:
+        weight = trace.weights[index]
+        if weight.size_bytes:
+            parts[next(n for n, extent in enumerate(bundle.extents) if _holds(extent, weight))] += weight.size_bytes
+    even = sum(round_up(size, machine.page_bytes) + machine.page_bytes for size in parts)
+    return replace(bundle, size_bytes=max(bundle.size_bytes, even))
 
 
 def finest_bundles(trace: Trace, machine: Machine) -> list[Bundle]:

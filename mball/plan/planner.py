@@ -7,20 +7,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mball.errors import BudgetError, ConfigError
-from mball.plan.bundles import finest_bundles, group_weights
+from mball.plan.bundles import TINY_WEIGHT_BYTES, even_bundle, finest_bundles, group_weights, lay_out_bundle
 from mball.plan.demand import Demand
+from mball.plan.placement import keep_in_place, stack
 from mball.plan.residency import choose_residents
 from mball.plan.simulate import predict, run_passes, trace_times
 from mball.plan.slots import earliest_starts, place_visits
 from mball.plan.smallest import smallest_for
 from mball.plan.steps import Bridge, Visit, count_visits, find_visits, merge_steps
-from mball.schema import LiveRange, Machine, Placement, Plan, PlanStep, Prediction, Trace, Transfer
+from mball.schema import Bundle, LiveRange, Machine, Placement, Plan, PlanStep, Prediction, Trace, Transfer
 from mball.units import MIB, format_bytes, round_down
 
 LARGEST_TARGET_BYTES = 32 * MIB
 # A bundle of an eighth of the arena leaves room for a few in flight beside the residents.
 TARGETS_PER_ARENA = (8, 32, 128)
 POOL_DEPTHS = (1, 2, 3, 4, 6, 8)
+# A plan with other bundles than those in the arena takes over when it is faster by this factor: all that is there is
+# then read again.
+WORTH_OTHER_BUNDLES = 1.02
+# The finest slots, which take no byte too many, each have a size of their own: nothing else fits in their place.
+WORTH_ODD_SIZES = 1.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +45,15 @@ class Draft:
         return float(f"{self.prediction.pass_s:.4g}"), self.prediction.streamed_bytes, len(self.transfers)
 
 
-def make_plan(trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int = 0) -> Plan:
+def make_plan(
+    trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int = 0, previous: Plan | None = None
+) -> Plan:
     """Returns the plan that runs `trace` within `budget_bytes` in the least predicted time.
 
     Args:
         fixed_bytes: device memory that never moves (buffers); part of the budget.
+        previous: the plan whose residents are in the arena now. Its bundles are kept while no others are faster by
+            more than 2 %, and so are the places of its residents where they leave room for the others.
 
     Raises:
         BudgetError: the budget is below the smallest that works, which the error names.
@@ -67,17 +77,21 @@ def make_plan(trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes:
         )
     activation_bytes = smallest.activation_bytes
     arena_bytes = round_down(budget_bytes - fixed_bytes - activation_bytes, machine.page_bytes)
-    best = _best_draft(trace, machine, finest, arena_bytes)
+    best = _best_draft(trace, machine, finest, arena_bytes, previous)
+    residents, transfers, moved_bytes = best.residents, best.transfers, 0
+    if previous is not None:
+        residents, moved_bytes = keep_in_place(best.demand, residents, previous, arena_bytes - best.arena_bytes)
+        transfers = tuple(replace(each, offset_bytes=each.offset_bytes + moved_bytes) for each in transfers)
     return Plan(
         trace_name=trace.name,
         budget_bytes=budget_bytes,
         fixed_bytes=fixed_bytes,
         activation_bytes=activation_bytes,
-        arena_bytes=best.arena_bytes,
+        arena_bytes=best.arena_bytes + moved_bytes,
         bundles=best.demand.bundles,
         steps=best.steps,
-        residents=best.residents,
-        transfers=best.transfers,
+        residents=residents,
+        transfers=transfers,
         prediction=best.prediction,
     )
 
@@ -91,7 +105,7 @@ def draft_plan(
     arena_bytes: int,
 ) -> Draft | None:
     """Returns the better of two ring layouts for these residents and visits, or None when the visits do not fit."""
-    placements, resident_bytes = _stack(demand, residents)
+    placements, resident_bytes = stack(demand, residents)
     pool_bytes = arena_bytes - resident_bytes
     sizes = [demand.bundles[visit.bundle].size_bytes for visit in visits]
     filled = place_visits(visits, sizes, pool_bytes)
@@ -127,8 +141,47 @@ def draft_plan(
     return min(drafts, key=Draft.cost)
 
 
-def _best_draft(trace: Trace, machine: Machine, finest: Demand, arena_bytes: int) -> Draft:
-    candidates = _granularities(trace, machine, finest, arena_bytes)
+def _best_draft(trace: Trace, machine: Machine, finest: Demand, arena_bytes: int, previous: Plan | None) -> Draft:
+    candidates = _granularities(trace, machine, arena_bytes)
+    kept = None
+    if previous is not None and (demand := _demand_of(trace, machine, previous)) is not None:
+        near_bytes = max((bundle.size_bytes for bundle in demand.bundles if len(bundle.weights) > 1), default=0)
+        kept = _best_of([(demand, near_bytes)], trace, machine, arena_bytes)
+        if kept is not None and not kept.transfers:
+            return kept
+        candidates = [(other, target) for other, target in candidates if other.bundles != demand.bundles]
+    best = _best_of(candidates, trace, machine, arena_bytes)
+    odd = _best_of([(finest, 0)], trace, machine, arena_bytes)
+    if best is None:
+        best = odd
+    elif odd is not None:
+        is_faster = odd.prediction.pass_s * WORTH_ODD_SIZES < best.prediction.pass_s
+        best = odd if is_faster or (best.transfers and not odd.transfers) else best
+    if kept is not None and (best is None or kept.prediction.pass_s <= WORTH_OTHER_BUNDLES * best.prediction.pass_s):
+        best = kept
+    assert best is not None, "the finest bundles, nothing resident and no bridging fit every budget that is allowed"
+    return best
+
+
+def _demand_of(trace: Trace, machine: Machine, previous: Plan) -> Demand | None:
+    """Returns the demand under the bundles of another plan, None if they are not of these weights."""
+    bundles = previous.bundles
+    if sorted(index for bundle in bundles for index in bundle.weights) != list(range(len(trace.weights))):
+        return None
+    for bundle in bundles:
+        if bundle not in (lay_out_bundle(bundle.weights, trace, machine), even_bundle(bundle.weights, trace, machine)):
+            return None
+    pools = [number for number, bundle in enumerate(bundles) if len(bundle.weights) > 1 and _is_tiny(trace, bundle)]
+    return Demand.of(trace, bundles, frozenset(pools))
+
+
+def _is_tiny(trace: Trace, bundle: Bundle) -> bool:
+    return all(trace.weights[index].size_bytes <= TINY_WEIGHT_BYTES for index in bundle.weights)
+
+
+def _best_of(
+    candidates: Sequence[tuple[Demand, int]], trace: Trace, machine: Machine, arena_bytes: int
+) -> Draft | None:
     for demand, _ in candidates:
         everything = frozenset(demand.read_bundles())
         if demand.slot_bytes(sorted(everything)) <= arena_bytes:
@@ -155,7 +208,6 @@ def _best_draft(trace: Trace, machine: Machine, finest: Demand, arena_bytes: int
                 if draft is not None:
                     best = draft if best is None or draft.cost() < best.cost() else best
                     break
-    assert best is not None, "the finest bundles, nothing resident and no bridging fit every budget that is allowed"
     return best
 
 
@@ -163,15 +215,15 @@ def _read_s(demand: Demand, visits: Sequence[Visit], machine: Machine) -> float:
     return sum(demand.moved_bytes[visit.bundle] for visit in visits) / machine.link.bandwidth_bytes_per_s
 
 
-def _granularities(trace: Trace, machine: Machine, finest: Demand, arena_bytes: int) -> list[tuple[Demand, int]]:
-    """Returns partitions of the weights from coarse to finest, each with its target size."""
+def _granularities(trace: Trace, machine: Machine, arena_bytes: int) -> list[tuple[Demand, int]]:
+    """Returns partitions of the weights from coarse to fine, each with its target size."""
     found: list[tuple[Demand, int]] = []
     for share in TARGETS_PER_ARENA:
         target = min(LARGEST_TARGET_BYTES, arena_bytes // share)
         bundles, pooled = group_weights(trace, machine, target)
         if all(tuple(bundles) != demand.bundles for demand, _ in found):
             found.append((Demand.of(trace, bundles, pooled), target))
-    return [*found, (finest, 0)]
+    return found
 
 
 def _pool_sizes(demand: Demand, arena_bytes: int) -> Iterator[int]:
@@ -180,14 +232,6 @@ def _pool_sizes(demand: Demand, arena_bytes: int) -> Iterator[int]:
     typical, largest = statistics.median_low(sizes), sizes[-1]
     pools = {depth * size for depth in POOL_DEPTHS for size in (typical, largest)} | {arena_bytes}
     return (pool for pool in sorted(pools) if pool <= arena_bytes)
-
-
-def _stack(demand: Demand, residents: frozenset[int]) -> tuple[tuple[Placement, ...], int]:
-    placements, offset = [], 0
-    for bundle in sorted(residents):
-        placements.append(Placement(bundle=bundle, offset_bytes=offset))
-        offset += demand.bundles[bundle].size_bytes
-    return tuple(placements), offset
 
 
 def _transfers(

@@ -9,62 +9,31 @@ with the same segment. A segment that was not predicted is the moment to change 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from mball.errors import BudgetError, WrapError
+from mball.errors import WrapError
 from mball.memory.ledger import Kind, Ledger
 from mball.run.activations import LiveBytes
 from mball.run.capture_cost import CaptureCost
 from mball.run.execution import Bound, Execution
 from mball.run.homes import Home, HomeFile, Homes
 from mball.run.operator_room import OperatorRoom
-from mball.run.segments import OperatorSegment, Segment, Tape, make_tape
+from mball.run.pass_plans import PassPlan, PassPlans, Planner, Stretch
+from mball.run.segments import OperatorSegment, Segment
 from mball.schema import Plan, Trace
 from mball.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
-MAX_PLANS = 32
 # A plan that keeps less for operators takes over when this part of the budget becomes free for weights.
 WORTHWHILE_SHARE = 32
-
-# plan(trace, budget_bytes) -> Plan; raises BudgetError
-Planner = Callable[[Trace, int], Plan]
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Where a segment lies in the plan.
-
-    Attributes:
-        steps: for each of its trace steps the plan step that runs it.
-        places: for each of its trace steps where among the trace steps of that plan step it comes.
-    """
-
-    steps: tuple[int, ...]
-    places: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """A plan for a tape."""
-
-    tape: Tape
-    plan: Plan
-    stretches: tuple[Stretch, ...]
-    positions: dict[Hashable, tuple[int, ...]]
-    reserve: int
-    has_operators: bool
-    workspace_fits: bool
 
 
 @dataclass(slots=True)
@@ -122,16 +91,14 @@ class Engine:
         self.weights_read: set[int] = set()
         self.written_now: set[int] = set()
         self.weights = homes.schema()
-        self._plan = plan
         self.lock = threading.RLock()  # held throughout a pass: another thread waits for its end
         self.passing = threading.Lock()  # held while a pass is open
         self._segments: dict[Hashable, Segment] = {}
-        self._plans: OrderedDict[tuple[tuple[Hashable, ...], int], _Planned] = OrderedDict()
         self._next: dict[Hashable, tuple[Hashable, ...]] = {}
-        self._active: _Planned | None = None
+        self._active: PassPlan | None = None
         self._position = 0  # in the active tape: the segment expected next
         self._tape: list[Hashable] = []
-        self.room = OperatorRoom(ledger)
+        self.room = OperatorRoom(ledger.budget_bytes)
         self._stretch: Stretch | None = None  # of the graph that runs
         self._step = -1  # the plan step the graph is in
         self._handed: Bound = ()
@@ -139,6 +106,7 @@ class Engine:
         self._began_s = 0.0
         self._before = PassFacts()
         self.capture = CaptureCost(execution.device.gauge(), execution.arena)
+        self.plans = PassPlans(plan, self.room, self.capture, ledger.budget_bytes)
         self._in_place_bytes = 0  # read in place in this pass, and given back already
         self._unclear = False  # a pass began and did not end
         self._collecting = False  # written homes are being found
@@ -219,13 +187,58 @@ class Engine:
         self.homes.add(homes, [file])
         self.weights = self.homes.schema()
         # A plan is over all weights, the new ones included.
-        self._plans.clear()
+        self.plans.clear()
         self._active = None
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Changes the budget between two passes: what both plans keep stays, and the rest is given back at once.
+
+        `lock` is held, and no pass is open.
+
+        Raises:
+            BudgetError: a pass like those that ran does not fit; nothing was changed.
+            DeviceError: the device has not so much memory; the budget is what it was.
+        """
+        if self._unclear:
+            self.recover()
+        before = self.plans.state()
+        try:
+            self.plans.set_budget(budget_bytes)
+            known = dict.fromkeys(self._next.values())
+            if self._active is not None:
+                known[self._active.tape.keys] = None
+            made = {tape: self._planned(tape) for tape in known}
+            self._unclear = True
+            if self._active is not None:
+                self._adopt(made[self._active.tape.keys])
+            else:
+                self._give_all_back()
+            self._unclear = False
+        except BaseException:
+            self.plans.restore(before)
+            self._stale = True
+            raise
+
+    def _give_all_back(self) -> None:
+        self.execution.empty()
+        for kind in (Kind.ARENA, Kind.ACTIVATIONS, Kind.CAPTURE):
+            self.ledger.set(kind, 0)
+        self.ledger.set_budget(self.budget_bytes)
+
+    @property
+    def expected(self) -> list[tuple[int, ...]]:
+        """The weights of each operator that was expected before anything ran."""
+        return [segment.weights for segment in self._expected]
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget that plans are made for."""
+        return self.plans.budget_bytes
 
     def note_capture(self) -> None:
         """Says that a graph was captured: what that took shares the budget from now on."""
         self.capture.end()
-        self._plans.clear()
+        self.plans.clear()
         self._stale = True
 
     def end_pass(self, ended: PassEnd | None = None) -> None:
@@ -271,13 +284,13 @@ class Engine:
                 format_bytes(self.last.in_place_bytes),
             )
         peak = self.live.end_pass()
-        if any(isinstance(self._segments[key], OperatorSegment) for key in self._tape):
+        if self._has_operators(self._tape):
             self.room.note_peak(peak)
         if self._tape:
             tape = tuple(self._tape)
             known = self._next.get(tape[0])
             # Another order of operators is tolerated while it costs little: plans for each would take turns.
-            tolerated = any(isinstance(self._segments[key], OperatorSegment) for key in tape)
+            tolerated = self._has_operators(tape)
             if known is None or not tolerated or self.last.unplanned_fetches * 4 > len(tape):
                 self._next[tape[0]] = tape
 
@@ -325,8 +338,7 @@ class Engine:
     def forget_plans(self, keys: Iterable[Hashable]) -> None:
         """Says that more is known of these segments now: passes with them are planned anew when they come again."""
         forgotten = set(keys)
-        for tape, reserve in [plan for plan in self._plans if forgotten.intersection(plan[0])]:
-            del self._plans[tape, reserve]
+        self.plans.forget(forgotten)
         if self._active is not None and forgotten.intersection(self._active.tape.keys):
             self._stale = True
 
@@ -397,7 +409,7 @@ class Engine:
             return None
         if not self._tape:
             spare = active.reserve - self.room.wished_bytes if active.has_operators else 0
-            if self._stale or spare > self.ledger.budget_bytes // WORTHWHILE_SHARE:
+            if self._stale or spare > self.budget_bytes // WORTHWHILE_SHARE:
                 return None
             # A new pass: go on with the active plan only if this pass is the one it was made for.
             predicted = self._next.get(key)
@@ -415,28 +427,31 @@ class Engine:
     def _replan(self, key: Hashable) -> int:
         """Adopts a plan for the pass that is expected to go on with segment `key`; returns the segment's position."""
         predicted = self._predict(key)
-        operators = any(isinstance(self._segments[other], OperatorSegment) for other in predicted)
-        wished = self.room.wished_bytes if operators else 0
-        planned = self._plans.get((predicted, wished))
-        if planned is None or (operators and planned.reserve < self.room.needed_bytes):
-            planned = self._plans[predicted, wished] = self._make(predicted, operators)
-        self._plans.move_to_end((predicted, wished))
-        while len(self._plans) > MAX_PLANS:
-            self._plans.popitem(last=False)
-        plan = planned.plan
-        self.ledger.set(Kind.ACTIVATIONS, 0)
-        self.ledger.set(Kind.CAPTURE, 0)
-        self.ledger.set(Kind.ARENA, plan.arena_bytes)
-        self.ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
-        if plan.budget_bytes < self.ledger.budget_bytes:
-            self.ledger.set(Kind.CAPTURE, self.ledger.budget_bytes - plan.budget_bytes)
+        planned = self._planned(predicted)
+        self._adopt(planned)
+        here = len(self._tape)
+        return here if here < len(predicted) and predicted[here] == key else planned.positions[key][0]
+
+    def _planned(self, keys: tuple[Hashable, ...]) -> PassPlan:
+        return self.plans.of(self.weights, [self._segments[key] for key in keys], self.plan)
+
+    def _adopt(self, planned: PassPlan) -> None:
+        """Makes this the active plan; memory that it leaves over is given back."""
+        plan, ledger = planned.plan, self.ledger
+        if self.budget_bytes > ledger.budget_bytes:
+            ledger.set_budget(self.budget_bytes)
+        ledger.set(Kind.ACTIVATIONS, 0)
+        ledger.set(Kind.CAPTURE, 0)
+        ledger.set(Kind.ARENA, plan.arena_bytes)
+        ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
+        ledger.set(Kind.CAPTURE, self.budget_bytes - plan.budget_bytes)
         self._active = None  # until the plan is adopted whole: `recover` sees by this what an interrupt left
         self.execution.adopt(plan, [step.reads for step in planned.tape.trace.steps])
         self.execution.recorder.adopt(planned.tape.trace, plan)
         self._active = planned
         self._stale = False
-        here = len(self._tape)
-        return here if here < len(predicted) and predicted[here] == key else planned.positions[key][0]
+        if self.budget_bytes < ledger.budget_bytes:
+            ledger.set_budget(self.budget_bytes)
 
     def _predict(self, key: Hashable) -> tuple[Hashable, ...]:
         """Returns the whole pass that segment `key` is expected to belong to."""
@@ -451,66 +466,12 @@ class Engine:
         alike = here < len(known) and self._segments[known[here]].family == self._segments[key].family
         return (*self._tape, key, *(known[here + 1 :] if alike else ()))
 
-    def _make(self, keys: tuple[Hashable, ...], operators: bool) -> _Planned:
-        began_s = time.perf_counter()
-        segments = [self._segments[key] for key in keys]
-        tape, plan, reserve, workspace_fits = self._fit(segments, operators)
-        stretches = _stretches(tape, plan)
-        positions: dict[Hashable, tuple[int, ...]] = {}
-        for position, key in enumerate(keys):
-            positions[key] = (*positions.get(key, ()), position)
-        resident = sum(plan.bundles[placement.bundle].size_bytes for placement in plan.residents)
-        logger.info(
-            "planned %d steps in %.0f ms: %s of weights stay, %s are streamed each pass, %s are kept for activations",
-            len(plan.steps),
-            (time.perf_counter() - began_s) * 1e3,
-            format_bytes(resident),
-            format_bytes(plan.prediction.streamed_bytes),
-            format_bytes(plan.activation_bytes),
-        )
-        return _Planned(tape, plan, stretches, positions, reserve, operators, workspace_fits)
-
-    def _fit(self, segments: Sequence[Segment], operators: bool) -> tuple[Tape, Plan, int, bool]:
-        """Returns a tape of these segments, its plan, what that keeps for operators, and whether for workspace too.
-
-        What is only wished for, measured or guessed yields: room to grow first, then capture, then workspace.
-        """
-        name, budget = f"pass of {len(segments)} segments", self.ledger.budget_bytes
-        without_capture = budget - self.capture.share_of(budget)
-        needed, wished = (self.room.needed_bytes, self.room.wished_bytes) if operators else (0, 0)
-        attempts = [(wished, without_capture, True), (needed, without_capture, True)]
-        attempts += [(needed, budget, True), (needed, budget, False)]
-        refused: list[BudgetError] = []
-        for reserve, limit, workspace in dict.fromkeys(attempts):
-            tape = make_tape(name, self.weights, segments, reserve, workspace=workspace)
-            try:
-                plan = self._plan(tape.trace, limit)
-            except BudgetError as error:
-                refused.append(error)
-                continue
-            if not workspace:
-                logger.warning(
-                    "operators take workspace that does not fit the budget of %s: %s would hold it too; it is on top",
-                    format_bytes(budget),
-                    format_bytes(refused[-1].smallest_bytes),
-                )
-            return tape, plan, reserve, workspace
-        # Nothing is known yet of what operators allocate: keep what there is, and refuse once they hold more.
-        spare = budget - (refused[-1].smallest_bytes - needed)
-        if self.room.is_measured or not needed or spare < 0:
-            raise refused[-1]
-        self.room.settle_for(spare)
-        tape = make_tape(name, self.weights, segments, spare, workspace=False)
-        return tape, self._plan(tape.trace, budget), spare, False
+    def _has_operators(self, keys: Iterable[Hashable]) -> bool:
+        return any(isinstance(self._segments[key], OperatorSegment) for key in keys)
 
     def fits(self, segment: Segment) -> bool:
         """Returns whether a pass of this segment alone fits the budget, with what its operators allocate inside."""
-        tape = make_tape("a segment alone", self.weights, [segment], 0, workspace=True)
-        try:
-            self._plan(tape.trace, self.ledger.budget_bytes)
-        except BudgetError:
-            return False
-        return True
+        return self.plans.fits(self.weights, segment)
 
     @property
     def workspace_fits(self) -> bool:
@@ -528,14 +489,3 @@ class Engine:
             self._closed = True
             self.execution.close()
             self.homes.close()
-
-
-def _stretches(tape: Tape, plan: Plan) -> tuple[Stretch, ...]:
-    step_of = [number for number, step in enumerate(plan.steps) for _ in range(step.first, step.end)]
-    found = []
-    for start, stop in itertools.pairwise((*tape.starts, len(tape.trace.steps))):
-        steps = tuple(step_of[start:stop])
-        assert plan.steps[steps[0]].first == start, "a plan step spans two segments"
-        places = tuple(start + number - plan.steps[step].first for number, step in enumerate(steps))
-        found.append(Stretch(steps, places))
-    return tuple(found)

@@ -243,11 +243,16 @@ class Execution:
         self._cursor = -1
 
     def empty(self) -> None:
-        """Drops every bundle, and the plan: an interrupt may have left half of another. Then call `adopt`."""
+        """Drops every bundle, the plan and the arena's memory: an interrupt may have left half of another plan.
+
+        Then call `adopt`.
+        """
         for bundle in list(self._occupants):
             self._evict(bundle)
         self.plan = None
         self._bundle_of_weight = {}
+        if not self.arena.closed:
+            self.arena.resize(0)
 
     def _fetch_now(self, bundle: int, step: int) -> None:
         """Brings a bundle that no transfer brought, or that `on_demand` put where other bundles of the step belong."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from mball.memory.ledger import Ledger
 from mball.run.homes import PAGE_BYTES
 from mball.units import round_up
 
@@ -19,18 +18,26 @@ class OperatorRoom:
     """What operators were seen to need, for each kind of pass: a prompt takes other room than the tokens after it.
 
     Args:
-        ledger: the budget.
+        budget_bytes: the budget; see `set_budget`.
 
     Attributes:
         kind: of the open pass.
         captured: whether the open pass runs graphs that account for themselves.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, budget_bytes: int) -> None:
         self.kind: Hashable = None
         self.captured = False
-        self._ledger = ledger
+        self._budget_bytes = budget_bytes
         self._measured: dict[tuple[Hashable, bool], int] = {}
+        self._settled: set[tuple[Hashable, bool]] = set()  # what had to do, with nothing measured
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Says that there is another budget now. What was measured stays known."""
+        self._budget_bytes = budget_bytes
+        for room in self._settled:
+            self._measured.pop(room, None)
+        self._settled.clear()
 
     def begin_pass(self, kind: Hashable) -> None:
         """Says that a pass of this kind begins, without graphs for all that is known."""
@@ -47,16 +54,17 @@ class OperatorRoom:
         if self.is_measured:
             return self._measured[self.kind, self.captured]
         alike = (size for (_, captured), size in self._measured.items() if captured == self.captured)
-        return max(alike, default=self._ledger.budget_bytes // UNKNOWN_SHARE)
+        return max(alike, default=self._budget_bytes // UNKNOWN_SHARE)
 
     @property
     def wished_bytes(self) -> int:
         """The same with room to grow into."""
-        return round_up(self.needed_bytes, max(self._ledger.budget_bytes // GROWTH_SHARE, 1))
+        return round_up(self.needed_bytes, max(self._budget_bytes // GROWTH_SHARE, 1))
 
     def note_live(self, live_bytes: int) -> None:
         """Says that the operators of the open pass hold this much now."""
         if live_bytes > self.needed_bytes:
+            self._settled.discard((self.kind, self.captured))
             self._measured[self.kind, self.captured] = _bucket(live_bytes)
 
     def note_peak(self, peak_bytes: int) -> None:
@@ -68,6 +76,7 @@ class OperatorRoom:
         """Says that there is no more than this, and nobody knows what is needed: pass the error on when it is more."""
         assert not self.is_measured
         self._measured[self.kind, self.captured] = size_bytes
+        self._settled.add((self.kind, self.captured))
 
 
 def _bucket(size_bytes: int) -> int:

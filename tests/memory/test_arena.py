@@ -112,6 +112,53 @@ def test_failing_to_grow_leaves_the_arena_as_it_was() -> None:
     arena.close()
 
 
+class InterruptedMemory(HostMemory):
+    """Ctrl-C comes right after pages were given back, or right after they came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.armed = ""
+        self.backed: set[int] = set()
+
+    def back(self, reservation: Reservation, first: int, end: int) -> None:
+        pages = set(range(first, end, PAGE))
+        assert not pages & self.backed, "on a device pages are never put under a range that has some"
+        super().back(reservation, first, end)
+        self.backed |= pages
+        self._strike("back")
+
+    def trim(self, reservation: Reservation, first: int, end: int) -> None:
+        super().trim(reservation, first, end)
+        self.backed -= set(range(first, end, PAGE))
+        self._strike("trim")
+
+    def _strike(self, what: str) -> None:
+        if self.armed == what:
+            self.armed = ""
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("what", ["trim", "back"])
+def test_what_is_said_to_be_backed_is_backed_whenever_ctrl_c_comes(what: str) -> None:
+    memory = InterruptedMemory()
+    arena = Arena(memory, 32 * MIB)
+    arena.resize(8 * MIB)
+    arena.tensor(0, torch.uint8, (MIB,)).fill_(7)
+    for size in (MIB, 16 * MIB, 2 * MIB, 4 * MIB):
+        memory.armed = what
+        try:
+            arena.resize(size)
+        except KeyboardInterrupt:
+            assert set(range(0, arena.backed_bytes, PAGE)) <= memory.backed
+            memory.armed = ""
+            arena.resize(size)
+        memory.armed = ""
+        assert arena.backed_bytes == size
+        assert set(range(0, size, PAGE)) == memory.backed
+        assert arena.tensor(0, torch.uint8, (MIB,)).eq(7).all()
+    arena.close()
+
+
 def test_too_much_memory_is_refused_before_any_is_taken() -> None:
     arena = Arena(HostMemory(headroom=lambda: 8 * MIB), 64 * MIB)
     arena.resize(8 * MIB)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from mball.memory.ledger import Ledger
 from mball.run.operator_room import OperatorRoom
 from mball.units import KIB, MIB
 
@@ -13,7 +12,7 @@ BUDGET_BYTES = 64 * MIB
 
 @pytest.fixture
 def room() -> OperatorRoom:
-    found = OperatorRoom(Ledger(BUDGET_BYTES))
+    found = OperatorRoom(BUDGET_BYTES)
     found.begin_pass("prompt")
     return found
 
@@ -67,3 +66,14 @@ def test_what_there_is_has_to_do_until_more_is_known(room: OperatorRoom) -> None
     assert room.needed_bytes == MIB + 7
     room.note_live(MIB + 8)
     assert room.needed_bytes > MIB + 7
+
+
+def test_another_budget_forgets_what_had_to_do_and_keeps_what_was_measured(room: OperatorRoom) -> None:
+    room.settle_for(MIB)
+    room.begin_pass("token")
+    room.note_peak(2 * MIB)
+    room.set_budget(2 * BUDGET_BYTES)
+    assert room.needed_bytes == 2 * MIB
+    assert room.wished_bytes == 2 * MIB, "in 64ths of the budget"
+    room.begin_pass("prompt")
+    assert not room.is_measured

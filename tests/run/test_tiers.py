@@ -110,14 +110,14 @@ def test_graphs_that_do_not_fit_leave_the_model_to_its_operators(
     x = noise(2, 64)
     for _ in range(3):
         run(model, lambda m: m(x))
-    plan = _states[model].engine._plan
+    plan = _states[model].engine.plans._plan
 
-    def refusing(trace: Trace, budget_bytes: int) -> Plan:
+    def refusing(trace: Trace, budget_bytes: int, previous: Plan | None) -> Plan:
         if any(step.graph for step in trace.steps):
             raise mball.BudgetError("no room", budget_bytes=1, smallest_bytes=2, limited_by="a graph")
-        return plan(trace, budget_bytes)
+        return plan(trace, budget_bytes, previous)
 
-    monkeypatch.setattr(_states[model].engine, "_plan", refusing)
+    monkeypatch.setattr(_states[model].engine.plans, "_plan", refusing)
     with pytest.raises(mball.BudgetError):
         run(model, lambda m: m(x))
     assert "operator by operator" in caplog.text

@@ -1,0 +1,205 @@
+"""Plans of whole passes under the budget: each is made once, and what yields when there is too little room."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+
+from mball.errors import BudgetError
+from mball.run.capture_cost import CaptureCost
+from mball.run.operator_room import OperatorRoom
+from mball.run.segments import OperatorSegment, Segment, Tape, make_tape
+from mball.schema import Plan, Trace, Weight
+from mball.units import format_bytes
+
+logger = logging.getLogger(__name__)
+
+MAX_PLANS = 32
+
+# plan(trace, budget_bytes, previous plan) -> Plan; raises BudgetError
+Planner = Callable[[Trace, int, Plan | None], Plan]
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Where a segment lies in the plan.
+
+    Attributes:
+        steps: for each of its trace steps the plan step that runs it.
+        places: for each of its trace steps where among the trace steps of that plan step it comes.
+    """
+
+    steps: tuple[int, ...]
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """A plan for a tape.
+
+    Attributes:
+        tape: the pass.
+        plan: for its trace.
+        stretches: of each of its segments.
+        positions: where in the tape each segment comes, by its key.
+        reserve: the bytes that are kept for operators outside graphs.
+        has_operators: whether there are such operators.
+        workspace_fits: whether there is room for what operators allocate inside.
+    """
+
+    tape: Tape
+    plan: Plan
+    stretches: tuple[Stretch, ...]
+    positions: dict[Hashable, tuple[int, ...]]
+    reserve: int
+    has_operators: bool
+    workspace_fits: bool
+
+
+# By the keys of the tape and what was wished to be kept for operators.
+_Known = OrderedDict[tuple[tuple[Hashable, ...], int], PassPlan]
+
+
+class PassPlans:
+    """Makes plans, and keeps those that were made lately.
+
+    Args:
+        plan: makes plans.
+        room: what operators outside graphs need.
+        capture: what captured graphs hold.
+        budget_bytes: the budget; see `set_budget`.
+    """
+
+    def __init__(self, plan: Planner, room: OperatorRoom, capture: CaptureCost, budget_bytes: int) -> None:
+        self._plan = plan
+        self._room = room
+        self._capture = capture
+        self._budget_bytes = budget_bytes
+        self._known: _Known = OrderedDict()
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget."""
+        return self._budget_bytes
+
+    def state(self) -> tuple[int, _Known]:
+        """Returns what `restore` takes."""
+        return self._budget_bytes, self._known
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Plans for another budget from now on."""
+        self.restore((budget_bytes, OrderedDict()))
+
+    def restore(self, state: tuple[int, _Known]) -> None:
+        """Goes back to the budget and the plans that there were."""
+        self._budget_bytes, self._known = state
+        self._room.set_budget(self._budget_bytes)
+
+    def of(self, weights: tuple[Weight, ...], segments: Sequence[Segment], previous: Plan | None) -> PassPlan:
+        """Returns the plan of a pass of these segments: the one that was made before, if there still is room for it.
+
+        Args:
+            weights: all managed weights.
+            segments: in the order they run.
+            previous: the plan that is executed now.
+
+        Raises:
+            BudgetError: the pass does not fit.
+        """
+        operators = any(isinstance(segment, OperatorSegment) for segment in segments)
+        needed, wished = (self._room.needed_bytes, self._room.wished_bytes) if operators else (0, 0)
+        key = tuple(segment.key for segment in segments), wished
+        found = self._known.get(key)
+        if found is None or found.reserve < needed:
+            found = self._known[key] = self._make(weights, segments, previous, operators)
+        self._known.move_to_end(key)
+        while len(self._known) > MAX_PLANS:
+            self._known.popitem(last=False)
+        return found
+
+    def fits(self, weights: tuple[Weight, ...], segment: Segment) -> bool:
+        """Returns whether a pass of this segment alone fits, with what its operators allocate inside."""
+        tape = make_tape("a segment alone", weights, [segment], 0, workspace=True)
+        try:
+            self._plan(tape.trace, self._budget_bytes, None)
+        except BudgetError:
+            return False
+        return True
+
+    def forget(self, keys: Collection[Hashable]) -> None:
+        """Forgets the plans of passes with these segments."""
+        for tape, wished in [plan for plan in self._known if not set(plan[0]).isdisjoint(keys)]:
+            del self._known[tape, wished]
+
+    def clear(self) -> None:
+        """Forgets all plans."""
+        self._known.clear()
+
+    def _make(
+        self, weights: tuple[Weight, ...], segments: Sequence[Segment], previous: Plan | None, operators: bool
+    ) -> PassPlan:
+        began_s = time.perf_counter()
+        tape, plan, reserve, workspace_fits = self._fit(weights, segments, previous, operators)
+        positions: dict[Hashable, tuple[int, ...]] = {}
+        for position, segment in enumerate(segments):
+            positions[segment.key] = (*positions.get(segment.key, ()), position)
+        resident = sum(plan.bundles[placement.bundle].size_bytes for placement in plan.residents)
+        logger.info(
+            "planned %d steps in %.0f ms: %s of weights stay, %s are streamed each pass, %s are kept for activations",
+            len(plan.steps),
+            (time.perf_counter() - began_s) * 1e3,
+            format_bytes(resident),
+            format_bytes(plan.prediction.streamed_bytes),
+            format_bytes(plan.activation_bytes),
+        )
+        return PassPlan(tape, plan, _stretches(tape, plan), positions, reserve, operators, workspace_fits)
+
+    def _fit(
+        self, weights: tuple[Weight, ...], segments: Sequence[Segment], previous: Plan | None, operators: bool
+    ) -> tuple[Tape, Plan, int, bool]:
+        """Returns a tape of these segments, its plan, what that keeps for operators, and whether for workspace too.
+
+        What is only wished for, measured or guessed yields: room to grow first, then capture, then workspace.
+        """
+        name, budget = f"pass of {len(segments)} segments", self._budget_bytes
+        without_capture = budget - self._capture.share_of(budget)
+        needed, wished = (self._room.needed_bytes, self._room.wished_bytes) if operators else (0, 0)
+        attempts = [(wished, without_capture, True), (needed, without_capture, True)]
+        attempts += [(needed, budget, True), (needed, budget, False)]
+        refused: list[BudgetError] = []
+        for reserve, limit, workspace in dict.fromkeys(attempts):
+            tape = make_tape(name, weights, segments, reserve, workspace=workspace)
+            try:
+                plan = self._plan(tape.trace, limit, previous)
+            except BudgetError as error:
+                refused.append(error)
+                continue
+            if not workspace:
+                logger.warning(
+                    "operators take workspace that does not fit the budget of %s: %s would hold it too; it is on top",
+                    format_bytes(budget),
+                    format_bytes(refused[-1].smallest_bytes),
+                )
+            return tape, plan, reserve, workspace
+        # Nothing is known yet of what operators allocate: keep what there is, and refuse once they hold more.
+        spare = budget - (refused[-1].smallest_bytes - needed)
+        if self._room.is_measured or not needed or spare < 0:
+            raise refused[-1]
+        self._room.settle_for(spare)
+        tape = make_tape(name, weights, segments, spare, workspace=False)
+        return tape, self._plan(tape.trace, budget, previous), spare, False
+
+
+def _stretches(tape: Tape, plan: Plan) -> tuple[Stretch, ...]:
+    step_of = [number for number, step in enumerate(plan.steps) for _ in range(step.first, step.end)]
+    found = []
+    for start, stop in itertools.pairwise((*tape.starts, len(tape.trace.steps))):
+        steps = tuple(step_of[start:stop])
+        assert plan.steps[steps[0]].first == start, "a plan step spans two segments"
+        places = tuple(start + number - plan.steps[step].first for number, step in enumerate(steps))
+        found.append(Stretch(steps, places))
+    return tuple(found)
