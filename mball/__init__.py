@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mball.api import balloon as balloon
     from mball.api import report as report
+    from mball.api import save_trace as save_trace
     from mball.api import set_budget as set_budget
     from mball.api import timeline as timeline
     from mball.api import unwrap as unwrap
@@ -29,6 +30,7 @@ _HOMES = {
     "unwrap": "mball.api",
     "balloon": "mball.api",
     "report": "mball.api",
+    "save_trace": "mball.api",
     "set_budget": "mball.api",
     "timeline": "mball.api",
     "Config": "mball.config",
@@ -46,6 +48,7 @@ __all__ = [
     "balloon",
     "capturing",
     "report",
+    "save_trace",
     "set_budget",
     "timeline",
     "unwrap",

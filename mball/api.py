@@ -1,4 +1,4 @@
-"""wrap, unwrap, balloon, set_budget, report, timeline: the only place where the parts are put together."""
+"""wrap, unwrap, balloon, set_budget, report, timeline, save_trace: the only place where the parts are put together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,10 +19,11 @@ from mball.assembly import AdaptDevice, Machinery, Storage, inductor_options
 from mball.backend import Backend
 from mball.backend_door import Door, find_door
 from mball.config import Capture, Compile, Config
-from mball.errors import WrapError
+from mball.errors import ConfigError, WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
 from mball.integrations import make_faithful
 from mball.observe.report import Report
+from mball.observe.timeline import replace_file
 from mball.run.census import Census, count_weights, take_census
 from mball.run.checkpoint_match import load_buffers, match_weights
 from mball.run.doors import Gate, Wrapped, hang_door, mix_in, mix_out, mixed_class
@@ -31,7 +32,7 @@ from mball.run.home_sources import map_checkpoint, write_homes
 from mball.run.homes import Homes
 from mball.run.tenants import move_in, move_out, place_buffers
 from mball.run.tiers import TieredCall
-from mball.schema import Plan, Trace
+from mball.schema import Activation, LiveRange, Plan, Trace
 from mball.snapshot import take_report, take_timeline
 from mball.storage import CheckpointIndex, TensorEntry
 from mball.units import format_bytes, parse_bytes
@@ -251,9 +252,13 @@ class balloon:  # noqa: N801 - used like a function
 def set_budget(model: torch.nn.Module, budget: int | str) -> None:
     """Changes the budget of a wrapped model between two of its calls.
 
-    Nothing is captured or compiled anew, and weights that both budgets let stay are not read again. With a smaller
+    Nothing is captured or compiled anew, and most weights that both budgets let stay are not read again. With a smaller
     budget memory is given back before this returns; a larger one fills as the next passes read. The peaks of
     `mball.report` begin anew. Calls in other threads are waited for. Modules that share a budget share the new one.
+
+    A graph that was compiled in one piece because all of it fitted runs in steps that are not compiled while it does
+    not fit; ``step_bytes`` has it compiled in steps at once. After ``torch.compile(model, backend="mball")`` nobody
+    says where a call ends: the pass that is open is taken to end here.
 
     Args:
         model: the wrapped model.
@@ -314,6 +319,31 @@ def timeline(model: torch.nn.Module, path: str | os.PathLike[str]) -> Path:
     if taken is None:
         raise WrapError("no pass ended well yet, so there is no timeline; call the model once")
     return taken.save(path)
+
+
+def save_trace(model: torch.nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Writes what is known of the pass that ran last, as JSON, and returns `path`: ``mball plan`` plans it.
+
+    Steps with the weights they read, sizes, and what lives between them; no bytes of a weight. Times of captured graphs
+    are measured from their second run on; those of single operators are guessed from sizes, and one activation stands
+    for the room that was kept for them. Buffers are an activation that always lives.
+
+    Raises:
+        WrapError: the model is not wrapped, or nothing ran yet.
+        ConfigError: `path` does not end in ``.json``.
+        StorageError: the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix != ".json":
+        raise ConfigError(f"a trace cannot be written to {str(target)!r}: its suffix must be .json")
+    state = _state_of(model)
+    with state.engine.lock:
+        trace, _ = trace_and_plan(model)
+    if fixed_bytes := state.engine.fixed_bytes:
+        buffers = Activation(name="buffers", size_bytes=fixed_bytes, live=LiveRange(first=0, end=len(trace.steps)))
+        trace = replace(trace, activations=(*trace.activations, buffers))
+    replace_file(target, trace.to_json().encode(), "trace")
+    return target
 
 
 def trace_and_plan(model: torch.nn.Module) -> tuple[Trace, Plan]:

@@ -13,6 +13,7 @@ from mball.config import Compile, Config, Io
 from mball.errors import ConfigError
 from mball.memory import CpuDevice, Device, Kind, Ledger
 from mball.plan import make_plan
+from mball.run.correction import Correction
 from mball.run.engine import Engine
 from mball.run.execution import Execution
 from mball.run.homes import Homes
@@ -76,11 +77,13 @@ class Machinery:
             undo.callback(arena.close)
             ledger = Ledger(config.budget_bytes)
             ledger.set(Kind.BUFFERS, fixed_bytes)
+            correction = Correction(machine)
             engine = Engine(
                 homes=homes,
                 execution=Execution(device, arena, homes),
                 ledger=ledger,
-                plan=functools.partial(_plan, machine=machine, fixed_bytes=fixed_bytes),
+                plan=functools.partial(_plan, machine=correction, fixed_bytes=fixed_bytes),
+                correction=correction,
                 fixed_bytes=fixed_bytes,
                 expected=expected,
                 verify_files=verify_files,

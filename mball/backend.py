@@ -37,8 +37,16 @@ logger = logging.getLogger(__name__)
 class GraphSegment:
     """A captured graph for one range of its symbolic sizes."""
 
-    def __init__(self, graph: CapturedGraph, weight_bytes: Sequence[int], values: Mapping[Any, int]) -> None:
+    def __init__(
+        self,
+        graph: CapturedGraph,
+        weight_bytes: Sequence[int],
+        values: Mapping[Any, int],
+        *,
+        is_replaceable: bool = False,
+    ) -> None:
         self._graph = graph
+        self._is_replaceable = is_replaceable
         self._weight_bytes = weight_bytes
         self.values = values
         self._key = (graph.name, tuple(values.values()))
@@ -51,6 +59,10 @@ class GraphSegment:
     def family(self) -> Hashable:
         return self._graph.name
 
+    @property
+    def is_replaceable(self) -> bool:
+        return self._is_replaceable
+
     def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:
         return self._graph.schema_steps(self._weight_bytes, self.values, workspace=workspace)
 
@@ -62,12 +74,16 @@ class Program:
         graph: the facts of its steps.
         driver: runs them; takes `StepHooks` and the graph's arguments.
         counts_flops: whether operations are still to be counted as the steps run.
+
+    Attributes:
+        is_replaceable: whether another program runs the graph where this one does not fit.
     """
 
     def __init__(
         self, graph: CapturedGraph, driver: Driver, weight_bytes: Sequence[int], *, counts_flops: bool
     ) -> None:
         self.graph = graph
+        self.is_replaceable = False
         self._driver = driver
         self._weight_bytes = weight_bytes
         self._counts_flops = counts_flops
@@ -86,7 +102,9 @@ class Program:
         rounded = {symbol: _bucket(value) for symbol, value in values.items()}
         key = tuple(rounded.values())
         if key not in self._segments:
-            self._segments[key] = GraphSegment(self.graph, self._weight_bytes, rounded)
+            self._segments[key] = GraphSegment(
+                self.graph, self._weight_bytes, rounded, is_replaceable=self.is_replaceable
+            )
         return self._segments[key]
 
     def run(self, gate: Gate, args: Sequence[Any]) -> Any:
@@ -137,6 +155,8 @@ class GraphRunner:
 
     def __init__(self, programs: Sequence[Program], gate: Gate) -> None:
         self._programs = list(programs)
+        for program in self._programs[:-1]:
+            program.is_replaceable = True
         self._gate = gate
         self._is_new = True
         self._has_said_why = False

@@ -438,7 +438,9 @@ def _wrapped_backend(
         if options:
             budget = options.get("budget")
             budget_bytes = None if budget is None else parse_bytes(budget, what="budget")
-            if options.keys() != {"budget"} or budget_bytes != backend.engine.budget_bytes:
+            # Dynamo gives the options of the first capture for ever, whatever `set_budget` did since.
+            known = {backend.config.budget_bytes, backend.engine.budget_bytes}
+            if options.keys() != {"budget"} or budget_bytes not in known:
                 raise ConfigError(
                     f"the model is wrapped already, with a budget of {format_bytes(backend.engine.budget_bytes)} and "
                     "settings of its own: leave options out, or call mball.unwrap(model) first"

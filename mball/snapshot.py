@@ -51,6 +51,7 @@ def take_report(engine: Engine, *, link_bytes_per_s: float, io_path: str, weight
         compute_s=compute_s,
         stall_s=last.stall_s,
         roofline_s=roofline_s,
+        predicted_s=last.predicted_s,
         measured_over_roofline=last.wall_s / roofline_s if roofline_s else None,
         link_bytes_per_s=link_bytes_per_s,
         io_path=io_path,

@@ -87,8 +87,6 @@ def peers(scale: Scale, mode: Mode, say: Say) -> list[Measurement]:
             )  # fmt: skip
         for kind in references:
             burst = scale.bursts[kind]
-            for contender in capped.values():
-                contender.tell("burst", kind=kind.value, warm=1, timed=1)
             sources = {way.value: steps_of(contender, kind, burst) for way, contender in capped.items()}
             samples = interleave(sources, max(3, scale.rounds[kind] // 2), say, f"{mode.value} {kind.value}, capped")
             prefix = f"{mode.value}_{kind.value}"
@@ -122,7 +120,7 @@ def _admitted(
     say: Say,
 ) -> tuple[Contender, int]:
     """Returns a contender that passed the gate, and its cap: for a peer that dies of it, the least of a few higher."""
-    extras = (0,) if loading.way is Way.MBALL else (0, 2, 4, 8)
+    extras = (0,) if loading.way is Way.MBALL else (0, 2, 4, 8, 16)
     for extra in extras:
         forget_pages(scale.checkpoint, *([loading.offload] if loading.offload else []))
         with ExitStack() as attempt:
@@ -133,6 +131,9 @@ def _admitted(
                         gate.close(contender, kind, reference, "the uncompiled model", allowed[kind])
                     else:
                         gate.same_bits(contender, kind, reference, "the model without mball")
+                    # The steps that are timed come closer together, and may take more.
+                    burst = scale.bursts[kind]
+                    contender.tell("burst", kind=kind.value, warm=burst.warm, timed=burst.timed)
             except ContenderError as error:
                 if extra == extras[-1]:
                     raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.results import RESULTS, Measurement, Result, read_results
+from bench.results import RESULTS, Result, read_results, show
 from bench.speed.ways import Mode
 from bench.speed.workload import Kind
 from mball.errors import SchemaError
@@ -33,7 +33,7 @@ class Figures:
         found = self._by_name.get(name)
         if found is None:
             return "–"
-        spread = f" ± {_number(found, found.iqr)}" if found.num_samples > 1 and found.unit == "s" else ""
+        spread = f" ± {show(found.iqr, found.unit)}" if found.num_samples > 1 and found.unit == "s" else ""
         return f"{found.figure()}{spread}"
 
     def interval(self, name: str) -> str:
@@ -143,10 +143,6 @@ def _start(results: Sequence[Result]) -> list[str]:
             f"mode by default: {figures.show('eager_default_first_s')}."
         )
     return parts
-
-
-def _number(measurement: Measurement, value: float) -> str:
-    return f"{value * 1e3:.3g} ms" if measurement.unit == "s" else f"{value:.3g}"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

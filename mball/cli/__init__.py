@@ -1,4 +1,4 @@
-"""The command `mball`: `demo` and `doctor`."""
+"""The command `mball`: `demo`, `doctor` and `plan`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="what this machine has, lacks, and what to do about it")
     doctor.add_argument("--directory", default=".", help="where checkpoints lie: its disk is measured (default: here)")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan = commands.add_parser("plan", help="what a budget would do to a checkpoint or a trace, before anything runs")
+    plan.add_argument("source", help="a safetensors file, a checkpoint directory, or a trace (mball.save_trace)")
+    plan.add_argument("--budget", required=True, help="memory for weights and activations, such as 6GiB")
+    plan.add_argument("--bandwidth", help="bytes a second of the disk, such as 2GB (default: measured on the weights)")
+    plan.add_argument("--curve", action="store_true", help="show what other budgets would give")
+    plan.add_argument("--picture", metavar="FILE.png", help="draw memory and lanes over time (and the curve)")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args(arguments)
     try:
         # Each command loads what it needs: `--help` and the doctor must work where half of it is missing.
@@ -31,6 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from mball.cli.demo import run_demo
 
             return run_demo(budget=options.budget, prompt=options.prompt, max_new_tokens=options.max_new_tokens)
+        if options.command == "plan":
+            from mball.cli.plan import Request, run_plan
+
+            return run_plan(
+                Request(
+                    source=options.source,
+                    budget=options.budget,
+                    bandwidth=options.bandwidth,
+                    curve=options.curve,
+                    picture=options.picture,
+                    as_json=options.json,
+                )
+            )
         from mball.cli.doctor import run_doctor
 
         return run_doctor(directory=options.directory, as_json=options.json)

@@ -66,14 +66,16 @@ class Arena:
         size = round_up(num_bytes, self._memory.page_bytes)
         if not 0 <= size <= self.reserved_bytes:
             raise DeviceError(
-                f"cannot resize the arena to {size} bytes: {self.reserved_bytes} bytes of addresses were reserved; "
-                "reserve the largest budget that will be asked for"
+                f"cannot resize the arena to {size} bytes: {self.reserved_bytes} bytes of addresses were reserved, "
+                "since this machine has no more memory or limits addresses (ulimit -v, ulimit -d, "
+                "vm.overcommit_memory=2): wrap the model with the largest budget that it will get"
             )
         before = self._backed_bytes
         if size < before or self._reach_bytes > before:
             self._reach_bytes = max(self._reach_bytes, before)
             # First, since Ctrl-C may come between any two lines: what is said to be there has to be there.
             self._backed_bytes = min(before, size)
+            self._populated_bytes = min(self._populated_bytes, self._backed_bytes)
             try:
                 self._memory.trim(self._reservation, self._backed_bytes, self._reach_bytes)
             except DeviceError:

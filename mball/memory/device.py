@@ -8,9 +8,11 @@ two copies may land in any order.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from mball.errors import DeviceError
 from mball.memory.arena import Arena
 from mball.memory.facts import addresses_are_free, machine_memory
 from mball.memory.gauge import HostGauge
@@ -134,7 +136,10 @@ class CpuDevice:
     def arena(self, reserve_bytes: int) -> Arena:
         # A larger budget may be set later.
         largest_bytes = machine_memory().total_bytes if addresses_are_free() else 0
-        return Arena(self._memory, max(reserve_bytes, largest_bytes))
+        if largest_bytes > reserve_bytes:
+            with contextlib.suppress(DeviceError):
+                return Arena(self._memory, largest_bytes)
+        return Arena(self._memory, reserve_bytes)
 
     def copy(self, reads: Sequence[ArenaRead], after: Event | None) -> Event:
         if after is not None:

@@ -119,7 +119,8 @@ def transparent_huge_pages(setting: Path = _HUGE_PAGES) -> str | None:
 
 def addresses_are_free(proc: Path = _PROC) -> bool:
     """Returns whether addresses that are reserved count towards no limit."""
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    if any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits):
         return False
     try:
         return (proc / "sys/vm/overcommit_memory").read_text().strip() != _NEVER_OVERCOMMIT

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from mball.errors import DeviceError
 from mball.units import format_bytes
@@ -42,6 +43,16 @@ class Ledger:
     def budget_bytes(self) -> int:
         """The cap on the total."""
         return self._budget_bytes
+
+    def state(self) -> Any:
+        """Returns what `restore` takes."""
+        with self._lock:
+            return self._budget_bytes, dict(self._current), dict(self._peak), self._total_peak
+
+    def restore(self, state: Any) -> None:
+        """Goes back to the cap and the accounts that there were."""
+        with self._lock:
+            self._budget_bytes, self._current, self._peak, self._total_peak = state
 
     def set_budget(self, budget_bytes: int) -> None:
         """Sets another cap; peaks begin anew.

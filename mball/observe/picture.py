@@ -1,14 +1,20 @@
-"""Draws a timeline with matplotlib, which is loaded here only."""
+"""Draws timelines and plans with matplotlib, which is loaded here only."""
 
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from mball.errors import MballError
 from mball.observe.timeline import Lane, Timeline
-from mball.units import format_bytes
+from mball.units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WIDTH_INCHES, HEIGHT_INCHES, DOTS_PER_INCH = 12.0, 3.4, 150
+_MEMORY_HEIGHT_INCHES, _CURVE_HEIGHT_INCHES = 2.8, 2.8
 
 # Two shades a lane, in turn, so that spans that touch can be told apart.
 _COLORS = {
@@ -16,8 +22,28 @@ _COLORS = {
     Lane.STALLS: ("#c8373a", "#e2696b"),
     Lane.READS: ("#3f8f4f", "#7bbd87"),
 }
+_MEMORY_COLORS = ("#8a8a8a", "#3b6ea5", "#7bbd87", "#d9a441")
 _BAND = 0.8  # of each lane's height of 1
 _MARGIN = 0.03  # of the pass, shown before and after it at least; up to thrice as much where reads run there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanPicture:
+    """A plan to be drawn.
+
+    Attributes:
+        timeline: of a pass, as predicted.
+        edges_s: where steps begin (with their waits), and the end of the pass: one more than there are steps.
+        memory: by what it is for, the bytes in each step.
+        budget_bytes: the budget.
+        curve: points of the utility curve (budget in bytes, seconds of a pass); may be empty.
+    """
+
+    timeline: Timeline
+    edges_s: tuple[float, ...]
+    memory: dict[str, tuple[int, ...]]
+    budget_bytes: int
+    curve: tuple[tuple[int, float], ...] = ()
 
 
 def draw(timeline: Timeline) -> bytes:
@@ -26,17 +52,82 @@ def draw(timeline: Timeline) -> bytes:
     Raises:
         MballError: matplotlib is not installed.
     """
+    figure = _figure(HEIGHT_INCHES, "write a .json file and open it in Perfetto")
+    _draw_lanes(figure.add_subplot(), timeline)
+    return _png(figure)
+
+
+def draw_plan(picture: PlanPicture) -> bytes:
+    """Returns memory over time, the lanes below it, and the utility curve if there is one, as a PNG.
+
+    Raises:
+        MballError: matplotlib is not installed.
+    """
+    heights = [_MEMORY_HEIGHT_INCHES, HEIGHT_INCHES] + [_CURVE_HEIGHT_INCHES] * bool(picture.curve)
+    figure = _figure(sum(heights), "leave the picture out")
+    rows = figure.subplots(len(heights), 1, height_ratios=heights)
+    _draw_lanes(rows[1], picture.timeline)
+    _draw_memory(rows[0], picture)
+    rows[0].set_xlim(rows[1].get_xlim())
+    if picture.curve:
+        _draw_curve(rows[2], picture)
+    return _png(figure)
+
+
+def _figure(height_inches: float, instead: str) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MballError(
-            f"a picture of a timeline needs matplotlib ({error}): pip install 'mball[plot]', or write a .json file and "
-            "open it in Perfetto"
-        ) from error
-
+        raise MballError(f"a picture needs matplotlib ({error}): pip install 'mball[plot]', or {instead}") from error
     # A Figure of its own has no window, no global state and the Agg canvas; pyplot would bring all three.
-    figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=DOTS_PER_INCH, layout="constrained")
-    axes = figure.add_subplot()
+    return Figure(figsize=(WIDTH_INCHES, height_inches), dpi=DOTS_PER_INCH, layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_memory(axes: Axes, picture: PlanPicture) -> None:
+    edges_ms = [edge_s * 1e3 for edge_s in picture.edges_s]
+    below = [0.0] * len(edges_ms)
+    for (name, sizes), color in zip(picture.memory.items(), _MEMORY_COLORS, strict=True):
+        if not any(sizes):
+            continue
+        # The last value once more: the last step lasts until the last edge.
+        top = [under + size / MIB for under, size in zip(below, (*sizes, sizes[-1]), strict=True)]
+        label = f"{name}, up to {format_bytes(max(sizes))}"
+        axes.fill_between(edges_ms, below, top, step="post", color=color, linewidth=0, label=label)
+        below = top
+    axes.axhline(picture.budget_bytes / MIB, color="#c8373a", linewidth=1.0, label="budget")
+    axes.set_ylim(0, picture.budget_bytes / MIB * 1.08)
+    axes.set_ylabel("MiB")
+    axes.set_title(f"memory under a budget of {format_bytes(picture.budget_bytes)}", loc="left")
+    _tidy(axes)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _draw_curve(axes: Axes, picture: PlanPicture) -> None:
+    axes.plot([b / MIB for b, _ in picture.curve], [s * 1e3 for _, s in picture.curve], marker="o", color="#3b6ea5")
+    axes.axvline(picture.budget_bytes / MIB, color="#c8373a", linewidth=1.0, label="this budget")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("budget in MiB")
+    axes.set_ylabel("ms a pass")
+    axes.set_title("what more memory buys", loc="left")
+    _tidy(axes)
+    axes.grid(axis="y", color="#d8d8d8", linewidth=0.6)
+    axes.legend(frameon=False)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(axis="x", color="#d8d8d8", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _draw_lanes(axes: Axes, timeline: Timeline) -> None:
     pass_ms = timeline.pass_s * 1e3
     for place, lane in enumerate(Lane):
         rows = timeline.rows(lane)
@@ -58,10 +149,8 @@ def draw(timeline: Timeline) -> bytes:
         axes.axvline(edge_ms, color="#444444", linewidth=0.8)
     axes.set_yticks(range(len(Lane)), [_label(timeline, lane) for lane in Lane])
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#d8d8d8", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    _tidy(axes)
+    axes.spines["left"].set_visible(False)
     axes.set_xlabel("ms since the pass began (grey: before and after it)")
     share = timeline.stall_s / timeline.pass_s if timeline.pass_s > 0 else 0.0
     axes.set_title(
@@ -69,9 +158,6 @@ def draw(timeline: Timeline) -> bytes:
         f"{format_bytes(timeline.bytes_read)} read",
         loc="left",
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _label(timeline: Timeline, lane: Lane) -> str:

@@ -19,6 +19,7 @@ class Report:
         streamed_bytes_per_pass: what the plan brings in each pass.
         bytes_read: all bytes read so far; `bytes_read_last_pass` those of the last pass.
         roofline_s: the larger of the compute time and the streamed bytes at the measured speed of the link.
+        predicted_s: what its plan said of the last pass, if it was a steady one; None before the first.
         measured_over_roofline: the last pass over the roofline; None before the first.
         in_place_bytes: weights read in place, outside the budget, in the last pass; 0 unless something passed mball by.
         not_counted: what the budget does not cover.
@@ -42,6 +43,7 @@ class Report:
     compute_s: float
     stall_s: float
     roofline_s: float
+    predicted_s: float | None
     measured_over_roofline: float | None
     link_bytes_per_s: float
     io_path: str
@@ -85,7 +87,8 @@ class Report:
             ),
             (
                 "last pass",
-                f"{self.pass_s * 1e3:.1f} ms: compute {self.compute_s * 1e3:.1f} ms, stall {self.stall_s * 1e3:.1f} ms",
+                f"{self.pass_s * 1e3:.1f} ms: compute {self.compute_s * 1e3:.1f} ms, stall {self.stall_s * 1e3:.1f} ms"
+                f"{'' if self.predicted_s is None else f'; predicted {self.predicted_s * 1e3:.1f} ms'}",
             ),
             (
                 "roofline",

@@ -140,7 +140,7 @@ class Timeline:
                 f"a timeline cannot be written to {str(target)!r}: its suffix must be .json or .json.gz (for Perfetto) "
                 "or .png (a picture)"
             )
-        _replace(target, content)
+        replace_file(target, content, "timeline")
         return target
 
 
@@ -175,8 +175,11 @@ def _microseconds(time_s: float) -> float:
     return round(time_s * 1e6, 3)
 
 
-def _replace(target: Path, content: bytes) -> None:
-    """Writes beside `target` and renames, so that nobody ever finds half a file there."""
+def replace_file(target: Path, content: bytes, what: str) -> None:
+    """Writes beside `target` and renames, so that nobody ever finds half a file there.
+
+    Raises StorageError, which names `what` was to be written; nothing is left behind.
+    """
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
     try:
         try:
@@ -186,6 +189,6 @@ def _replace(target: Path, content: bytes) -> None:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
-            f"the timeline cannot be written to {str(target)!r} ({len(content)} B): {error.strerror or error}. Give a "
+            f"the {what} cannot be written to {str(target)!r} ({len(content)} B): {error.strerror or error}. Give a "
             "file in a folder that exists and can be written"
         ) from error

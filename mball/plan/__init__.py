@@ -2,20 +2,27 @@
 
 from mball.plan.bundles import lay_out_bundle
 from mball.plan.curve import UtilityPoint, utility_curve
+from mball.plan.explain import Explanation, MemoryUse, Stall, explain, summarize
 from mball.plan.planner import make_plan
-from mball.plan.simulate import Simulation, StepTiming, simulate
+from mball.plan.simulate import Simulation, StepTiming, TransferTiming, simulate
 from mball.plan.smallest import SmallestBudget, smallest_budget
 from mball.plan.validate import validate
 
 __all__ = [
+    "Explanation",
+    "MemoryUse",
     "Simulation",
     "SmallestBudget",
+    "Stall",
     "StepTiming",
+    "TransferTiming",
     "UtilityPoint",
+    "explain",
     "lay_out_bundle",
     "make_plan",
     "simulate",
     "smallest_budget",
+    "summarize",
     "utility_curve",
     "validate",
 ]

@@ -15,7 +15,7 @@ from mball.plan.simulate import predict, run_passes, trace_times
 from mball.plan.slots import earliest_starts, place_visits
 from mball.plan.smallest import smallest_for
 from mball.plan.steps import Bridge, Visit, count_visits, find_visits, merge_steps
-from mball.schema import Bundle, LiveRange, Machine, Placement, Plan, PlanStep, Prediction, Trace, Transfer
+from mball.schema import LiveRange, Machine, Placement, Plan, PlanStep, Prediction, Trace, Transfer
 from mball.units import MIB, format_bytes, round_down
 
 LARGEST_TARGET_BYTES = 32 * MIB
@@ -145,11 +145,11 @@ def _best_draft(trace: Trace, machine: Machine, finest: Demand, arena_bytes: int
     candidates = _granularities(trace, machine, arena_bytes)
     kept = None
     if previous is not None and (demand := _demand_of(trace, machine, previous)) is not None:
-        near_bytes = max((bundle.size_bytes for bundle in demand.bundles if len(bundle.weights) > 1), default=0)
-        kept = _best_of([(demand, near_bytes)], trace, machine, arena_bytes)
+        same = [candidate for candidate in candidates if candidate[0].bundles == demand.bundles]
+        kept = _best_of(same or [(demand, candidates[0][1])], trace, machine, arena_bytes)
         if kept is not None and not kept.transfers:
             return kept
-        candidates = [(other, target) for other, target in candidates if other.bundles != demand.bundles]
+        candidates = [candidate for candidate in candidates if candidate not in same]
     best = _best_of(candidates, trace, machine, arena_bytes)
     odd = _best_of([(finest, 0)], trace, machine, arena_bytes)
     if best is None:
@@ -171,12 +171,10 @@ def _demand_of(trace: Trace, machine: Machine, previous: Plan) -> Demand | None:
     for bundle in bundles:
         if bundle not in (lay_out_bundle(bundle.weights, trace, machine), even_bundle(bundle.weights, trace, machine)):
             return None
-    pools = [number for number, bundle in enumerate(bundles) if len(bundle.weights) > 1 and _is_tiny(trace, bundle)]
-    return Demand.of(trace, bundles, frozenset(pools))
-
-
-def _is_tiny(trace: Trace, bundle: Bundle) -> bool:
-    return all(trace.weights[index].size_bytes <= TINY_WEIGHT_BYTES for index in bundle.weights)
+    demand = Demand.of(trace, bundles)
+    tiny = {index for index, weight in enumerate(trace.weights) if weight.size_bytes <= TINY_WEIGHT_BYTES}
+    pools = [number for number in demand.read_bundles() if len(bundles[number].weights) > 1]
+    return replace(demand, pooled=frozenset(number for number in pools if tiny.issuperset(bundles[number].weights)))
 
 
 def _best_of(

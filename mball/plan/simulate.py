@@ -23,17 +23,30 @@ class StepTiming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TransferTiming:
+    """When the bytes of a transfer were on the link, in seconds from the start of the pass that asked for it.
+
+    The pass that reads them is the next one where the transfer runs ahead; it may end after the pass that asked.
+    """
+
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
     """One steady pass.
 
     Attributes:
         steps: the timing of each plan step.
+        transfers: the timing of each transfer, in the order of the plan.
         pass_s: seconds from the end of one pass to the end of the next.
         peak_arena_bytes: the most bytes in slots at one time.
         prediction: the same in the plan's terms.
     """
 
     steps: tuple[StepTiming, ...]
+    transfers: tuple[TransferTiming, ...]
     pass_s: float
     peak_arena_bytes: int
     prediction: Prediction
@@ -49,11 +62,17 @@ def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
     costs = trace_times(trace)
     compute = [sum(costs[step.first : step.end]) for step in plan.steps]
     moved = [sum(extent.size_bytes for extent in bundle.extents) for bundle in plan.bundles]
-    timings = run_passes(compute, plan.transfers, [moved[transfer.bundle] for transfer in plan.transfers], machine.link)
+    sizes = [moved[transfer.bundle] for transfer in plan.transfers]
+    served: list[tuple[float, float]] = []
+    timings = run_passes(compute, plan.transfers, sizes, machine.link, served)
     streamed = sum(moved[transfer.bundle] for transfer in plan.transfers)
     prediction = predict(compute, timings, streamed, machine.link)
     return Simulation(
-        steps=tuple(timings), pass_s=prediction.pass_s, peak_arena_bytes=_peak(plan), prediction=prediction
+        steps=tuple(timings),
+        transfers=tuple(TransferTiming(start_s=start_s, end_s=end_s) for start_s, end_s in served),
+        pass_s=prediction.pass_s,
+        peak_arena_bytes=_peak(plan),
+        prediction=prediction,
     )
 
 
@@ -81,7 +100,11 @@ def predict(compute_s: Sequence[float], timings: Sequence[StepTiming], streamed_
 
 
 def run_passes(
-    compute_s: Sequence[float], transfers: Sequence[Transfer], moved_bytes: Sequence[int], link: Link
+    compute_s: Sequence[float],
+    transfers: Sequence[Transfer],
+    moved_bytes: Sequence[int],
+    link: Link,
+    served: list[tuple[float, float]] | None = None,
 ) -> list[StepTiming]:
     """Returns the timings of the steady pass.
 
@@ -89,6 +112,7 @@ def run_passes(
         compute_s: seconds of each plan step.
         transfers: in the order of the plan.
         moved_bytes: the bytes that each transfer reads.
+        served: if given, start and end of each transfer are added, from the start of the pass that asked for it.
     """
     num_steps = len(compute_s)
     seconds = [size / link.bandwidth_bytes_per_s for size in moved_bytes]
@@ -109,6 +133,7 @@ def run_passes(
     for number in early:
         queue.add(number, now)
     state: list[float] = []
+    pass_start = 0.0
     times: list[tuple[float, float, float]] = []
     for _ in range(MAX_PASSES):
         pass_start = now
@@ -130,6 +155,8 @@ def run_passes(
         scale = max(now - pass_start, 1e-12) * _SAME
         if len(before) == len(state) and all(abs(a - b) <= scale for a, b in zip(before, state, strict=True)):
             break
+    if served is not None:
+        served += [(end - size - pass_start, end - pass_start) for end, size in zip(landed, seconds, strict=True)]
     return [StepTiming(start_s=start, end_s=end, stall_s=stall) for start, end, stall in times]
 
 

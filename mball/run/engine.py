@@ -9,7 +9,9 @@ with the same segment. A segment that was not predicted is the moment to change 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -18,10 +20,11 @@ from typing import NamedTuple
 
 import torch
 
-from mball.errors import WrapError
+from mball.errors import BudgetError, WrapError
 from mball.memory.ledger import Kind, Ledger
 from mball.run.activations import LiveBytes
 from mball.run.capture_cost import CaptureCost
+from mball.run.correction import Correction, Measured, busy_s
 from mball.run.execution import Bound, Execution
 from mball.run.homes import Home, HomeFile, Homes
 from mball.run.operator_room import OperatorRoom
@@ -46,6 +49,7 @@ class PassFacts:
     unplanned_fetches: int = 0
     steps: int = 0
     in_place_bytes: int = 0
+    predicted_s: float | None = None
 
 
 class PassEnd(NamedTuple):
@@ -65,6 +69,7 @@ class Engine:
         execution: executes plans.
         ledger: the budget.
         plan: makes plans.
+        correction: what plans take the machine to be.
         fixed_bytes: bytes of buffers.
         expected: the operators that are expected before anything ran, in order.
         verify_files: raises when a checkpoint changed on disk; called before each pass.
@@ -77,6 +82,7 @@ class Engine:
         execution: Execution,
         ledger: Ledger,
         plan: Planner,
+        correction: Correction,
         fixed_bytes: int,
         expected: Sequence[tuple[int, ...]],
         verify_files: Callable[[], None],
@@ -106,7 +112,8 @@ class Engine:
         self._began_s = 0.0
         self._before = PassFacts()
         self.capture = CaptureCost(execution.device.gauge(), execution.arena)
-        self.plans = PassPlans(plan, self.room, self.capture, ledger.budget_bytes)
+        self.plans = PassPlans(plan, self.room, self.capture, correction, ledger.budget_bytes)
+        self._correction = correction
         self._in_place_bytes = 0  # read in place in this pass, and given back already
         self._unclear = False  # a pass began and did not end
         self._collecting = False  # written homes are being found
@@ -199,24 +206,29 @@ class Engine:
             BudgetError: a pass like those that ran does not fit; nothing was changed.
             DeviceError: the device has not so much memory; the budget is what it was.
         """
+        if self._closed:
+            raise WrapError("this model was unwrapped; wrap it again")
         if self._unclear:
             self.recover()
-        before = self.plans.state()
+        before, booked = self.plans.state(), self.ledger.state()
         try:
             self.plans.set_budget(budget_bytes)
             known = dict.fromkeys(self._next.values())
+            self.plans.check(self.weights, [[self._segments[key] for key in tape] for tape in known])
+            planned = None
             if self._active is not None:
-                known[self._active.tape.keys] = None
-            made = {tape: self._planned(tape) for tape in known}
-            self._unclear = True
-            if self._active is not None:
-                self._adopt(made[self._active.tape.keys])
+                with contextlib.suppress(BudgetError):  # then it has a substitute, or is of a pass that never ended
+                    planned = self._planned(self._active.tape.keys)
+            self._unclear = self._stale = True
+            if planned is not None:
+                self._adopt(planned)
             else:
+                self._active = None
                 self._give_all_back()
-            self._unclear = False
+            self._unclear = self._stale = False
         except BaseException:
             self.plans.restore(before)
-            self._stale = True
+            self.ledger.restore(booked)
             raise
 
     def _give_all_back(self) -> None:
@@ -275,8 +287,10 @@ class Engine:
             unplanned_fetches=counters.unplanned_fetches - before.unplanned_fetches,
             steps=self.last.steps,
             in_place_bytes=self._in_place_bytes + ended.touched_bytes,
+            predicted_s=None if self._active is None else self._active.plan.prediction.pass_s,
         )
         self.execution.recorder.end(ended.time_s)
+        self._correct()
         if self.last.in_place_bytes:
             logger.warning(
                 "%s of weights were read in place during the pass, outside the budget: an operation that mball does "
@@ -293,6 +307,26 @@ class Engine:
             tolerated = self._has_operators(tape)
             if known is None or not tolerated or self.last.unplanned_fetches * 4 > len(tape):
                 self._next[tape[0]] = tape
+
+    def _correct(self) -> None:
+        """Compares the pass that has just ended with its plan, if it went as planned."""
+        active, record = self._active, self.execution.recorder.last
+        if active is None or record is None or len(record.plans) > 1 or self.last.unplanned_fetches:
+            return
+        if tuple(self._tape) != active.tape.keys:
+            return
+        # Each read counts in the pass in which it really ended.
+        ended = [(read.times(math.inf), read.size_bytes) for read in record.reads]
+        ended = [each for each in ended if record.began_s < each[0][1] <= record.ended_s]
+        measured = Measured(
+            wall_s=self.last.wall_s,
+            compute_s=self.last.wall_s - self.last.stall_s,
+            read_bytes=sum(size for _, size in ended),
+            busy_s=busy_s(times for times, _ in ended),
+        )
+        if self._correction.note(active.tape.keys, active.plan.prediction, measured):
+            self.plans.clear()
+            self._stale = True
 
     # -- graphs --------------------------------------------------------------------------------------------------
 
@@ -373,7 +407,9 @@ class Engine:
 
     def _must_replan(self, key: tuple[int, ...]) -> bool:
         active = self._active
-        if active is None or active.reserve < self.room.needed_bytes or (not self._tape and key in self._next):
+        if active is None or active.reserve < self.room.needed_bytes:
+            return True
+        if not self._tape and (self._stale or key in self._next):
             return True
         return self.execution.smallest_region(key) > active.plan.arena_bytes
 
@@ -449,6 +485,7 @@ class Engine:
         self.execution.adopt(plan, [step.reads for step in planned.tape.trace.steps])
         self.execution.recorder.adopt(planned.tape.trace, plan)
         self._active = planned
+        self._correction.adopted()
         self._stale = False
         if self.budget_bytes < ledger.budget_bytes:
             ledger.set_budget(self.budget_bytes)

@@ -13,6 +13,8 @@ UNKNOWN_SHARE = 8
 # token, and each new plan takes time and moves weights.
 GROWTH_SHARE = 64
 
+_Room = tuple[Hashable, bool]  # the kind of pass, and whether it runs graphs
+
 
 class OperatorRoom:
     """What operators were seen to need, for each kind of pass: a prompt takes other room than the tokens after it.
@@ -29,15 +31,28 @@ class OperatorRoom:
         self.kind: Hashable = None
         self.captured = False
         self._budget_bytes = budget_bytes
-        self._measured: dict[tuple[Hashable, bool], int] = {}
-        self._settled: set[tuple[Hashable, bool]] = set()  # what had to do, with nothing measured
+        self._measured: dict[_Room, int] = {}
+        self._settled: set[_Room] = set()  # what had to do, with nothing measured
 
     def set_budget(self, budget_bytes: int) -> None:
         """Says that there is another budget now. What was measured stays known."""
         self._budget_bytes = budget_bytes
-        for room in self._settled:
-            self._measured.pop(room, None)
-        self._settled.clear()
+        self._measured = {room: size for room, size in self._measured.items() if room not in self._settled}
+        self._settled = set()
+
+    def state(self) -> tuple[int, dict[_Room, int], set[_Room]]:
+        """Returns what `restore` takes."""
+        return self._budget_bytes, dict(self._measured), set(self._settled)
+
+    def restore(self, state: tuple[int, dict[_Room, int], set[_Room]]) -> None:
+        """Goes back to the budget, and to what was known under it."""
+        self._budget_bytes, self._measured, self._settled = state
+
+    @property
+    def largest_bytes(self) -> int:
+        """The most that any pass was measured to need that runs no graphs for all that is known; 0 before any."""
+        found = (size for room, size in self._measured.items() if not room[1] and room not in self._settled)
+        return max(found, default=0)
 
     def begin_pass(self, kind: Hashable) -> None:
         """Says that a pass of this kind begins, without graphs for all that is known."""
@@ -69,6 +84,7 @@ class OperatorRoom:
 
     def note_peak(self, peak_bytes: int) -> None:
         """Says what the operators of a whole pass held at most."""
+        self._settled.discard((self.kind, self.captured))
         known = self._measured.get((self.kind, self.captured), 0)
         self._measured[self.kind, self.captured] = max(known, _bucket(peak_bytes))
 

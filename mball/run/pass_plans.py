@@ -6,11 +6,13 @@ import itertools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mball.errors import BudgetError
 from mball.run.capture_cost import CaptureCost
+from mball.run.correction import Correction
 from mball.run.operator_room import OperatorRoom
 from mball.run.segments import OperatorSegment, Segment, Tape, make_tape
 from mball.schema import Plan, Trace, Weight
@@ -71,13 +73,17 @@ class PassPlans:
         plan: makes plans.
         room: what operators outside graphs need.
         capture: what captured graphs hold.
+        correction: what is known of the time that passes take.
         budget_bytes: the budget; see `set_budget`.
     """
 
-    def __init__(self, plan: Planner, room: OperatorRoom, capture: CaptureCost, budget_bytes: int) -> None:
+    def __init__(
+        self, plan: Planner, room: OperatorRoom, capture: CaptureCost, correction: Correction, budget_bytes: int
+    ) -> None:
         self._plan = plan
         self._room = room
         self._capture = capture
+        self._correction = correction
         self._budget_bytes = budget_bytes
         self._known: _Known = OrderedDict()
 
@@ -86,18 +92,39 @@ class PassPlans:
         """The budget."""
         return self._budget_bytes
 
-    def state(self) -> tuple[int, _Known]:
+    def state(self) -> tuple[int, _Known, Any]:
         """Returns what `restore` takes."""
-        return self._budget_bytes, self._known
+        return self._budget_bytes, self._known, self._room.state()
 
     def set_budget(self, budget_bytes: int) -> None:
         """Plans for another budget from now on."""
-        self.restore((budget_bytes, OrderedDict()))
+        self._budget_bytes, self._known = budget_bytes, OrderedDict()
+        self._room.set_budget(budget_bytes)
 
-    def restore(self, state: tuple[int, _Known]) -> None:
-        """Goes back to the budget and the plans that there were."""
-        self._budget_bytes, self._known = state
-        self._room.set_budget(self._budget_bytes)
+    def restore(self, state: tuple[int, _Known, Any]) -> None:
+        """Goes back to the budget, the plans and the room for operators that there were."""
+        self._budget_bytes, self._known, room = state
+        self._room.restore(room)
+
+    def check(self, weights: tuple[Weight, ...], passes: Iterable[Sequence[Segment]]) -> None:
+        """Checks that each of these passes fits, whatever kind of call it is, but for those with a substitute.
+
+        Raises:
+            BudgetError: one does not; of several the one that takes most.
+        """
+        refused: list[BudgetError] = []
+        for segments in passes:
+            if any(segment.is_replaceable for segment in segments):
+                continue
+            operators = any(isinstance(segment, OperatorSegment) for segment in segments)
+            reserve = self._room.largest_bytes if operators else 0
+            tape = make_tape(f"pass of {len(segments)} segments", weights, segments, reserve, workspace=False)
+            try:
+                self._plan(tape.trace, self._budget_bytes, None)
+            except BudgetError as error:
+                refused.append(error)
+        if refused:
+            raise max(refused, key=lambda error: error.smallest_bytes)
 
     def of(self, weights: tuple[Weight, ...], segments: Sequence[Segment], previous: Plan | None) -> PassPlan:
         """Returns the plan of a pass of these segments: the one that was made before, if there still is room for it.
@@ -131,7 +158,8 @@ class PassPlans:
         return True
 
     def forget(self, keys: Collection[Hashable]) -> None:
-        """Forgets the plans of passes with these segments."""
+        """Forgets the plans of passes with these segments, of which more is known now."""
+        self._correction.forget(keys)
         for tape, wished in [plan for plan in self._known if not set(plan[0]).isdisjoint(keys)]:
             del self._known[tape, wished]
 
@@ -168,11 +196,12 @@ class PassPlans:
         name, budget = f"pass of {len(segments)} segments", self._budget_bytes
         without_capture = budget - self._capture.share_of(budget)
         needed, wished = (self._room.needed_bytes, self._room.wished_bytes) if operators else (0, 0)
+        slower = self._correction.slower(tuple(segment.key for segment in segments))
         attempts = [(wished, without_capture, True), (needed, without_capture, True)]
         attempts += [(needed, budget, True), (needed, budget, False)]
         refused: list[BudgetError] = []
         for reserve, limit, workspace in dict.fromkeys(attempts):
-            tape = make_tape(name, weights, segments, reserve, workspace=workspace)
+            tape = make_tape(name, weights, segments, reserve, workspace=workspace, slower=slower)
             try:
                 plan = self._plan(tape.trace, limit, previous)
             except BudgetError as error:
@@ -190,7 +219,7 @@ class PassPlans:
         if self._room.is_measured or not needed or spare < 0:
             raise refused[-1]
         self._room.settle_for(spare)
-        tape = make_tape(name, weights, segments, spare, workspace=False)
+        tape = make_tape(name, weights, segments, spare, workspace=False, slower=slower)
         return tape, self._plan(tape.trace, budget, previous), spare, False
 
 

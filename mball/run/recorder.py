@@ -103,9 +103,11 @@ class Recorder:
             ended_s=ended_s,
             computes=self._computes,
             stalls=self._stalls,
-            reads=self._reads,
-            plans=self._plans,
+            reads=list(self._reads),
+            plans=list(self._plans),
         )
+        # What comes before the next pass belongs to none: a new budget waits for reads that it gives up.
+        self._computes, self._stalls = [], []
 
     def adopt(self, trace: Trace, plan: Plan) -> None:
         """Says that steps are numbered by this plan from now on."""

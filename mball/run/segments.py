@@ -20,6 +20,10 @@ class Segment(Protocol):
     def family(self) -> Hashable:
         """Equal for segments that differ in their sizes only."""
 
+    @property
+    def is_replaceable(self) -> bool:
+        """Whether something else runs in its place where it does not fit."""
+
     def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:
         """Returns its steps and activations, numbered from 0.
 
@@ -42,6 +46,10 @@ class OperatorSegment:
     @property
     def family(self) -> Hashable:
         return self.weights
+
+    @property
+    def is_replaceable(self) -> bool:
+        return False
 
     def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:
         step = Step(name=self.name, graph=None, reads=self.weights, scratch_bytes=0, flops=0, time_s=self.time_s)
@@ -68,6 +76,7 @@ def make_tape(
     operator_activation_bytes: int,
     *,
     workspace: bool = True,
+    slower: float = 1.0,
 ) -> Tape:
     """Joins segments to the trace of one pass.
 
@@ -77,6 +86,7 @@ def make_tape(
         segments: in the order they run; at least one.
         operator_activation_bytes: peak of the tensors that operators outside graphs hold, assumed throughout.
         workspace: see Segment.describe.
+        slower: times that steps take longer than they were measured to.
     """
     steps: list[Step] = []
     activations: list[Activation] = []
@@ -87,7 +97,9 @@ def make_tape(
         own_steps, own_activations = segment.describe(workspace=workspace)
         # The same graph twice in a pass is two stretches: a plan must not merge across them.
         suffix = f"#{position}"
-        steps += [replace(s, graph=None if s.graph is None else s.graph + suffix) for s in own_steps]
+        for step in own_steps:
+            graph = None if step.graph is None else step.graph + suffix
+            steps.append(replace(step, graph=graph, time_s=None if step.time_s is None else step.time_s * slower))
         activations += [
             replace(
                 activation,

@@ -71,13 +71,13 @@ class _Kind:
         sizes: of the first one.
         varies: whether others had other sizes.
         passes: that did not wait for reads.
-        refused: whether its graphs did not fit the budget.
+        refused_bytes: the budget that its graphs did not fit, 0 if they did.
     """
 
     sizes: Hashable
     varies: bool = False
     passes: int = 0
-    refused: bool = False
+    refused_bytes: int = 0
 
 
 class TieredCall:
@@ -109,7 +109,7 @@ class TieredCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         sizes = sizes_of(args, kwargs)
         kind = self._kinds.setdefault(self._engine.room.kind, _Kind(sizes=sizes))
-        if kind.passes >= PASSES_BEFORE_CAPTURE and not kind.refused:
+        if kind.passes >= PASSES_BEFORE_CAPTURE and self._engine.budget_bytes > kind.refused_bytes:
             return self._run_captured(kind, args, kwargs)
         kind.varies |= sizes != kind.sizes
         counters = self._engine.execution.counters
@@ -132,6 +132,9 @@ class TieredCall:
             with self._engine.live.without_inputs():
                 return call(*args, **kwargs)
         except BudgetError as error:
-            kind.refused = True
-            logger.warning("graphs need more room than operators did (%s): later calls run operator by operator", error)
+            kind.refused_bytes = self._engine.budget_bytes
+            logger.warning(
+                "graphs need more room than operators did (%s): later calls run operator by operator under this budget",
+                error,
+            )
             raise

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
+import pytest
 import torch
 
 from mball.memory import facts
@@ -86,3 +88,19 @@ def test_a_kernel_without_rollup(tmp_path: Path) -> None:
     assert facts.process_memory(tmp_path) == facts.ProcessMemory(
         rss_bytes=20 * KIB, pss_bytes=None, anonymous_bytes=10 * KIB, peak_rss_bytes=30 * KIB
     )
+
+
+def test_addresses_are_free_unless_something_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = tmp_path / "sys/vm/overcommit_memory"
+    assert facts.addresses_are_free(tmp_path), "a kernel that does not say"
+    setting.parent.mkdir(parents=True)
+    for text, free in (("0\n", True), ("1\n", True), ("2\n", False)):
+        setting.write_text(text)
+        assert facts.addresses_are_free(tmp_path) is free
+    setting.write_text("0\n")
+    for limited in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        with monkeypatch.context() as patch:
+            limits = dict.fromkeys((resource.RLIMIT_AS, resource.RLIMIT_DATA), resource.RLIM_INFINITY)
+            limits[limited] = 1 << 40
+            patch.setattr(resource, "getrlimit", lambda which, limits=limits: (limits[which], limits[which]))
+            assert not facts.addresses_are_free(tmp_path)

@@ -58,3 +58,21 @@ def test_many_threads_do_not_pass_the_budget() -> None:
         thread.join()
     assert ledger.current_bytes == 0
     assert ledger.peak_bytes == 60
+
+
+def test_another_budget() -> None:
+    ledger = Ledger(1000)
+    ledger.set(Kind.ARENA, 800)
+    ledger.set(Kind.ARENA, 300)
+    with pytest.raises(DeviceError, match=r"300 bytes\) are taken, so the budget cannot be 299"):
+        ledger.set_budget(299)
+    assert (ledger.budget_bytes, ledger.peak_bytes) == (1000, 800)
+    before = ledger.state()
+    ledger.set_budget(300)
+    assert (ledger.budget_bytes, ledger.peak_bytes) == (300, 300), "peaks begin anew"
+    assert ledger.account(Kind.ARENA).peak_bytes == 300
+    with pytest.raises(DeviceError):
+        ledger.set(Kind.ACTIVATIONS, 1)
+    ledger.restore(before)
+    ledger.set(Kind.ACTIVATIONS, 700)
+    assert (ledger.budget_bytes, ledger.current_bytes, ledger.peak_bytes) == (1000, 1000, 1000)

@@ -81,3 +81,24 @@ def test_what_grows_moves_nothing() -> None:
         before, plan = plan, make_plan(trace, machine, budget * MIB, previous=plan)
         assert kept_share(before, plan) == 1
     assert len(plan.residents) == 40
+
+
+def test_the_same_bundles_are_planned_as_if_there_had_been_no_plan() -> None:
+    """A weight that comes twice stays in its slot in between, as it did before."""
+    steps = tuple(make_step(f"s{number}", weight) for number, weight in enumerate((0, 1, 0, 2)))
+    trace = Trace(name="again", weights=make_weights([900_000, 100_000, 900_000]), steps=steps)
+    machine = make_machine(bandwidth=1e7)
+    for budget in range(1_000_000, 1_900_000, 50_000):
+        plan = make_plan(trace, machine, budget)
+        assert make_plan(trace, machine, budget, previous=plan).prediction == plan.prediction
+
+
+def test_what_nobody_reads_does_not_become_resident() -> None:
+    weights = make_weights([900_000, 900_000, 1000, 1000])
+    trace = Trace(name="unread", weights=weights, steps=(make_step("a", 0), make_step("b", 1)))
+    machine = make_machine()
+    budget = smallest_budget(trace, machine).size_bytes + 20_000
+    plan = make_plan(trace, machine, budget)
+    for _ in range(2):
+        plan = make_plan(trace, machine, budget, previous=plan)
+        assert not {w for placement in plan.residents for w in plan.bundles[placement.bundle].weights} & {2, 3}

@@ -77,3 +77,34 @@ def test_another_budget_forgets_what_had_to_do_and_keeps_what_was_measured(room:
     assert room.wished_bytes == 2 * MIB, "in 64ths of the budget"
     room.begin_pass("prompt")
     assert not room.is_measured
+
+
+def test_what_was_measured_after_it_had_to_do_stays_known(room: OperatorRoom) -> None:
+    room.settle_for(MIB)
+    room.note_peak(MIB // 2)
+    room.set_budget(2 * BUDGET_BYTES)
+    assert room.is_measured
+    assert room.largest_bytes == MIB
+
+
+def test_the_largest_is_of_what_runs_without_graphs_and_was_measured(room: OperatorRoom) -> None:
+    assert room.largest_bytes == 0
+    room.settle_for(9 * MIB)
+    room.begin_pass("token")
+    room.note_peak(2 * MIB)
+    room.captured = True
+    room.note_peak(5 * MIB)
+    assert room.largest_bytes == 2 * MIB
+
+
+def test_a_change_of_budget_can_be_taken_back(room: OperatorRoom) -> None:
+    room.settle_for(MIB)
+    before = room.state()
+    room.set_budget(BUDGET_BYTES // 2)
+    room.begin_pass("token")
+    room.note_peak(3 * MIB)
+    room.restore(before)
+    room.begin_pass("prompt")
+    assert room.needed_bytes == MIB
+    room.begin_pass("token")
+    assert not room.is_measured

@@ -15,7 +15,7 @@ import mball
 from mball.api import _states, trace_and_plan
 from mball.errors import ConfigError, DeviceError, WrapError
 from mball.memory.gauge import HostGauge
-from tests.run.door import compiled
+from tests.run.door import backend, compiled
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes, wrap_hostile
 from tests.run.test_interrupts import Place, assert_consistent, call, tracing, wrap
 from tests.run.zoo import llama, logits, noise, tied_sequential
@@ -123,7 +123,7 @@ def test_a_budget_that_is_too_small_changes_nothing(capture: str, tmp_path: Path
     assert trace_and_plan(model)[1] is plan
     assert used_bytes(model) == used
     assert_same(run(model, call), run(plain, call))
-    assert trace_and_plan(model)[1] is plan or capture == "operators"
+    assert trace_and_plan(model)[1] is plan
     assert mball.report(model).unplanned_fetches == 0
 
 
@@ -138,7 +138,9 @@ def test_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         patch.setattr(engine_of(model).execution.arena._memory, "_headroom", lambda: 0)
         with pytest.raises(DeviceError, match="free memory"):
             mball.set_budget(model, 4 * weight_bytes(model))
-    assert mball.report(model).budget_bytes == budget
+    report = mball.report(model)
+    assert report.budget_bytes == budget
+    assert used_bytes(model) <= report.peak_bytes <= budget
     assert_same(run(model, act), expected)
     assert assert_streamed(model).budget_bytes == budget
 
@@ -190,7 +192,7 @@ def test_calls_in_other_threads_are_waited_for(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    assert number > 2
+    assert number
 
 
 def test_modules_that_share_a_budget(tmp_path: Path) -> None:
@@ -216,6 +218,53 @@ def test_compiled_steps_are_not_compiled_again(tmp_path: Path) -> None:
         assert mball.report(model).peak_bytes <= int(share * weights)
     assert _states[model].backend.runners == runners
     assert all(len(runner._programs) == 1 for runner in runners), "still the compiled one"
+
+
+def test_what_was_compiled_in_one_piece_runs_in_steps_while_it_does_not_fit(tmp_path: Path) -> None:
+    model = make(tied_sequential)
+    weights = weight_bytes(model)
+    plain = run(model, call)
+    wrap_hostile(model, 3 * weights, swap_dir=tmp_path, compile="inductor")
+    compiled_whole = run(model, call)
+    for _ in range(2):
+        assert_same(run(model, call), compiled_whole)
+    for _ in range(2):
+        mball.set_budget(model, int(0.7 * weights))
+        assert arena_bytes(model) <= int(0.7 * weights)
+        for _ in range(2):
+            assert_same(run(model, call), plain)
+            assert_streamed(model)
+        mball.set_budget(model, 3 * weights)
+        for _ in range(2):
+            assert_same(run(model, call), compiled_whole)
+
+
+def test_a_prompt_like_the_last_one_still_fits(tmp_path: Path) -> None:
+    """Operators of a prompt take more room than those of the token that ran last, though they are the same."""
+    plain, model = make(tied_sequential), make(tied_sequential)
+    weights = weight_bytes(model)
+    wrap_hostile(model, weights + (4 << 20), swap_dir=tmp_path, capture="operators")
+    long, short = noise(2048, 64), noise(1, 64)
+    for x in (long, short, short, short):
+        run(model, lambda m, x=x: m(x))
+    with pytest.raises(mball.BudgetError, match="activations take") as caught:
+        mball.set_budget(model, weights)
+    assert caught.value.smallest_bytes > 2 * long.nbytes
+    mball.set_budget(model, caught.value.smallest_bytes)
+    for x in (short, long, short):
+        assert_same(run(model, lambda m, x=x: m(x)), run(plain, lambda m, x=x: m(x)))
+
+
+def test_the_options_of_the_first_capture_stay_good(tmp_path: Path) -> None:
+    """Dynamo gives them to every later capture of a wrapped model, whatever its budget is by then."""
+    plain, model = make(tied_sequential), make(tied_sequential)
+    first, second = 2 * weight_bytes(model), int(0.7 * weight_bytes(model))
+    wrap_hostile(model, first, swap_dir=tmp_path)
+    through = torch.compile(model, backend=backend(), options={"budget": first})
+    assert_same(run(through, call), run(plain, call))
+    mball.set_budget(model, second)
+    x = noise(7, 64)
+    assert_same(run(through, lambda m: m(x)), run(plain, lambda m: m(x)))
 
 
 def test_a_model_that_came_through_the_door_of_torch_compile(tmp_path: Path) -> None:

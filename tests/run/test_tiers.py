@@ -123,6 +123,13 @@ def test_graphs_that_do_not_fit_leave_the_model_to_its_operators(
     assert "operator by operator" in caplog.text
     for _ in range(2):
         assert_same(run(model, lambda m: m(x)), run(plain, lambda m: m(x)))
+    monkeypatch.setattr(_states[model].engine.plans, "_plan", plan)
+    run(model, lambda m: m(x))
+    assert _states[model].engine.plan.steps
+    assert all(step.graph is None for step in _states[model].engine.trace.steps), "not under this budget"
+    mball.set_budget(model, weight_bytes(model) * 5)
+    assert_same(run(model, lambda m: m(x)), run(plain, lambda m: m(x)))
+    assert all(step.graph is not None for step in _states[model].engine.trace.steps), "a larger one is another matter"
 
 
 def test_operators_that_hold_more_than_there_is_room_for_are_refused(tmp_path: Path) -> None:

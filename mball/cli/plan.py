@@ -1,0 +1,219 @@
+"""`mball plan`: what a plan for a checkpoint or a trace would do, and what more memory would buy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mball.cli.checkpoint_trace import trace_of_checkpoint
+from mball.errors import CheckpointError, ConfigError, StorageError
+from mball.plan import Explanation, UtilityPoint, explain, make_plan, smallest_budget, summarize, utility_curve
+from mball.schema import Link, Machine, Plan, Prediction, Trace
+from mball.storage import FileTable, measure_link
+from mball.units import GIB, format_bytes, parse_bytes
+
+PAGE_BYTES = 4096
+# Where nothing was measured: a fast SATA or a slow NVMe disk.
+ASSUMED_BYTES_PER_S = 2e9
+ASSUMED_LATENCY_S = 1e-4
+CURVE_POINTS = 12
+SHOWN_STALLS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What `mball plan` was asked for.
+
+    Attributes:
+        source: a checkpoint, or a trace that `mball.save_trace` wrote.
+        budget: as for `mball.wrap`.
+        bandwidth: of the link in bytes a second, such as ``"2GB"``; None measures it where the weights lie.
+        curve: whether to show what other budgets would give.
+        picture: a PNG to draw, or None.
+        as_json: whether to print JSON.
+    """
+
+    source: str
+    budget: str
+    bandwidth: str | None = None
+    curve: bool = False
+    picture: str | None = None
+    as_json: bool = False
+
+
+def run_plan(request: Request) -> int:
+    """Prints the plan and returns 0.
+
+    Raises:
+        MballError: the source, the budget or the bandwidth cannot be read, or the budget is too small.
+    """
+    budget_bytes = parse_bytes(request.budget, what="budget")
+    bandwidth = None if request.bandwidth is None else parse_bytes(request.bandwidth, what="bandwidth")
+    if request.picture is not None and not request.picture.endswith(".png"):
+        raise ConfigError(f"a plan cannot be drawn to {request.picture!r}: its suffix must be .png")
+    trace, origin = _read(Path(request.source))
+    machine, link_origin = _machine(trace, bandwidth)
+    plan = make_plan(trace, machine, budget_bytes)
+    explanation = explain(trace, plan, machine)
+    curve = _curve(trace, machine, budget_bytes) if request.curve else ()
+    more_bytes = min(GIB, explanation.streamed_bytes)
+    if request.as_json:
+        print(json.dumps(_document(trace, machine, plan, explanation, curve), indent=2))
+    else:
+        console = Console()
+        for line in _lines(trace, machine, plan, explanation, origin, link_origin):
+            console.print(line, highlight=False, soft_wrap=True)
+        if explanation.stalls:
+            console.print(_stalls(explanation))
+        more = utility_curve(trace, machine, [budget_bytes, budget_bytes + more_bytes])[-1].prediction
+        if more is not None and more_bytes:
+            console.print(f"     more  {format_bytes(more_bytes)} more: {_change(explanation.prediction, more)}")
+        if curve:
+            console.print(_table(curve, budget_bytes))
+    if request.picture is not None:
+        _draw(Path(request.picture), trace, plan, explanation, curve)
+    return 0
+
+
+def _read(source: Path) -> tuple[Trace, str]:
+    if source.suffix == ".json" and not source.name.endswith(".safetensors.index.json"):
+        try:
+            text = source.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"the trace {str(source)!r} cannot be read: {error}") from error
+        trace = Trace.from_json(text)
+        return trace, "as saved"
+    return trace_of_checkpoint(source), "by their names, times guessed; activations and buffers come on top"
+
+
+def _machine(trace: Trace, bandwidth: int | None) -> tuple[Machine, str]:
+    """Returns the machine, and how its link is known."""
+    link, origin = (
+        Link(bandwidth_bytes_per_s=ASSUMED_BYTES_PER_S, latency_s=ASSUMED_LATENCY_S),
+        "assumed; measure yours and give --bandwidth",
+    )
+    largest = max(trace.weights, key=lambda weight: weight.size_bytes, default=None)
+    if bandwidth is not None:
+        link, origin = dataclasses.replace(link, bandwidth_bytes_per_s=float(bandwidth)), "as given"
+    elif largest is not None and os.path.isfile(largest.file):
+        files = FileTable()
+        try:
+            link = measure_link(files, files.add_path(largest.file))
+            origin = f"measured on {os.path.basename(largest.file)}"
+        except StorageError:
+            origin = "assumed: the file of the weights cannot be read"
+        finally:
+            files.close()
+    return Machine(name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link), origin
+
+
+def _curve(trace: Trace, machine: Machine, budget_bytes: int) -> tuple[UtilityPoint, ...]:
+    smallest = smallest_budget(trace, machine).size_bytes
+    activations = max(trace.activation_bytes(), default=0)
+    largest = sum(weight.size_bytes for weight in trace.weights) + activations + len(trace.weights) * 2 * PAGE_BYTES
+    step = max((largest - smallest) // (CURVE_POINTS - 1), 1)
+    return utility_curve(trace, machine, {budget_bytes, largest, *range(smallest, largest, step)})
+
+
+def _lines(
+    trace: Trace, machine: Machine, plan: Plan, explanation: Explanation, origin: str, link_origin: str
+) -> list[str]:
+    weights = sum(weight.size_bytes for weight in trace.weights)
+    prediction = explanation.prediction
+    smallest = smallest_budget(trace, machine)
+    bound = "the link" if prediction.roofline_s > prediction.compute_s else "compute"
+    unread = f"; {format_bytes(explanation.unread_bytes)} are never read" if explanation.unread_bytes else ""
+    return [
+        f"    trace  {escape(trace.name)}: {len(trace.steps)} steps ({origin}), {len(trace.weights)} weights, "
+        f"{format_bytes(weights)}{unread}",
+        f"     link  {machine.link.bandwidth_bytes_per_s / 1e9:.2f} GB/s ({escape(link_origin)})",
+        f"   budget  {format_bytes(plan.budget_bytes)}: activations {format_bytes(plan.activation_bytes)}, arena "
+        f"{format_bytes(plan.arena_bytes)}",
+        f" smallest  {format_bytes(smallest.size_bytes)}, set by {escape(smallest.limited_by)}",
+        f"    stays  {format_bytes(explanation.resident_bytes)} in {len(explanation.resident)} weights"
+        f"{_named(explanation.resident)}",
+        f"  streams  {format_bytes(explanation.streamed_bytes)} in {len(explanation.streamed)} weights"
+        f"{_named(explanation.streamed)}, by {explanation.slots} transfers a pass",
+        f"     pass  {_ms(prediction.pass_s)} predicted: compute {_ms(prediction.compute_s)}, stall "
+        f"{_ms(prediction.stall_s)}; at best {_ms(prediction.roofline_s)}, set by {bound} "
+        f"({explanation.gap:.2f} times that)",
+    ]
+
+
+def _named(names: Sequence[str]) -> str:
+    return f" ({escape(summarize(names))})" if names else ""
+
+
+def _stalls(explanation: Explanation) -> Table:
+    stalls = explanation.stalls
+    title = f"where it waits: {len(stalls)} of {len(explanation.simulation.steps)} steps"
+    table = Table(title=title + (f", the longest {SHOWN_STALLS}" if len(stalls) > SHOWN_STALLS else ""))
+    table.title_justify = "left"
+    table.add_column("step", ratio=3, overflow="fold")
+    table.add_column("waits", justify="right")
+    table.add_column("for", ratio=3, overflow="fold")
+    table.add_column("its slot was free before", justify="right")
+    for stall in stalls[:SHOWN_STALLS]:
+        waited_for = f"{format_bytes(stall.size_bytes)}: {escape(summarize(stall.weights, 2))}"
+        table.add_row(escape(stall.step), _ms(stall.stall_s), waited_for, _ms(stall.lead_s))
+    return table
+
+
+def _table(curve: Sequence[UtilityPoint], budget_bytes: int) -> Table:
+    table = Table(title="what other budgets give", title_justify="left")
+    for column in ("budget", "a pass", "streamed"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    slowest = max((point.prediction.pass_s for point in curve if point.prediction), default=0.0)
+    for point in curve:
+        here = "[bold]" if point.budget_bytes == budget_bytes else ""
+        found = point.prediction
+        if found is None:
+            table.add_row(here + format_bytes(point.budget_bytes), "does not fit", "", "")
+            continue
+        bar = "█" * max(round(30 * found.pass_s / slowest), 1) if slowest else ""
+        table.add_row(
+            here + format_bytes(point.budget_bytes), here + _ms(found.pass_s), format_bytes(found.streamed_bytes), bar
+        )
+    return table
+
+
+def _change(now: Prediction, then: Prediction) -> str:
+    if not now.pass_s:
+        return "nothing changes"
+    change = then.pass_s / now.pass_s - 1
+    return f"{_ms(then.pass_s)} a pass ({change:+.0%}), {format_bytes(then.streamed_bytes)} streamed"
+
+
+def _ms(time_s: float) -> str:
+    return f"{time_s * 1e3:.1f} ms"
+
+
+def _document(
+    trace: Trace, machine: Machine, plan: Plan, explanation: Explanation, curve: Sequence[UtilityPoint]
+) -> dict[str, Any]:
+    return {
+        "trace": trace.name,
+        "link_bytes_per_s": machine.link.bandwidth_bytes_per_s,
+        "plan": json.loads(plan.to_json()),
+        "stalls": [dataclasses.asdict(stall) for stall in explanation.stalls],
+        "memory": [dataclasses.asdict(use) for use in explanation.memory],
+        "curve": [dataclasses.asdict(point) for point in curve],
+    }
+
+
+def _draw(target: Path, trace: Trace, plan: Plan, explanation: Explanation, curve: Sequence[UtilityPoint]) -> None:
+    from mball.cli.plan_picture import picture_of
+    from mball.observe.picture import draw_plan
+    from mball.observe.timeline import replace_file
+
+    replace_file(target, draw_plan(picture_of(trace, plan, explanation, curve)), "picture")

@@ -1,0 +1,47 @@
+"""What a plan looks like, as data for `mball.observe.picture`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mball.observe.picture import PlanPicture
+from mball.observe.timeline import Lane, Span, Timeline
+from mball.plan import Explanation, UtilityPoint, summarize
+from mball.schema import Plan, Trace
+
+
+def picture_of(trace: Trace, plan: Plan, explanation: Explanation, curve: Sequence[UtilityPoint]) -> PlanPicture:
+    """Returns memory over time by kind, the lanes of a predicted pass, and the utility curve."""
+    simulation = explanation.simulation
+    spans = []
+    for number, (step, timing) in enumerate(zip(plan.steps, simulation.steps, strict=True)):
+        name = trace.steps[step.first].name
+        spans.append(Span(lane=Lane.COMPUTE, name=name, start_s=timing.start_s, end_s=timing.end_s, step=number))
+        if timing.stall_s > 0:
+            began_s = timing.start_s - timing.stall_s
+            spans.append(Span(lane=Lane.STALLS, name=name, start_s=began_s, end_s=timing.start_s, step=number))
+    for transfer, served in zip(plan.transfers, simulation.transfers, strict=True):
+        bundle = plan.bundles[transfer.bundle]
+        spans.append(
+            Span(
+                lane=Lane.READS,
+                name=summarize([trace.weights[weight].name for weight in bundle.weights], 1),
+                start_s=served.start_s,
+                end_s=served.end_s,
+                size_bytes=sum(extent.size_bytes for extent in bundle.extents),
+                asked_s=0.0,
+            )
+        )
+    edges = [timing.start_s - timing.stall_s for timing in simulation.steps]
+    return PlanPicture(
+        timeline=Timeline(spans=tuple(spans), pass_s=simulation.pass_s),
+        edges_s=(*edges, simulation.pass_s),
+        memory={
+            "fixed": tuple(use.fixed_bytes for use in explanation.memory),
+            "residents": tuple(use.resident_bytes for use in explanation.memory),
+            "slots": tuple(use.slot_bytes for use in explanation.memory),
+            "activations": tuple(use.activation_bytes for use in explanation.memory),
+        },
+        budget_bytes=plan.budget_bytes,
+        curve=tuple((point.budget_bytes, point.prediction.pass_s) for point in curve if point.prediction is not None),
+    )

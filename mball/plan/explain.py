@@ -1,0 +1,163 @@
+"""What a plan does, in terms that a person asks in: what stays, what comes and when, where it waits, and for what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mball.plan.simulate import Simulation, occupied_steps, simulate
+from mball.schema import Machine, Plan, Prediction, Trace
+
+_SAME_S = 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stall:
+    """A step that waits.
+
+    Attributes:
+        step: its name.
+        stall_s: how long.
+        weights: what it waits for.
+        size_bytes: what is read for it.
+        lead_s: how long before the step the slot of the last of it was free. If the bytes take longer than that, only
+            a smaller need or a faster link helps, or more room.
+    """
+
+    step: str
+    stall_s: float
+    weights: tuple[str, ...]
+    size_bytes: int
+    lead_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Bytes of the device while a plan step runs."""
+
+    fixed_bytes: int
+    resident_bytes: int
+    slot_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.fixed_bytes + self.resident_bytes + self.slot_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """A plan, explained.
+
+    Attributes:
+        resident, streamed: the weights, by the order of first use.
+        resident_bytes, streamed_bytes: of those.
+        unread_bytes: weights that no step reads take no memory.
+        slots: transfers of a pass.
+        stalls: the steps that wait, the longest first.
+        memory: of each plan step.
+        simulation: of a steady pass.
+        gap: predicted time over the roofline.
+    """
+
+    resident: tuple[str, ...]
+    streamed: tuple[str, ...]
+    resident_bytes: int
+    streamed_bytes: int
+    unread_bytes: int
+    slots: int
+    stalls: tuple[Stall, ...]
+    memory: tuple[MemoryUse, ...]
+    simulation: Simulation
+    gap: float
+
+    @property
+    def prediction(self) -> Prediction:
+        """Of a steady pass."""
+        return self.simulation.prediction
+
+
+def explain(trace: Trace, plan: Plan, machine: Machine) -> Explanation:
+    """Returns what `plan`, which is valid for `trace`, does on `machine`."""
+    simulation = simulate(trace, plan, machine)
+    kept = {weight for placement in plan.residents for weight in plan.bundles[placement.bundle].weights}
+    first_used = dict.fromkeys(weight for step in trace.steps for weight in step.reads)
+    resident = [weight for weight in first_used if weight in kept]
+    streamed = [weight for weight in first_used if weight not in kept]
+    roofline_s = simulation.prediction.roofline_s
+    return Explanation(
+        resident=tuple(trace.weights[weight].name for weight in resident),
+        streamed=tuple(trace.weights[weight].name for weight in streamed),
+        resident_bytes=sum(trace.weights[weight].size_bytes for weight in resident),
+        streamed_bytes=sum(trace.weights[weight].size_bytes for weight in streamed),
+        unread_bytes=sum(weight.size_bytes for n, weight in enumerate(trace.weights) if n not in first_used),
+        slots=len(plan.transfers),
+        stalls=tuple(_stalls(trace, plan, simulation)),
+        memory=tuple(_memory(trace, plan)),
+        simulation=simulation,
+        gap=simulation.pass_s / roofline_s if roofline_s else 1.0,
+    )
+
+
+def _stalls(trace: Trace, plan: Plan, simulation: Simulation) -> list[Stall]:
+    found = []
+    count = len(plan.steps)
+    for number, (step, timing) in enumerate(zip(plan.steps, simulation.steps, strict=True)):
+        if timing.stall_s <= 0:
+            continue
+        ready_s = timing.start_s - timing.stall_s
+        came = [
+            transfer
+            for transfer, served in zip(plan.transfers, simulation.transfers, strict=True)
+            # Times count from the pass that asked: for what runs ahead that is the one before.
+            if transfer.needed_by == number
+            and served.end_s - (simulation.pass_s if transfer.after < 0 else 0.0) > ready_s - _SAME_S
+        ]
+        weights = [weight for transfer in came for weight in plan.bundles[transfer.bundle].weights]
+        # `after` counts back into the pass before where it is negative.
+        freed = max((transfer.after for transfer in came), default=number - 1)
+        freed_s = simulation.steps[freed % count].end_s - (simulation.pass_s if freed < 0 else 0.0)
+        found.append(
+            Stall(
+                step=_name(trace, step.first, step.end),
+                stall_s=timing.stall_s,
+                weights=tuple(trace.weights[weight].name for weight in weights),
+                size_bytes=sum(extent.size_bytes for t in came for extent in plan.bundles[t.bundle].extents),
+                lead_s=ready_s - freed_s,
+            )
+        )
+    return sorted(found, key=lambda stall: -stall.stall_s)
+
+
+def _memory(trace: Trace, plan: Plan) -> list[MemoryUse]:
+    count = len(plan.steps)
+    resident = sum(plan.bundles[placement.bundle].size_bytes for placement in plan.residents)
+    deltas = [0] * (count + 1)
+    for transfer in plan.transfers:
+        size = plan.bundles[transfer.bundle].size_bytes
+        for first, end in occupied_steps(transfer, count):
+            deltas[first] += size
+            deltas[end] -= size
+    activations = trace.activation_bytes()
+    found, slots = [], 0
+    for step, delta in zip(plan.steps, deltas, strict=False):
+        slots += delta
+        found.append(
+            MemoryUse(
+                fixed_bytes=plan.fixed_bytes,
+                resident_bytes=resident,
+                slot_bytes=slots,
+                activation_bytes=max(activations[step.first : step.end], default=0),
+            )
+        )
+    return found
+
+
+def _name(trace: Trace, first: int, end: int) -> str:
+    name = trace.steps[first].name
+    return name if end - first == 1 else f"{name} + {end - first - 1} more"
+
+
+def summarize(names: Sequence[str], limit: int = 3) -> str:
+    """Returns the first few of many names."""
+    return ", ".join(names[:limit]) + (f", … {len(names) - limit} more" if len(names) > limit else "")

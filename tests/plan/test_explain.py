@@ -1,0 +1,54 @@
+"""What is said of a plan agrees with the plan."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mball.plan import explain, make_plan, smallest_budget, summarize
+from mball.schema import Machine, Trace
+from mball.units import MIB
+from tests.plan.traces import machines, make_chain, make_machine, traces
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(trace=traces(), machine=machines, share=st.floats(0, 1.2), fixed=st.integers(0, 5000))
+def test_an_explanation_adds_up(trace: Trace, machine: Machine, share: float, fixed: int) -> None:
+    total = sum(weight.size_bytes for weight in trace.weights)
+    budget = smallest_budget(trace, machine, fixed_bytes=fixed).size_bytes + int(share * total)
+    plan = make_plan(trace, machine, budget, fixed_bytes=fixed)
+    found = explain(trace, plan, machine)
+    assert found.prediction == plan.prediction
+    assert found.resident_bytes + found.streamed_bytes + found.unread_bytes == total
+    assert not set(found.resident) & set(found.streamed)
+    assert len(found.memory) == len(plan.steps)
+    assert all(use.total_bytes <= budget for use in found.memory)
+    assert all(use.fixed_bytes == fixed for use in found.memory)
+    assert sum(stall.stall_s for stall in found.stalls) == pytest.approx(plan.prediction.stall_s)
+    assert found.gap >= 1 - 1e-9
+    for transfer, served in zip(plan.transfers, found.simulation.transfers, strict=True):
+        assert served.start_s <= served.end_s
+        if transfer.after >= 0:
+            freed_s = found.simulation.steps[transfer.after].end_s
+            assert freed_s - 1e-9 <= served.start_s
+            assert served.end_s <= found.simulation.steps[transfer.needed_by].start_s + 1e-9
+
+
+def test_a_stall_names_what_it_waits_for() -> None:
+    trace, machine = make_chain(6, MIB, time_s=1e-3), make_machine(bandwidth=1e8)
+    plan = make_plan(trace, machine, smallest_budget(trace, machine).size_bytes)
+    found = explain(trace, plan, machine)
+    assert len(found.stalls) == 6, "one slot: nothing comes while a step computes"
+    for stall in found.stalls:
+        assert stall.weights == (f"w{stall.step.removeprefix('layer')}",)
+        assert stall.size_bytes >= MIB
+        assert stall.stall_s == pytest.approx(MIB / 1e8, rel=0.02)
+        assert stall.lead_s == pytest.approx(0.0, abs=1e-9), "its slot was in use until then"
+    assert found.stalls[0].stall_s == max(stall.stall_s for stall in found.stalls)
+
+
+def test_many_names_are_cut() -> None:
+    assert summarize(["a", "b"]) == "a, b"
+    assert summarize(["a", "b", "c", "d", "e"]) == "a, b, c, … 2 more"
+    assert summarize([]) == ""
