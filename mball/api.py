@@ -22,8 +22,8 @@ from mball.config import Capture, Compile, Config
 from mball.errors import ConfigError, WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
 from mball.integrations import make_faithful
+from mball.observe.files import replace_file
 from mball.observe.report import Report
-from mball.observe.timeline import replace_file
 from mball.run.census import Census, count_weights, take_census
 from mball.run.checkpoint_match import load_buffers, match_weights
 from mball.run.doors import Gate, Wrapped, hang_door, mix_in, mix_out, mixed_class

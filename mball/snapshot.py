@@ -10,6 +10,7 @@ from mball.observe.timeline import Lane, Span, Timeline
 from mball.run.engine import Engine
 from mball.run.recorder import PassRecord
 from mball.schema import Plan
+from mball.units import format_names
 
 NOT_COUNTED = ("Python and torch themselves", "tensors the user keeps")
 
@@ -81,7 +82,7 @@ def take_timeline(engine: Engine) -> Timeline | None:
     for (name, step), (_, began_s, ended_s) in zip(steps, record.computes, strict=True):
         spans.append(Span(lane=Lane.COMPUTE, name=name, start_s=began_s, end_s=ended_s, step=step))
     for number, bundle, began_s, ended_s in record.stalls:
-        name = f"wait for {_named([weights[weight] for weight in bundle.weights])}"
+        name = f"wait for {format_names([weights[weight] for weight in bundle.weights])}"
         step = steps[number][1] if number < len(steps) else None
         spans.append(Span(lane=Lane.STALLS, name=name, start_s=began_s, end_s=ended_s, step=step))
     for read in record.reads:
@@ -91,7 +92,7 @@ def take_timeline(engine: Engine) -> Timeline | None:
         spans.append(
             Span(
                 lane=Lane.READS,
-                name=_named([weights[weight] for weight in read.bundle.weights]),
+                name=format_names([weights[weight] for weight in read.bundle.weights]),
                 start_s=began_s,
                 end_s=ended_s,
                 size_bytes=read.size_bytes,
@@ -105,14 +106,10 @@ def _step(record: PassRecord, number: int, weights: Sequence[str]) -> tuple[str,
     """Returns the name of the pass's compute `number`, and its plan step if it was planned."""
     step = record.computes[number][0]
     if isinstance(step, tuple):
-        return f"{_named([weights[weight] for weight in step])}, not planned", None
+        return f"{format_names([weights[weight] for weight in step])}, not planned", None
     _, trace, plan = record.plans[bisect_right(record.plans, number, key=lambda adopted: adopted[0]) - 1]
     planned = plan.steps[step]
-    return _named([each.name for each in trace.steps[planned.first : planned.end]]), step
-
-
-def _named(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} + {len(names) - 1} more"
+    return format_names([each.name for each in trace.steps[planned.first : planned.end]]), step
 
 
 def _weight_bytes(plan: Plan, bundles: Sequence[int], engine: Engine) -> int:

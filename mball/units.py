@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from mball.errors import ConfigError
 
@@ -59,6 +60,12 @@ def format_bytes(num_bytes: int) -> str:
         if abs(num_bytes) >= factor:
             return f"{num_bytes / factor:.2f} {unit}"
     raise AssertionError("unreachable")
+
+
+def format_names(names: Sequence[str], limit: int = 1) -> str:
+    """Returns the first few of many names for a person, and how many more there are."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" + {more} more" if more > 0 else "")
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mball.errors import ConfigError
-from mball.units import GIB, KIB, MIB, format_bytes, parse_bytes, round_down, round_up
+from mball.units import GIB, KIB, MIB, format_bytes, format_names, parse_bytes, round_down, round_up
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,11 @@ def test_rounding_brackets_the_value(value: int, multiple: int) -> None:
     assert low <= value <= high
     assert low % multiple == high % multiple == 0
     assert high - low in (0, multiple)
+
+
+def test_many_names_are_cut() -> None:
+    assert format_names(["a"]) == "a"
+    assert format_names(["a", "b", "c"]) == "a + 2 more"
+    assert format_names(["a", "b", "c", "d", "e"], 3) == "a, b, c + 2 more"
+    assert format_names(["a", "b"], 3) == "a, b"
+    assert format_names([]) == ""

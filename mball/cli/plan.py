@@ -16,10 +16,10 @@ from rich.table import Table
 
 from mball.cli.checkpoint_trace import trace_of_checkpoint
 from mball.errors import CheckpointError, ConfigError, StorageError
-from mball.plan import Explanation, UtilityPoint, explain, make_plan, smallest_budget, summarize, utility_curve
+from mball.plan import Explanation, UtilityPoint, explain, make_plan, smallest_budget, utility_curve
 from mball.schema import Link, Machine, Plan, Prediction, Trace
 from mball.storage import FileTable, measure_link
-from mball.units import GIB, format_bytes, parse_bytes
+from mball.units import GIB, format_bytes, format_names, parse_bytes
 
 PAGE_BYTES = 4096
 # Where nothing was measured: a fast SATA or a slow NVMe disk.
@@ -150,7 +150,7 @@ def _lines(
 
 
 def _named(names: Sequence[str]) -> str:
-    return f" ({escape(summarize(names))})" if names else ""
+    return f" ({escape(format_names(names, 3))})" if names else ""
 
 
 def _stalls(explanation: Explanation) -> Table:
@@ -163,7 +163,7 @@ def _stalls(explanation: Explanation) -> Table:
     table.add_column("for", ratio=3, overflow="fold")
     table.add_column("its slot was free before", justify="right")
     for stall in stalls[:SHOWN_STALLS]:
-        waited_for = f"{format_bytes(stall.size_bytes)}: {escape(summarize(stall.weights, 2))}"
+        waited_for = f"{format_bytes(stall.size_bytes)}: {escape(format_names(stall.weights, 2))}"
         table.add_row(escape(stall.step), _ms(stall.stall_s), waited_for, _ms(stall.lead_s))
     return table
 
@@ -213,7 +213,7 @@ def _document(
 
 def _draw(target: Path, trace: Trace, plan: Plan, explanation: Explanation, curve: Sequence[UtilityPoint]) -> None:
     from mball.cli.plan_picture import picture_of
+    from mball.observe.files import replace_file
     from mball.observe.picture import draw_plan
-    from mball.observe.timeline import replace_file
 
     replace_file(target, draw_plan(picture_of(trace, plan, explanation, curve)), "picture")

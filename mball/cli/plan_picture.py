@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from mball.observe.picture import PlanPicture
 from mball.observe.timeline import Lane, Span, Timeline
-from mball.plan import Explanation, UtilityPoint, summarize
+from mball.plan import Explanation, UtilityPoint
 from mball.schema import Plan, Trace
+from mball.units import format_names
 
 
 def picture_of(trace: Trace, plan: Plan, explanation: Explanation, curve: Sequence[UtilityPoint]) -> PlanPicture:
@@ -25,7 +26,7 @@ def picture_of(trace: Trace, plan: Plan, explanation: Explanation, curve: Sequen
         spans.append(
             Span(
                 lane=Lane.READS,
-                name=summarize([trace.weights[weight].name for weight in bundle.weights], 1),
+                name=format_names([trace.weights[weight].name for weight in bundle.weights]),
                 start_s=served.start_s,
                 end_s=served.end_s,
                 size_bytes=sum(extent.size_bytes for extent in bundle.extents),

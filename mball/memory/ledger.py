@@ -6,7 +6,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from mball.errors import DeviceError
 from mball.units import format_bytes
@@ -29,6 +28,9 @@ class Account:
     peak_bytes: int
 
 
+_Books = tuple[int, dict[Kind, int], dict[Kind, int], int]  # the budget, by kind now and at most, and the most of all
+
+
 class Ledger:
     """Counts bytes by `Kind` and never lets the total pass the budget. Thread-safe."""
 
@@ -44,15 +46,17 @@ class Ledger:
         """The cap on the total."""
         return self._budget_bytes
 
-    def state(self) -> Any:
+    def state(self) -> _Books:
         """Returns what `restore` takes."""
         with self._lock:
             return self._budget_bytes, dict(self._current), dict(self._peak), self._total_peak
 
-    def restore(self, state: Any) -> None:
+    def restore(self, state: _Books) -> None:
         """Goes back to the cap and the accounts that there were."""
         with self._lock:
-            self._budget_bytes, self._current, self._peak, self._total_peak = state
+            budget_bytes, current, peak, total_peak = state
+            self._budget_bytes, self._total_peak = budget_bytes, total_peak
+            self._current, self._peak = dict(current), dict(peak)
 
     def set_budget(self, budget_bytes: int) -> None:
         """Sets another cap; peaks begin anew.

@@ -14,7 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from mball.errors import ConfigError, StorageError
+from mball.errors import ConfigError
+from mball.observe.files import replace_file
 
 _PROCESS = 1
 
@@ -173,22 +174,3 @@ def _event(span: Span, origin_s: float, thread: int) -> dict[str, Any]:
 
 def _microseconds(time_s: float) -> float:
     return round(time_s * 1e6, 3)
-
-
-def replace_file(target: Path, content: bytes, what: str) -> None:
-    """Writes beside `target` and renames, so that nobody ever finds half a file there.
-
-    Raises StorageError, which names `what` was to be written; nothing is left behind.
-    """
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
-    try:
-        try:
-            unfinished.write_bytes(content)
-            os.replace(unfinished, target)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"the {what} cannot be written to {str(target)!r} ({len(content)} B): {error.strerror or error}. Give a "
-            "file in a folder that exists and can be written"
-        ) from error

@@ -2,7 +2,7 @@
 
 from mball.plan.bundles import lay_out_bundle
 from mball.plan.curve import UtilityPoint, utility_curve
-from mball.plan.explain import Explanation, MemoryUse, Stall, explain, summarize
+from mball.plan.explain import Explanation, MemoryUse, Stall, explain
 from mball.plan.planner import make_plan
 from mball.plan.simulate import Simulation, StepTiming, TransferTiming, simulate
 from mball.plan.smallest import SmallestBudget, smallest_budget
@@ -22,7 +22,6 @@ __all__ = [
     "make_plan",
     "simulate",
     "smallest_budget",
-    "summarize",
     "utility_curve",
     "validate",
 ]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mball.errors import ConfigError
 from mball.plan.planner import make_plan
-from mball.plan.smallest import smallest_budget
+from mball.plan.smallest import check_problem, smallest_budget
 from mball.schema import Machine, Prediction, Trace
 
 _ALIKE = 1e-9
@@ -39,10 +38,7 @@ def utility_curve(
         ConfigError: `fixed_bytes` is negative.
         SchemaError: trace or machine contradict themselves.
     """
-    trace.check()
-    machine.check()
-    if fixed_bytes < 0:
-        raise ConfigError(f"fixed_bytes is {fixed_bytes}; it must be zero or more")
+    check_problem(trace, machine, fixed_bytes)
     smallest = smallest_budget(trace, machine, fixed_bytes=fixed_bytes).size_bytes
     points: list[UtilityPoint] = []
     best: Prediction | None = None

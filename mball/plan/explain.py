@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mball.plan.simulate import Simulation, occupied_steps, simulate
-from mball.schema import Machine, Plan, Prediction, Trace
+from mball.plan.simulate import Simulation, simulate, slot_bytes
+from mball.schema import Machine, Plan, Prediction, Trace, Transfer
+from mball.units import format_names
 
 _SAME_S = 1e-9
 
@@ -102,24 +102,23 @@ def explain(trace: Trace, plan: Plan, machine: Machine) -> Explanation:
 def _stalls(trace: Trace, plan: Plan, simulation: Simulation) -> list[Stall]:
     found = []
     count = len(plan.steps)
+    arrivals: list[list[tuple[Transfer, float]]] = [[] for _ in plan.steps]
+    for transfer, served in zip(plan.transfers, simulation.transfers, strict=True):
+        # Times count from the pass that asked: for what runs ahead that is the one before.
+        landed_s = served.end_s - (simulation.pass_s if transfer.after < 0 else 0.0)
+        arrivals[transfer.needed_by].append((transfer, landed_s))
     for number, (step, timing) in enumerate(zip(plan.steps, simulation.steps, strict=True)):
         if timing.stall_s <= 0:
             continue
         ready_s = timing.start_s - timing.stall_s
-        came = [
-            transfer
-            for transfer, served in zip(plan.transfers, simulation.transfers, strict=True)
-            # Times count from the pass that asked: for what runs ahead that is the one before.
-            if transfer.needed_by == number
-            and served.end_s - (simulation.pass_s if transfer.after < 0 else 0.0) > ready_s - _SAME_S
-        ]
+        came = [transfer for transfer, landed_s in arrivals[number] if landed_s > ready_s - _SAME_S]
         weights = [weight for transfer in came for weight in plan.bundles[transfer.bundle].weights]
         # `after` counts back into the pass before where it is negative.
         freed = max((transfer.after for transfer in came), default=number - 1)
         freed_s = simulation.steps[freed % count].end_s - (simulation.pass_s if freed < 0 else 0.0)
         found.append(
             Stall(
-                step=_name(trace, step.first, step.end),
+                step=format_names([each.name for each in trace.steps[step.first : step.end]]),
                 stall_s=timing.stall_s,
                 weights=tuple(trace.weights[weight].name for weight in weights),
                 size_bytes=sum(extent.size_bytes for t in came for extent in plan.bundles[t.bundle].extents),
@@ -130,18 +129,10 @@ def _stalls(trace: Trace, plan: Plan, simulation: Simulation) -> list[Stall]:
 
 
 def _memory(trace: Trace, plan: Plan) -> list[MemoryUse]:
-    count = len(plan.steps)
     resident = sum(plan.bundles[placement.bundle].size_bytes for placement in plan.residents)
-    deltas = [0] * (count + 1)
-    for transfer in plan.transfers:
-        size = plan.bundles[transfer.bundle].size_bytes
-        for first, end in occupied_steps(transfer, count):
-            deltas[first] += size
-            deltas[end] -= size
     activations = trace.activation_bytes()
-    found, slots = [], 0
-    for step, delta in zip(plan.steps, deltas, strict=False):
-        slots += delta
+    found = []
+    for step, slots in zip(plan.steps, slot_bytes(plan), strict=True):
         found.append(
             MemoryUse(
                 fixed_bytes=plan.fixed_bytes,
@@ -151,13 +142,3 @@ def _memory(trace: Trace, plan: Plan) -> list[MemoryUse]:
             )
         )
     return found
-
-
-def _name(trace: Trace, first: int, end: int) -> str:
-    name = trace.steps[first].name
-    return name if end - first == 1 else f"{name} + {end - first - 1} more"
-
-
-def summarize(names: Sequence[str], limit: int = 3) -> str:
-    """Returns the first few of many names."""
-    return ", ".join(names[:limit]) + (f", … {len(names) - limit} more" if len(names) > limit else "")

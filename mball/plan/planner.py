@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mball.errors import BudgetError, ConfigError
+from mball.errors import BudgetError
 from mball.plan.bundles import TINY_WEIGHT_BYTES, even_bundle, finest_bundles, group_weights, lay_out_bundle
 from mball.plan.demand import Demand
 from mball.plan.placement import keep_in_place, stack
 from mball.plan.residency import choose_residents
 from mball.plan.simulate import predict, run_passes, trace_times
 from mball.plan.slots import earliest_starts, place_visits
-from mball.plan.smallest import smallest_for
+from mball.plan.smallest import check_problem, smallest_for
 from mball.plan.steps import Bridge, Visit, count_visits, find_visits, merge_steps
 from mball.schema import LiveRange, Machine, Placement, Plan, PlanStep, Prediction, Trace, Transfer
 from mball.units import MIB, format_bytes, round_down
@@ -60,10 +60,7 @@ def make_plan(
         ConfigError: `fixed_bytes` is negative.
         SchemaError: trace or machine contradict themselves.
     """
-    trace.check()
-    machine.check()
-    if fixed_bytes < 0:
-        raise ConfigError(f"fixed_bytes is {fixed_bytes}; it must be zero or more")
+    check_problem(trace, machine, fixed_bytes)
     finest = Demand.of(trace, finest_bundles(trace, machine))
     smallest = smallest_for(trace, finest, fixed_bytes)
     if budget_bytes < smallest.size_bytes:

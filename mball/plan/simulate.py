@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from mball.schema import Link, Machine, Plan, Prediction, Trace, Transfer
 
@@ -187,20 +188,21 @@ class _Queue:
             self._recent.append((number, self.free_s + self._window_s))
 
 
-def _peak(plan: Plan) -> int:
+def slot_bytes(plan: Plan) -> list[int]:
+    """Returns for each plan step the bytes of slots that transfers hold."""
     num_steps = len(plan.steps)
-    kept = sum(plan.bundles[placement.bundle].size_bytes for placement in plan.residents)
     deltas = [0] * (num_steps + 1)
     for transfer in plan.transfers:
         size = plan.bundles[transfer.bundle].size_bytes
         for first, end in occupied_steps(transfer, num_steps):
             deltas[first] += size
             deltas[end] -= size
-    peak = streamed = 0
-    for delta in deltas[:num_steps]:
-        streamed += delta
-        peak = max(peak, streamed)
-    return kept + peak
+    return list(accumulate(deltas[:num_steps]))
+
+
+def _peak(plan: Plan) -> int:
+    kept = sum(plan.bundles[placement.bundle].size_bytes for placement in plan.residents)
+    return kept + max(slot_bytes(plan), default=0)
 
 
 def occupied_steps(transfer: Transfer, num_steps: int) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mball.errors import ConfigError
 from mball.plan.bundles import finest_bundles
 from mball.plan.demand import Demand
 from mball.schema import Machine, Trace
@@ -27,6 +28,19 @@ class SmallestBudget:
     slots_bytes: int
     activation_bytes: int
     fixed_bytes: int
+
+
+def check_problem(trace: Trace, machine: Machine, fixed_bytes: int) -> None:
+    """Checks that this can be planned at all.
+
+    Raises:
+        ConfigError: `fixed_bytes` is negative.
+        SchemaError: trace or machine contradict themselves.
+    """
+    trace.check()
+    machine.check()
+    if fixed_bytes < 0:
+        raise ConfigError(f"fixed_bytes is {fixed_bytes}; it must be zero or more")
 
 
 def smallest_budget(trace: Trace, machine: Machine, *, fixed_bytes: int = 0) -> SmallestBudget:

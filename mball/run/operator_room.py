@@ -14,6 +14,7 @@ UNKNOWN_SHARE = 8
 GROWTH_SHARE = 64
 
 _Room = tuple[Hashable, bool]  # the kind of pass, and whether it runs graphs
+RoomState = tuple[int, dict[_Room, int], set[_Room]]  # the budget, what is known, and what of that had to do
 
 
 class OperatorRoom:
@@ -40,11 +41,11 @@ class OperatorRoom:
         self._measured = {room: size for room, size in self._measured.items() if room not in self._settled}
         self._settled = set()
 
-    def state(self) -> tuple[int, dict[_Room, int], set[_Room]]:
+    def state(self) -> RoomState:
         """Returns what `restore` takes."""
         return self._budget_bytes, dict(self._measured), set(self._settled)
 
-    def restore(self, state: tuple[int, dict[_Room, int], set[_Room]]) -> None:
+    def restore(self, state: RoomState) -> None:
         """Goes back to the budget, and to what was known under it."""
         self._budget_bytes, self._measured, self._settled = state
 

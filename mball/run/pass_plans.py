@@ -8,12 +8,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mball.errors import BudgetError
 from mball.run.capture_cost import CaptureCost
 from mball.run.correction import Correction
-from mball.run.operator_room import OperatorRoom
+from mball.run.operator_room import OperatorRoom, RoomState
 from mball.run.segments import OperatorSegment, Segment, Tape, make_tape
 from mball.schema import Plan, Trace, Weight
 from mball.units import format_bytes
@@ -92,7 +91,7 @@ class PassPlans:
         """The budget."""
         return self._budget_bytes
 
-    def state(self) -> tuple[int, _Known, Any]:
+    def state(self) -> tuple[int, _Known, RoomState]:
         """Returns what `restore` takes."""
         return self._budget_bytes, self._known, self._room.state()
 
@@ -101,7 +100,7 @@ class PassPlans:
         self._budget_bytes, self._known = budget_bytes, OrderedDict()
         self._room.set_budget(budget_bytes)
 
-    def restore(self, state: tuple[int, _Known, Any]) -> None:
+    def restore(self, state: tuple[int, _Known, RoomState]) -> None:
         """Goes back to the budget, the plans and the room for operators that there were."""
         self._budget_bytes, self._known, room = state
         self._room.restore(room)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mball.plan import explain, make_plan, smallest_budget, summarize
+from mball.plan import explain, make_plan, smallest_budget
 from mball.schema import Machine, Trace
 from mball.units import MIB
 from tests.plan.traces import machines, make_chain, make_machine, traces
@@ -46,9 +46,3 @@ def test_a_stall_names_what_it_waits_for() -> None:
         assert stall.stall_s == pytest.approx(MIB / 1e8, rel=0.02)
         assert stall.lead_s == pytest.approx(0.0, abs=1e-9), "its slot was in use until then"
     assert found.stalls[0].stall_s == max(stall.stall_s for stall in found.stalls)
-
-
-def test_many_names_are_cut() -> None:
-    assert summarize(["a", "b"]) == "a, b"
-    assert summarize(["a", "b", "c", "d", "e"]) == "a, b, c, … 2 more"
-    assert summarize([]) == ""

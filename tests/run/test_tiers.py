@@ -125,7 +125,6 @@ def test_graphs_that_do_not_fit_leave_the_model_to_its_operators(
         assert_same(run(model, lambda m: m(x)), run(plain, lambda m: m(x)))
     monkeypatch.setattr(_states[model].engine.plans, "_plan", plan)
     run(model, lambda m: m(x))
-    assert _states[model].engine.plan.steps
     assert all(step.graph is None for step in _states[model].engine.trace.steps), "not under this budget"
     mball.set_budget(model, weight_bytes(model) * 5)
     assert_same(run(model, lambda m: m(x)), run(plain, lambda m: m(x)))
