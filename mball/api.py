@@ -32,7 +32,7 @@ from mball.run.home_sources import map_checkpoint, write_homes
 from mball.run.homes import Homes
 from mball.run.tenants import move_in, move_out, place_buffers
 from mball.run.tiers import TieredCall
-from mball.schema import Activation, LiveRange, Plan, Trace
+from mball.schema import LiveRange, Plan, Tensor, Trace
 from mball.snapshot import take_report, take_timeline
 from mball.storage import CheckpointIndex, TensorEntry
 from mball.units import format_bytes, parse_bytes
@@ -340,8 +340,8 @@ def save_trace(model: torch.nn.Module, path: str | os.PathLike[str]) -> Path:
     with state.engine.lock:
         trace, _ = trace_and_plan(model)
     if fixed_bytes := state.engine.fixed_bytes:
-        buffers = Activation(name="buffers", size_bytes=fixed_bytes, live=LiveRange(first=0, end=len(trace.steps)))
-        trace = replace(trace, activations=(*trace.activations, buffers))
+        buffers = Tensor.activation("buffers", size_bytes=fixed_bytes, live=LiveRange(first=0, end=len(trace.steps)))
+        trace = replace(trace, tensors=(*trace.tensors, buffers))
     replace_file(target, trace.to_json().encode(), "trace")
     return target
 

@@ -23,7 +23,7 @@ from mball.errors import BudgetError
 from mball.memory import libc
 from mball.run.doors import Gate, check_graph_inputs
 from mball.run.engine import Engine
-from mball.schema import Activation, Step
+from mball.schema import Step, Tensor
 from mball.trace.cut import Cut, UnsupportedGraphError
 from mball.trace.driver import Driver, StepHooks, build_driver
 from mball.trace.graph import CapturedGraph
@@ -63,7 +63,7 @@ class GraphSegment:
     def is_replaceable(self) -> bool:
         return self._is_replaceable
 
-    def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:
+    def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Tensor]]:
         return self._graph.schema_steps(self._weight_bytes, self.values, workspace=workspace)
 
 

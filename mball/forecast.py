@@ -67,7 +67,7 @@ def check_budget(
         )
         for weights in expected
     )
-    trace = Trace(name="one module at a time", weights=tuple(home.schema() for home in homes), steps=steps)
+    trace = Trace(name="one module at a time", tensors=tuple(home.schema() for home in homes), steps=steps)
     smallest = smallest_budget(trace, machine, fixed_bytes=fixed_bytes)
     if budget_bytes < smallest.size_bytes:
         raise BudgetError(

@@ -82,7 +82,7 @@ def take_timeline(engine: Engine) -> Timeline | None:
     for (name, step), (_, began_s, ended_s) in zip(steps, record.computes, strict=True):
         spans.append(Span(lane=Lane.COMPUTE, name=name, start_s=began_s, end_s=ended_s, step=step))
     for number, bundle, began_s, ended_s in record.stalls:
-        name = f"wait for {format_names([weights[weight] for weight in bundle.weights])}"
+        name = f"wait for {format_names([weights[weight] for weight in bundle.tensors])}"
         step = steps[number][1] if number < len(steps) else None
         spans.append(Span(lane=Lane.STALLS, name=name, start_s=began_s, end_s=ended_s, step=step))
     for read in record.reads:
@@ -92,7 +92,7 @@ def take_timeline(engine: Engine) -> Timeline | None:
         spans.append(
             Span(
                 lane=Lane.READS,
-                name=format_names([weights[weight] for weight in read.bundle.weights]),
+                name=format_names([weights[weight] for weight in read.bundle.tensors]),
                 start_s=began_s,
                 end_s=ended_s,
                 size_bytes=read.size_bytes,
@@ -113,4 +113,4 @@ def _step(record: PassRecord, number: int, weights: Sequence[str]) -> tuple[str,
 
 
 def _weight_bytes(plan: Plan, bundles: Sequence[int], engine: Engine) -> int:
-    return sum(engine.weights[weight].size_bytes for bundle in bundles for weight in plan.bundles[bundle].weights)
+    return sum(engine.weights[weight].size_bytes for bundle in bundles for weight in plan.bundles[bundle].tensors)

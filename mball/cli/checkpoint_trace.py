@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mball.schema import Step, Trace, Weight
+from mball.schema import Step, Tensor, Trace
 from mball.storage import CheckpointIndex
 
 _NUMBER = re.compile(r"(\d+)")
@@ -23,8 +23,8 @@ def trace_of_checkpoint(path: Path) -> Trace:
     index = CheckpointIndex.open(path)
     entries = list(index.entries.values())
     weights = tuple(
-        Weight(
-            name=entry.name,
+        Tensor.weight(
+            entry.name,
             dtype=entry.dtype,
             shape=entry.shape,
             size_bytes=entry.size_bytes,
@@ -40,7 +40,7 @@ def trace_of_checkpoint(path: Path) -> Trace:
         Step(name=name, graph="checkpoint", reads=tuple(modules[name]), scratch_bytes=0, flops=0, time_s=None)
         for name in sorted(modules, key=_natural)
     )
-    return Trace(name=path.name or str(path), weights=weights, steps=steps)
+    return Trace(name=path.name or str(path), tensors=weights, steps=steps)
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

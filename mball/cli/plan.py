@@ -101,14 +101,16 @@ def _machine(trace: Trace, bandwidth: int | None) -> tuple[Machine, str]:
         Link(bandwidth_bytes_per_s=ASSUMED_BYTES_PER_S, latency_s=ASSUMED_LATENCY_S),
         "assumed; measure yours and give --bandwidth",
     )
-    largest = max(trace.weights, key=lambda weight: weight.size_bytes, default=None)
+    homed = [tensor for _, tensor in trace.homed()]
+    largest = max(homed, key=lambda tensor: tensor.size_bytes, default=None)
+    file = largest.home.file if largest is not None and largest.home is not None else ""
     if bandwidth is not None:
         link, origin = dataclasses.replace(link, bandwidth_bytes_per_s=float(bandwidth)), "as given"
-    elif largest is not None and os.path.isfile(largest.file):
+    elif os.path.isfile(file):
         files = FileTable()
         try:
-            link = measure_link(files, files.add_path(largest.file))
-            origin = f"measured on {os.path.basename(largest.file)}"
+            link = measure_link(files, files.add_path(file))
+            origin = f"measured on {os.path.basename(file)}"
         except StorageError:
             origin = "assumed: the file of the weights cannot be read"
         finally:
@@ -119,7 +121,8 @@ def _machine(trace: Trace, bandwidth: int | None) -> tuple[Machine, str]:
 def _curve(trace: Trace, machine: Machine, budget_bytes: int) -> tuple[UtilityPoint, ...]:
     smallest = smallest_budget(trace, machine).size_bytes
     activations = max(trace.activation_bytes(), default=0)
-    largest = sum(weight.size_bytes for weight in trace.weights) + activations + len(trace.weights) * 2 * PAGE_BYTES
+    homed = [tensor.size_bytes for _, tensor in trace.homed()]
+    largest = sum(homed) + activations + len(homed) * 2 * PAGE_BYTES
     step = max((largest - smallest) // (CURVE_POINTS - 1), 1)
     return utility_curve(trace, machine, {budget_bytes, largest, *range(smallest, largest, step)})
 
@@ -127,14 +130,14 @@ def _curve(trace: Trace, machine: Machine, budget_bytes: int) -> tuple[UtilityPo
 def _lines(
     trace: Trace, machine: Machine, plan: Plan, explanation: Explanation, origin: str, link_origin: str
 ) -> list[str]:
-    weights = sum(weight.size_bytes for weight in trace.weights)
+    weights = [tensor.size_bytes for _, tensor in trace.homed()]
     prediction = explanation.prediction
     smallest = smallest_budget(trace, machine)
     bound = "the link" if prediction.roofline_s > prediction.compute_s else "compute"
     unread = f"; {format_bytes(explanation.unread_bytes)} are never read" if explanation.unread_bytes else ""
     return [
-        f"    trace  {escape(trace.name)}: {len(trace.steps)} steps ({origin}), {len(trace.weights)} weights, "
-        f"{format_bytes(weights)}{unread}",
+        f"    trace  {escape(trace.name)}: {len(trace.steps)} steps ({origin}), {len(weights)} weights, "
+        f"{format_bytes(sum(weights))}{unread}",
         f"     link  {machine.link.bandwidth_bytes_per_s / 1e9:.2f} GB/s ({escape(link_origin)})",
         f"   budget  {format_bytes(plan.budget_bytes)}: activations {format_bytes(plan.activation_bytes)}, arena "
         f"{format_bytes(plan.arena_bytes)}",

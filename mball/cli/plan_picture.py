@@ -26,7 +26,7 @@ def picture_of(trace: Trace, plan: Plan, explanation: Explanation, curve: Sequen
         spans.append(
             Span(
                 lane=Lane.READS,
-                name=format_names([trace.weights[weight].name for weight in bundle.weights]),
+                name=format_names([trace.tensors[weight].name for weight in bundle.tensors]),
                 start_s=served.start_s,
                 end_s=served.end_s,
                 size_bytes=sum(extent.size_bytes for extent in bundle.extents),

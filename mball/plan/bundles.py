@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from mball.schema import Bundle, Extent, Machine, Trace, Weight
+from mball.schema import Bundle, Extent, Home, Machine, Tensor, Trace
 from mball.units import KIB, round_down, round_up
 
 # Reading a gap this small costs less than a request of its own.
@@ -16,8 +16,14 @@ TINY_WEIGHT_BYTES = 64 * KIB
 EAGER_REACH_STEPS = 8
 
 
+def home_of(tensor: Tensor) -> Home:
+    """Returns the home of a tensor that has one."""
+    assert tensor.home is not None
+    return tensor.home
+
+
 def lay_out_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bundle:
-    """Returns the bundle of these weights (indices into `trace.weights`), in the order of their files.
+    """Returns the bundle of these weights (indices into `trace.tensors`), in the order of their files.
 
     Bytes go from disk to the slot as they lie: an extent over-reads outward to the alignment, and a weight
     begins at ``extent.slot_offset_bytes + (weight.offset_bytes - extent.offset_bytes)``. Neighbours share an
@@ -26,19 +32,19 @@ def lay_out_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bu
     """
 
     def home(index: int) -> tuple[str, int, int]:
-        weight = trace.weights[index]
-        return weight.file, weight.offset_bytes, index
+        home = home_of(trace.tensors[index])
+        return home.file, home.offset_bytes, index
 
     ordered = sorted(weights, key=home)
     extents: list[Extent] = []
-    for file, start, end in _aligned_reads((trace.weights[index] for index in ordered), machine.alignment_bytes):
+    for file, start, end in _aligned_reads((trace.tensors[index] for index in ordered), machine.alignment_bytes):
         slot_offset = 0
         if extents:
             slot_offset = round_up(extents[-1].slot_offset_bytes + extents[-1].size_bytes, machine.page_bytes)
         extents.append(Extent(file=file, offset_bytes=start, size_bytes=end - start, slot_offset_bytes=slot_offset))
     offsets, current = [], 0
     for index in ordered:
-        weight = trace.weights[index]
+        weight = trace.tensors[index]
         if weight.size_bytes == 0:
             offsets.append(0)
             continue
@@ -46,10 +52,10 @@ def lay_out_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bu
         while not _holds(extents[current], weight):
             current += 1
         extent = extents[current]
-        offsets.append(extent.slot_offset_bytes + weight.offset_bytes - extent.offset_bytes)
+        offsets.append(extent.slot_offset_bytes + home_of(weight).offset_bytes - extent.offset_bytes)
     used = extents[-1].slot_offset_bytes + extents[-1].size_bytes if extents else 0
     return Bundle(
-        weights=tuple(ordered),
+        tensors=tuple(ordered),
         offsets_bytes=tuple(offsets),
         extents=tuple(extents),
         size_bytes=round_up(used, machine.page_bytes),
@@ -58,7 +64,7 @@ def lay_out_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bu
 
 def weight_uses(trace: Trace) -> list[list[int]]:
     """Returns for each weight the trace steps that read it, ascending."""
-    uses: list[list[int]] = [[] for _ in trace.weights]
+    uses: list[list[int]] = [[] for _ in trace.tensors]
     for number, step in enumerate(trace.steps):
         for index in step.reads:
             uses[index].append(number)
@@ -73,14 +79,14 @@ def group_weights(trace: Trace, machine: Machine, target_bytes: int) -> tuple[li
     """
     uses = weight_uses(trace)
     first_used = list(dict.fromkeys(index for step in trace.steps for index in step.reads))
-    tiny = [index for index in first_used if trace.weights[index].size_bytes <= TINY_WEIGHT_BYTES]
-    large = [index for index in first_used if trace.weights[index].size_bytes > TINY_WEIGHT_BYTES]
-    unread = [index for index in range(len(trace.weights)) if not uses[index]]
+    tiny = [index for index in first_used if trace.tensors[index].size_bytes <= TINY_WEIGHT_BYTES]
+    large = [index for index in first_used if trace.tensors[index].size_bytes > TINY_WEIGHT_BYTES]
+    unread = [index for index, _ in trace.homed() if not uses[index]]
 
     groups: list[list[int]] = []
     filled_bytes = 0
     for index in large:
-        size = trace.weights[index].size_bytes
+        size = trace.tensors[index].size_bytes
         if groups and filled_bytes + size <= target_bytes and _used_alike(trace, uses[groups[-1][-1]], uses[index]):
             groups[-1].append(index)
             filled_bytes += size
@@ -101,8 +107,8 @@ def even_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bundl
     """
     bundle = lay_out_bundle(weights, trace, machine)
     parts = [0] * len(bundle.extents)
-    for index in bundle.weights:
-        weight = trace.weights[index]
+    for index in bundle.tensors:
+        weight = trace.tensors[index]
         if weight.size_bytes:
             parts[next(n for n, extent in enumerate(bundle.extents) if _holds(extent, weight))] += weight.size_bytes
     even = sum(round_up(size, machine.page_bytes) + machine.page_bytes for size in parts)
@@ -124,34 +130,36 @@ def finest_bundles(trace: Trace, machine: Machine) -> list[Bundle]:
         singles = [lay_out_bundle([index], trace, machine) for index in group]
         together = lay_out_bundle(group, trace, machine)
         for extent in together.extents:
-            parts = [one for one in singles if any(_holds(extent, trace.weights[index]) for index in one.weights)]
+            parts = [one for one in singles if any(_holds(extent, trace.tensors[index]) for index in one.tensors)]
             parts = [one for one in parts if one.size_bytes]
-            joined = lay_out_bundle([index for one in parts for index in one.weights], trace, machine)
+            joined = lay_out_bundle([index for one in parts for index in one.tensors], trace, machine)
             bundles += [joined] if joined.size_bytes <= sum(one.size_bytes for one in parts) else parts
         bundles += [one for one in singles if not one.size_bytes]
-    bundles += [lay_out_bundle([index], trace, machine) for index, steps in enumerate(uses) if not steps]
+    bundles += [lay_out_bundle([index], trace, machine) for index, _ in trace.homed() if not uses[index]]
     return bundles
 
 
-def _aligned_reads(weights: Iterable[Weight], alignment_bytes: int) -> list[tuple[str, int, int]]:
+def _aligned_reads(weights: Iterable[Tensor], alignment_bytes: int) -> list[tuple[str, int, int]]:
     reads: list[tuple[str, int, int]] = []
     for weight in weights:
         if weight.size_bytes == 0:
             continue
-        start = round_down(weight.offset_bytes, alignment_bytes)
-        end = round_up(weight.offset_bytes + weight.size_bytes, alignment_bytes)
-        if reads and reads[-1][0] == weight.file and start <= reads[-1][2] + MERGED_GAP_BYTES:
-            reads[-1] = (weight.file, reads[-1][1], max(reads[-1][2], end))
+        home = home_of(weight)
+        start = round_down(home.offset_bytes, alignment_bytes)
+        end = round_up(home.offset_bytes + weight.size_bytes, alignment_bytes)
+        if reads and reads[-1][0] == home.file and start <= reads[-1][2] + MERGED_GAP_BYTES:
+            reads[-1] = (home.file, reads[-1][1], max(reads[-1][2], end))
         else:
-            reads.append((weight.file, start, end))
+            reads.append((home.file, start, end))
     return reads
 
 
-def _holds(extent: Extent, weight: Weight) -> bool:
+def _holds(extent: Extent, weight: Tensor) -> bool:
+    home = home_of(weight)
     return (
-        extent.file == weight.file
-        and extent.offset_bytes <= weight.offset_bytes
-        and weight.offset_bytes + weight.size_bytes <= extent.offset_bytes + extent.size_bytes
+        extent.file == home.file
+        and extent.offset_bytes <= home.offset_bytes
+        and home.offset_bytes + weight.size_bytes <= extent.offset_bytes + extent.size_bytes
     )
 
 
@@ -171,7 +179,7 @@ def _chunk(trace: Trace, weights: Iterable[int], target_bytes: int) -> list[list
     chunks: list[list[int]] = []
     filled_bytes = 0
     for index in weights:
-        size = trace.weights[index].size_bytes
+        size = trace.tensors[index].size_bytes
         if chunks and filled_bytes + size <= target_bytes:
             chunks[-1].append(index)
             filled_bytes += size

@@ -80,17 +80,17 @@ class Explanation:
 def explain(trace: Trace, plan: Plan, machine: Machine) -> Explanation:
     """Returns what `plan`, which is valid for `trace`, does on `machine`."""
     simulation = simulate(trace, plan, machine)
-    kept = {weight for placement in plan.residents for weight in plan.bundles[placement.bundle].weights}
+    kept = {weight for placement in plan.residents for weight in plan.bundles[placement.bundle].tensors}
     first_used = dict.fromkeys(weight for step in trace.steps for weight in step.reads)
     resident = [weight for weight in first_used if weight in kept]
     streamed = [weight for weight in first_used if weight not in kept]
     roofline_s = simulation.prediction.roofline_s
     return Explanation(
-        resident=tuple(trace.weights[weight].name for weight in resident),
-        streamed=tuple(trace.weights[weight].name for weight in streamed),
-        resident_bytes=sum(trace.weights[weight].size_bytes for weight in resident),
-        streamed_bytes=sum(trace.weights[weight].size_bytes for weight in streamed),
-        unread_bytes=sum(weight.size_bytes for n, weight in enumerate(trace.weights) if n not in first_used),
+        resident=tuple(trace.tensors[weight].name for weight in resident),
+        streamed=tuple(trace.tensors[weight].name for weight in streamed),
+        resident_bytes=sum(trace.tensors[weight].size_bytes for weight in resident),
+        streamed_bytes=sum(trace.tensors[weight].size_bytes for weight in streamed),
+        unread_bytes=sum(tensor.size_bytes for n, tensor in trace.homed() if n not in first_used),
         slots=len(plan.transfers),
         stalls=tuple(_stalls(trace, plan, simulation)),
         memory=tuple(_memory(trace, plan)),
@@ -112,7 +112,7 @@ def _stalls(trace: Trace, plan: Plan, simulation: Simulation) -> list[Stall]:
             continue
         ready_s = timing.start_s - timing.stall_s
         came = [transfer for transfer, landed_s in arrivals[number] if landed_s > ready_s - _SAME_S]
-        weights = [weight for transfer in came for weight in plan.bundles[transfer.bundle].weights]
+        weights = [weight for transfer in came for weight in plan.bundles[transfer.bundle].tensors]
         # `after` counts back into the pass before where it is negative.
         freed = max((transfer.after for transfer in came), default=number - 1)
         freed_s = simulation.steps[freed % count].end_s - (simulation.pass_s if freed < 0 else 0.0)
@@ -120,7 +120,7 @@ def _stalls(trace: Trace, plan: Plan, simulation: Simulation) -> list[Stall]:
             Stall(
                 step=format_names([each.name for each in trace.steps[step.first : step.end]]),
                 stall_s=timing.stall_s,
-                weights=tuple(trace.weights[weight].name for weight in weights),
+                weights=tuple(trace.tensors[weight].name for weight in weights),
                 size_bytes=sum(extent.size_bytes for t in came for extent in plan.bundles[t.bundle].extents),
                 lead_s=ready_s - freed_s,
             )

@@ -163,15 +163,15 @@ def _best_draft(trace: Trace, machine: Machine, finest: Demand, arena_bytes: int
 def _demand_of(trace: Trace, machine: Machine, previous: Plan) -> Demand | None:
     """Returns the demand under the bundles of another plan, None if they are not of these weights."""
     bundles = previous.bundles
-    if sorted(index for bundle in bundles for index in bundle.weights) != list(range(len(trace.weights))):
+    if sorted(index for bundle in bundles for index in bundle.tensors) != [index for index, _ in trace.homed()]:
         return None
     for bundle in bundles:
-        if bundle not in (lay_out_bundle(bundle.weights, trace, machine), even_bundle(bundle.weights, trace, machine)):
+        if bundle not in (lay_out_bundle(bundle.tensors, trace, machine), even_bundle(bundle.tensors, trace, machine)):
             return None
     demand = Demand.of(trace, bundles)
-    tiny = {index for index, weight in enumerate(trace.weights) if weight.size_bytes <= TINY_WEIGHT_BYTES}
-    pools = [number for number in demand.read_bundles() if len(bundles[number].weights) > 1]
-    return replace(demand, pooled=frozenset(number for number in pools if tiny.issuperset(bundles[number].weights)))
+    tiny = {index for index, tensor in trace.homed() if tensor.size_bytes <= TINY_WEIGHT_BYTES}
+    pools = [number for number in demand.read_bundles() if len(bundles[number].tensors) > 1]
+    return replace(demand, pooled=frozenset(number for number in pools if tiny.issuperset(bundles[number].tensors)))
 
 
 def _best_of(

@@ -61,7 +61,7 @@ def smallest_for(trace: Trace, demand: Demand, fixed_bytes: int) -> SmallestBudg
     limited_by = "no step reads a weight"
     if slots:
         hungriest = needs.index(slots)
-        weights = sum(trace.weights[index].size_bytes for index in trace.steps[hungriest].reads)
+        weights = sum(trace.tensors[index].size_bytes for index in trace.steps[hungriest].reads)
         limited_by = (
             f"step {trace.steps[hungriest].name!r} reads {format_bytes(weights)} of weights at once, "
             f"{format_bytes(slots)} in whole pages"

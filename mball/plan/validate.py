@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import NoReturn
 
 from mball.errors import PlanError
+from mball.plan.bundles import home_of
 from mball.plan.demand import bundle_reads
 from mball.plan.simulate import occupied_steps
 from mball.schema import Bundle, Machine, Plan, Trace, Transfer
@@ -39,20 +40,20 @@ def _fail(message: str) -> NoReturn:
 
 
 def _check_partition(trace: Trace, plan: Plan) -> None:
-    seen = [0] * len(trace.weights)
+    seen = [0] * len(trace.tensors)
     for number, bundle in enumerate(plan.bundles):
-        for index in bundle.weights:
+        for index in bundle.tensors:
             if not 0 <= index < len(seen):
                 _fail(f"bundle {number} holds weight {index}; the trace has {len(seen)} weights")
             seen[index] += 1
-    for index, count in enumerate(seen):
-        if count != 1:
-            _fail(f"weight {trace.weights[index].name!r} is in {count} bundles instead of one")
+    for index, _ in trace.homed():
+        if (count := seen[index]) != 1:
+            _fail(f"weight {trace.tensors[index].name!r} is in {count} bundles instead of one")
 
 
 def _check_layout(trace: Trace, number: int, bundle: Bundle, machine: Machine | None) -> None:
-    if len(bundle.weights) != len(bundle.offsets_bytes):
-        _fail(f"bundle {number} has {len(bundle.weights)} weights and {len(bundle.offsets_bytes)} offsets")
+    if len(bundle.tensors) != len(bundle.offsets_bytes):
+        _fail(f"bundle {number} has {len(bundle.tensors)} weights and {len(bundle.offsets_bytes)} offsets")
     filled = 0
     for extent in sorted(bundle.extents, key=lambda extent: extent.slot_offset_bytes):
         if extent.size_bytes <= 0 or extent.offset_bytes < 0:
@@ -62,14 +63,14 @@ def _check_layout(trace: Trace, number: int, bundle: Bundle, machine: Machine | 
         filled = extent.slot_offset_bytes + extent.size_bytes
     if filled > bundle.size_bytes or bundle.size_bytes < 0:
         _fail(f"bundle {number} fills {filled} B of a slot of {bundle.size_bytes} B")
-    for index, offset in zip(bundle.weights, bundle.offsets_bytes, strict=True):
-        weight = trace.weights[index]
+    for index, offset in zip(bundle.tensors, bundle.offsets_bytes, strict=True):
+        weight, home = trace.tensors[index], home_of(trace.tensors[index])
         if weight.size_bytes == 0 and offset == 0:
             continue
         for extent in bundle.extents:
-            within = weight.offset_bytes - extent.offset_bytes
+            within = home.offset_bytes - extent.offset_bytes
             if (
-                extent.file == weight.file
+                extent.file == home.file
                 and within >= 0
                 and within + weight.size_bytes <= extent.size_bytes
                 and offset == extent.slot_offset_bytes + within

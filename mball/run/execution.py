@@ -133,7 +133,7 @@ class Execution:
             self._ends[transfer.last_use].append(number)
         for due in self._due:  # what this pass needs goes before what the next one needs
             due.sort(key=lambda number: plan.transfers[number].after < 0)
-        self._bundle_of_weight = {w: i for i, bundle in enumerate(plan.bundles) for w in bundle.weights}
+        self._bundle_of_weight = {w: i for i, bundle in enumerate(plan.bundles) for w in bundle.tensors}
         self._step_weights = [tuple(map(tuple, reads[step.first : step.end])) for step in plan.steps]
         self._bound = [None] * count
         if len(self._views) > 8 * len(self.homes):
@@ -405,7 +405,7 @@ class Execution:
         cached = self._bound[step]
         if cached is not None and cached[0] == occupants:
             return cached[1]
-        by_weight = {weight: occupant for occupant in occupants for weight in occupant.bundle.weights}
+        by_weight = {weight: occupant for occupant in occupants for weight in occupant.bundle.tensors}
         views = tuple(
             tuple(self._view(weight, by_weight[weight]) for weight in weights) for weights in self._step_weights[step]
         )
@@ -415,7 +415,7 @@ class Execution:
     def _view(self, weight: int, occupant: Occupant) -> torch.Tensor:
         view = occupant.views.get(weight)
         if view is None:
-            place = occupant.bundle.weights.index(weight)
+            place = occupant.bundle.tensors.index(weight)
             offset = occupant.offset_bytes + occupant.bundle.offsets_bytes[place]
             view = self._views.get((weight, offset))
             if view is None:

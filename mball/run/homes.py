@@ -20,7 +20,7 @@ import torch
 
 from mball import torch_private
 from mball.memory.mapping import PrivateMapping
-from mball.schema import Extent, Weight
+from mball.schema import Extent, Tensor
 from mball.storage.swapfile import SwapFile
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,10 @@ class Home:
     offset_bytes: int
     span_bytes: int
 
-    def schema(self) -> Weight:
+    def schema(self) -> Tensor:
         """Returns the home as the trace describes it."""
-        return Weight(
-            name=self.name,
+        return Tensor.weight(
+            self.name,
             dtype=str(self.tensor.dtype).removeprefix("torch."),
             shape=tuple(self.tensor.shape),
             size_bytes=self.span_bytes,
@@ -188,7 +188,7 @@ class Homes:
                 sorted((home.offset_bytes, home.offset_bytes + home.span_bytes, index) for index, home in held)
             )
 
-    def schema(self) -> tuple[Weight, ...]:
+    def schema(self) -> tuple[Tensor, ...]:
         """Returns all homes as the trace describes them."""
         return tuple(home.schema() for home in self.homes)
 

@@ -14,7 +14,7 @@ from mball.run.capture_cost import CaptureCost
 from mball.run.correction import Correction
 from mball.run.operator_room import OperatorRoom, RoomState
 from mball.run.segments import OperatorSegment, Segment, Tape, make_tape
-from mball.schema import Plan, Trace, Weight
+from mball.schema import Plan, Tensor, Trace
 from mball.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class PassPlans:
         self._budget_bytes, self._known, room = state
         self._room.restore(room)
 
-    def check(self, weights: tuple[Weight, ...], passes: Iterable[Sequence[Segment]]) -> None:
+    def check(self, weights: tuple[Tensor, ...], passes: Iterable[Sequence[Segment]]) -> None:
         """Checks that each of these passes fits, whatever kind of call it is, but for those with a substitute.
 
         Raises:
@@ -125,7 +125,7 @@ class PassPlans:
         if refused:
             raise max(refused, key=lambda error: error.smallest_bytes)
 
-    def of(self, weights: tuple[Weight, ...], segments: Sequence[Segment], previous: Plan | None) -> PassPlan:
+    def of(self, weights: tuple[Tensor, ...], segments: Sequence[Segment], previous: Plan | None) -> PassPlan:
         """Returns the plan of a pass of these segments: the one that was made before, if there still is room for it.
 
         Args:
@@ -147,7 +147,7 @@ class PassPlans:
             self._known.popitem(last=False)
         return found
 
-    def fits(self, weights: tuple[Weight, ...], segment: Segment) -> bool:
+    def fits(self, weights: tuple[Tensor, ...], segment: Segment) -> bool:
         """Returns whether a pass of this segment alone fits, with what its operators allocate inside."""
         tape = make_tape("a segment alone", weights, [segment], 0, workspace=True)
         try:
@@ -167,7 +167,7 @@ class PassPlans:
         self._known.clear()
 
     def _make(
-        self, weights: tuple[Weight, ...], segments: Sequence[Segment], previous: Plan | None, operators: bool
+        self, weights: tuple[Tensor, ...], segments: Sequence[Segment], previous: Plan | None, operators: bool
     ) -> PassPlan:
         began_s = time.perf_counter()
         tape, plan, reserve, workspace_fits = self._fit(weights, segments, previous, operators)
@@ -186,7 +186,7 @@ class PassPlans:
         return PassPlan(tape, plan, _stretches(tape, plan), positions, reserve, operators, workspace_fits)
 
     def _fit(
-        self, weights: tuple[Weight, ...], segments: Sequence[Segment], previous: Plan | None, operators: bool
+        self, weights: tuple[Tensor, ...], segments: Sequence[Segment], previous: Plan | None, operators: bool
     ) -> tuple[Tape, Plan, int, bool]:
         """Returns a tape of these segments, its plan, what that keeps for operators, and whether for workspace too.
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from mball.schema import Activation, LiveRange, Step, Trace, Weight
+from mball.schema import LiveRange, Step, Tensor, Trace
 
 
 class Segment(Protocol):
@@ -24,7 +24,7 @@ class Segment(Protocol):
     def is_replaceable(self) -> bool:
         """Whether something else runs in its place where it does not fit."""
 
-    def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:
+    def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Tensor]]:
         """Returns its steps and activations, numbered from 0.
 
         With `workspace` there is room for what operators allocate besides their results.
@@ -51,7 +51,7 @@ class OperatorSegment:
     def is_replaceable(self) -> bool:
         return False
 
-    def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Activation]]:
+    def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Tensor]]:
         step = Step(name=self.name, graph=None, reads=self.weights, scratch_bytes=0, flops=0, time_s=self.time_s)
         return [step], []
 
@@ -71,7 +71,7 @@ class Tape:
 
 def make_tape(
     name: str,
-    weights: tuple[Weight, ...],
+    weights: tuple[Tensor, ...],
     segments: Sequence[Segment],
     operator_activation_bytes: int,
     *,
@@ -89,7 +89,7 @@ def make_tape(
         slower: times that steps take longer than they were measured to.
     """
     steps: list[Step] = []
-    activations: list[Activation] = []
+    activations: list[Tensor] = []
     starts = []
     for position, segment in enumerate(segments):
         start = len(steps)
@@ -100,16 +100,9 @@ def make_tape(
         for step in own_steps:
             graph = None if step.graph is None else step.graph + suffix
             steps.append(replace(step, graph=graph, time_s=None if step.time_s is None else step.time_s * slower))
-        activations += [
-            replace(
-                activation,
-                name=activation.name + suffix,
-                live=LiveRange(first=activation.live.first + start, end=activation.live.end + start),
-            )
-            for activation in own_activations
-        ]
+        activations += [activation.within(activation.name + suffix, start) for activation in own_activations]
     if operator_activation_bytes:
         whole = LiveRange(first=0, end=len(steps))
-        activations.append(Activation(name="operators", size_bytes=operator_activation_bytes, live=whole))
-    trace = Trace(name=name, weights=weights, steps=tuple(steps), activations=tuple(activations))
+        activations.append(Tensor.activation("operators", size_bytes=operator_activation_bytes, live=whole))
+    trace = Trace(name=name, tensors=(*weights, *activations), steps=tuple(steps))
     return Tape(segments=tuple(segments), starts=tuple(starts), trace=trace)

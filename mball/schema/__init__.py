@@ -1,13 +1,28 @@
 """The contracts between trace, plan and run: plain data, versioned JSON, no torch."""
 
-from mball.schema.machine import Link, Machine
-from mball.schema.plan import Bundle, Extent, Placement, Plan, PlanStep, Prediction, Transfer
-from mball.schema.trace import Activation, LiveRange, Step, Trace, Weight
+from mball.schema.machine import Link, Machine, Tier
+from mball.schema.plan import (
+    Budgets,
+    Bundle,
+    Extent,
+    Placement,
+    Plan,
+    PlanStep,
+    Prediction,
+    Recompute,
+    StepForecast,
+    Transfer,
+)
+from mball.schema.trace import Gather, Home, Kind, Lane, LiveRange, Step, Tensor, Trace, Treatment
 
 __all__ = [
-    "Activation",
+    "Budgets",
     "Bundle",
     "Extent",
+    "Gather",
+    "Home",
+    "Kind",
+    "Lane",
     "Link",
     "LiveRange",
     "Machine",
@@ -15,8 +30,12 @@ __all__ = [
     "Plan",
     "PlanStep",
     "Prediction",
+    "Recompute",
     "Step",
+    "StepForecast",
+    "Tensor",
+    "Tier",
     "Trace",
     "Transfer",
-    "Weight",
+    "Treatment",
 ]

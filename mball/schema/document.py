@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import types
 import typing
@@ -15,7 +16,7 @@ from mball.errors import SchemaError
 class Document:
     """A frozen dataclass that is also a JSON document.
 
-    Fields may be int, float, str, bool, None, tuples of one type, and other such dataclasses.
+    Fields may be int, float, str, bool, None, enums of str, tuples of one type, and other such dataclasses.
     """
 
     def check(self) -> None:
@@ -61,6 +62,12 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(data))
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, data, where)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        try:
+            return kind(data)
+        except ValueError as error:
+            known = ", ".join(repr(each.value) for each in kind)
+            raise SchemaError(f"{where} must be one of {known}, not {data!r}") from error
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):

@@ -1,13 +1,22 @@
-"""The machine a plan is made for: page size, alignment and the speed of its links."""
+"""The machine a plan is made for: page size, alignment, and the speed of the links between its tiers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from mball.errors import SchemaError
 from mball.schema.document import Document
 
-MACHINE_VERSION = 1
+MACHINE_VERSION = 2
+
+
+class Tier(StrEnum):
+    """Where bytes are. On a machine without a GPU the device is the part of host memory that the budget caps."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,11 +28,17 @@ class Link:
             while others are served does not show it.
         window_bytes: bytes that are under way at one time and share the link: the end of a request waits for as much
             of those behind it.
+        source, target: the tiers.
+        lane: links with the same lane take turns, as the two directions of a disk do; empty for one that runs beside
+            all others.
     """
 
     bandwidth_bytes_per_s: float
     latency_s: float
     window_bytes: int = 0
+    source: Tier = Tier.DISK
+    target: Tier = Tier.DEVICE
+    lane: str = ""
 
     def transfer_s(self, size_bytes: int) -> float:
         """Returns the seconds that one request of `size_bytes` takes on the idle link."""
@@ -37,14 +52,23 @@ class Machine(Document):
     Attributes:
         page_bytes: granularity of the arena; every slot starts and ends on it.
         alignment_bytes: file offsets and lengths of reads are multiples of it; divides `page_bytes`.
-        link: the link from the homes to the arena.
+        link: the last link on the way from the homes to the arena.
+        others: the other links: from disk to host memory, and those on which bytes leave.
     """
 
     name: str
     page_bytes: int
     alignment_bytes: int
     link: Link
+    others: tuple[Link, ...] = ()
     version: int = MACHINE_VERSION
+
+    def find_link(self, source: Tier, target: Tier) -> Link | None:
+        """Returns the link from one tier to another, None if there is none."""
+        for link in (self.link, *self.others):
+            if (link.source, link.target) == (source, target):
+                return link
+        return None
 
     def check(self) -> None:
         """Raises SchemaError when the machine cannot exist."""
@@ -54,8 +78,14 @@ class Machine(Document):
             raise SchemaError(
                 f"machine {self.name!r}: alignment {self.alignment_bytes} B must divide the page, {self.page_bytes} B"
             )
-        if self.link.bandwidth_bytes_per_s <= 0 or self.link.latency_s < 0 or self.link.window_bytes < 0:
-            raise SchemaError(
-                f"machine {self.name!r}: bandwidth {self.link.bandwidth_bytes_per_s} B/s must be positive, "
-                f"latency {self.link.latency_s} s and window {self.link.window_bytes} B not negative"
-            )
+        ways = [(link.source, link.target) for link in (self.link, *self.others)]
+        if len(set(ways)) != len(ways) or any(source is target for source, target in ways):
+            raise SchemaError(f"machine {self.name!r}: each link joins two tiers, and no two links the same two")
+        if self.link.target is not Tier.DEVICE:
+            raise SchemaError(f"machine {self.name!r}: its link ends in {self.link.target.value}, not in the device")
+        for link in (self.link, *self.others):
+            if not link.bandwidth_bytes_per_s > 0 or not link.latency_s >= 0 or link.window_bytes < 0:
+                raise SchemaError(
+                    f"machine {self.name!r}: bandwidth {link.bandwidth_bytes_per_s} B/s must be positive, "
+                    f"latency {link.latency_s} s and window {link.window_bytes} B not negative"
+                )

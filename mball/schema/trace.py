@@ -6,13 +6,45 @@ is not installed. Steps are numbered 0, 1, …; every range is half-open.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import accumulate
+from typing import Self
 
 from mball.errors import SchemaError
 from mball.schema.document import Document
+from mball.schema.machine import Tier
 
-TRACE_VERSION = 1
+TRACE_VERSION = 2
+
+
+class Kind(StrEnum):
+    """What a tensor is for. The planner treats all alike; people and executors tell them apart."""
+
+    WEIGHT = "weight"
+    ACTIVATION = "activation"
+    GRADIENT = "gradient"
+    OPTIMIZER = "optimizer"
+    CACHE = "cache"
+
+
+class Treatment(StrEnum):
+    """What may be done to a tensor so that it takes no device memory while nobody reads it."""
+
+    STAY = "stay"  # nothing: it is there
+    STREAM = "stream"  # brought from its home when it is needed
+    GATHER = "gather"  # its rows are read from its home where a step asks for rows only
+    OFFLOAD = "offload"  # written to a lower tier, and brought back when it is needed
+    RECOMPUTE = "recompute"  # dropped, and computed again when it is needed
+
+
+class Lane(StrEnum):
+    """Where a step runs."""
+
+    COMPUTE = "compute"  # on the device; what it reads must be there
+    HOST = "host"  # on the processor beside it; what it reads must be in host memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,28 +59,105 @@ class LiveRange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """One managed weight (tied names count once) and where its home lies.
+class Home:
+    """Where the authoritative bytes of a tensor are between passes.
 
-    `file` and `offset_bytes` say where the authoritative bytes begin on disk. They need no alignment:
-    readers over-read to the alignment of the link and slice.
+    `file` and `offset_bytes` say where they begin. They need no alignment: readers over-read to the alignment of the
+    link and slice.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    size_bytes: int
+    tier: Tier
     file: str
     offset_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Activation:
-    """A tensor that outlives the step it is born in; an input of the pass is born in step 0."""
+class Tensor:
+    """Bytes that steps read or write.
+
+    Attributes:
+        size_bytes: of its data.
+        home: None if it is born in the pass and dies in it.
+        live: of a tensor without a home: the steps from the one that makes it to the last one that reads it; an input
+            of the pass is born in step 0. None for a tensor with a home.
+        may: what may be done to it. One that may only stay is no part of a plan but for its bytes.
+        recompute_s: seconds of compute that make it again, if it may be recomputed.
+        dtype, shape: for people and executors.
+    """
 
     name: str
+    kind: Kind
     size_bytes: int
-    live: LiveRange
+    home: Home | None = None
+    live: LiveRange | None = None
+    may: tuple[Treatment, ...] = (Treatment.STAY,)
+    recompute_s: float | None = None
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+    @classmethod
+    def weight(
+        cls, name: str, *, dtype: str, shape: tuple[int, ...], size_bytes: int, file: str, offset_bytes: int
+    ) -> Self:
+        """Returns a weight whose home is a file (tied names count once); it may stay or be streamed."""
+        return cls(
+            name=name,
+            kind=Kind.WEIGHT,
+            size_bytes=size_bytes,
+            home=Home(tier=Tier.DISK, file=file, offset_bytes=offset_bytes),
+            may=(Treatment.STAY, Treatment.STREAM),
+            dtype=dtype,
+            shape=shape,
+        )
+
+    @classmethod
+    def activation(cls, name: str, *, size_bytes: int, live: LiveRange) -> Self:
+        """Returns a tensor that outlives the step it is born in, and only stays."""
+        return cls(name=name, kind=Kind.ACTIVATION, size_bytes=size_bytes, live=live)
+
+    def within(self, name: str, first: int) -> Self:
+        """Returns the tensor under another name in a longer pass, in which its own pass begins with step `first`."""
+        live = self.live and LiveRange(first=self.live.first + first, end=self.live.end + first)
+        return replace(self, name=name, live=live)
+
+    @property
+    def is_movable(self) -> bool:
+        """Whether a plan may do anything but leave it where it is made."""
+        return any(treatment is not Treatment.STAY for treatment in self.may)
+
+    def check(self) -> None:
+        """Raises SchemaError when the tensor contradicts itself."""
+        if self.size_bytes < 0 or min(self.shape, default=0) < 0 or (self.home and self.home.offset_bytes < 0):
+            offset = self.home.offset_bytes if self.home else 0
+            raise SchemaError(
+                f"tensor {self.name!r}: size {self.size_bytes} B, offset {offset} B and shape {self.shape} "
+                "must not be negative"
+            )
+        if (self.home is None) == (self.live is None):
+            raise SchemaError(f"tensor {self.name!r} must have either a home or a live range")
+        if self.home is not None and self.home.tier is Tier.DEVICE:
+            raise SchemaError(f"tensor {self.name!r} has its home in device memory; homes are below it")
+        if len(set(self.may)) != len(self.may) or not self.may:
+            raise SchemaError(f"tensor {self.name!r} may {list(self.may)}; each treatment once, and at least one")
+        with_home = {Treatment.STREAM, Treatment.GATHER}
+        without_home = {Treatment.OFFLOAD, Treatment.RECOMPUTE}
+        if wrong := (without_home if self.home else with_home).intersection(self.may):
+            has = "a home" if self.home else "no home"
+            raise SchemaError(f"tensor {self.name!r} has {has}, so it cannot {min(wrong).value}")
+        is_priced = self.recompute_s is not None and self.recompute_s >= 0
+        if is_priced != (Treatment.RECOMPUTE in self.may) or (self.recompute_s is not None and not is_priced):
+            raise SchemaError(
+                f"tensor {self.name!r} takes {self.recompute_s} s to recompute and may {list(self.may)}: a time of "
+                "zero or more belongs to each tensor that may be recomputed, and to no other"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gather:
+    """A step reads only some rows of a tensor: `size_bytes` of it, unless the whole is on the device."""
+
+    tensor: int
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +168,9 @@ class Step:
         name: for people, such as ``graph0/12 linear``.
         graph: the captured graph it belongs to; consecutive steps of one graph may be merged by a
             plan. None for an operator that ran outside any graph.
-        reads: indices of the weights it reads, in order of first use.
+        reads: indices of the movable tensors it reads as a whole, in order of first use.
+        gathers: those of which it reads rows.
+        writes: indices of tensors with a home that it changes. Copies that were brought before are void then.
         scratch_bytes: peak of the tensors born and dying within the step.
         flops: floating point operations.
         time_s: measured seconds of compute, None when it never ran.
@@ -71,32 +182,40 @@ class Step:
     scratch_bytes: int
     flops: int
     time_s: float | None
+    gathers: tuple[Gather, ...] = ()
+    writes: tuple[int, ...] = ()
+    lane: Lane = Lane.COMPUTE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace(Document):
-    """One pass: the weights, the steps that read them, and the activations.
+    """One pass: the tensors, and the steps that read them.
 
-    A pass repeats (a decode loop), so the step after the last is step 0 of the next pass.
+    Attributes:
+        tensors: what steps read or write; those that only stay count with their bytes.
+        steps: in the order they begin.
+        cyclic: the pass repeats (a decode loop), so the step after the last is step 0 of the next pass. Otherwise it
+            runs once, and nothing is there before it.
     """
 
     name: str
-    weights: tuple[Weight, ...]
+    tensors: tuple[Tensor, ...]
     steps: tuple[Step, ...]
-    activations: tuple[Activation, ...] = ()
+    cyclic: bool = True
     version: int = TRACE_VERSION
 
+    def homed(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields index and tensor of those that have a home."""
+        return ((index, tensor) for index, tensor in enumerate(self.tensors) if tensor.home is not None)
+
     def activation_bytes(self) -> list[int]:
-        """Returns for each step the bytes of live activations plus the step's own scratch."""
+        """Returns for each step the bytes of what is born in the pass if it all stays, plus the step's own scratch."""
         deltas = [0] * (len(self.steps) + 1)
-        for activation in self.activations:
-            deltas[activation.live.first] += activation.size_bytes
-            deltas[activation.live.end] -= activation.size_bytes
-        live, totals = 0, []
-        for delta, step in zip(deltas, self.steps, strict=False):
-            live += delta
-            totals.append(live + step.scratch_bytes)
-        return totals
+        for tensor in self.tensors:
+            if tensor.live is not None:
+                deltas[tensor.live.first] += tensor.size_bytes
+                deltas[tensor.live.end] -= tensor.size_bytes
+        return [live + step.scratch_bytes for live, step in zip(accumulate(deltas), self.steps, strict=False)]
 
     def check(self) -> None:
         """Raises SchemaError when the trace contradicts itself."""
@@ -105,35 +224,50 @@ class Trace(Document):
                 f"trace {self.name!r} has version {self.version}; this mball reads version {TRACE_VERSION}: "
                 "record it again, or use the mball that wrote it"
             )
-        _check_unique([weight.name for weight in self.weights], f"trace {self.name!r}: weight")
-        for weight in self.weights:
-            if weight.size_bytes < 0 or weight.offset_bytes < 0 or min(weight.shape, default=0) < 0:
+        _check_unique([tensor.name for tensor in self.tensors], f"trace {self.name!r}: tensor")
+        for tensor in self.tensors:
+            tensor.check()
+            live = tensor.live
+            if live is not None and not 0 <= live.first < live.end <= len(self.steps):
                 raise SchemaError(
-                    f"weight {weight.name!r}: size {weight.size_bytes} B, offset {weight.offset_bytes} B and "
-                    f"shape {weight.shape} must not be negative"
-                )
-        for step in self.steps:
-            if step.scratch_bytes < 0 or step.flops < 0 or (step.time_s is not None and step.time_s < 0):
-                raise SchemaError(
-                    f"step {step.name!r}: scratch {step.scratch_bytes} B, {step.flops} FLOPs and time {step.time_s} s "
-                    "must not be negative"
-                )
-            _check_unique([str(index) for index in step.reads], f"step {step.name!r}: read of weight")
-            for index in step.reads:
-                if not 0 <= index < len(self.weights):
-                    raise SchemaError(f"step {step.name!r} reads weight {index}; there are {len(self.weights)} weights")
-        for activation in self.activations:
-            live = activation.live
-            if not 0 <= live.first < live.end <= len(self.steps):
-                raise SchemaError(
-                    f"activation {activation.name!r} lives in steps [{live.first}, {live.end}); "
+                    f"tensor {tensor.name!r} lives in steps [{live.first}, {live.end}); "
                     f"the pass has steps [0, {len(self.steps)})"
                 )
-            if activation.size_bytes < 0:
-                raise SchemaError(f"activation {activation.name!r} has {activation.size_bytes} B")
+        for number, step in enumerate(self.steps):
+            self._check_step(number, step)
+
+    def _check_step(self, number: int, step: Step) -> None:
+        if step.scratch_bytes < 0 or step.flops < 0 or (step.time_s is not None and not step.time_s >= 0):
+            raise SchemaError(
+                f"step {step.name!r}: scratch {step.scratch_bytes} B, {step.flops} FLOPs and time {step.time_s} s "
+                "must not be negative"
+            )
+        gathered = tuple(gather.tensor for gather in step.gathers)
+        uses = (*step.reads, *gathered)
+        _check_unique([str(index) for index in uses], f"step {step.name!r}: read of tensor")
+        _check_unique([str(index) for index in step.writes], f"step {step.name!r}: write of tensor")
+        for index in (*uses, *step.writes):
+            if not 0 <= index < len(self.tensors):
+                raise SchemaError(f"step {step.name!r} uses tensor {index}; there are {len(self.tensors)} tensors")
+            live = self.tensors[index].live
+            if live is not None and number not in live:
+                raise SchemaError(
+                    f"step {step.name!r}, number {number}, uses tensor {self.tensors[index].name!r}, "
+                    f"which lives in steps [{live.first}, {live.end})"
+                )
+        for index in step.writes:
+            if self.tensors[index].home is None:
+                raise SchemaError(f"step {step.name!r} writes tensor {self.tensors[index].name!r}, which has no home")
+        for gather in step.gathers:
+            tensor = self.tensors[gather.tensor]
+            if tensor.home is None or not 0 <= gather.size_bytes <= tensor.size_bytes:
+                raise SchemaError(
+                    f"step {step.name!r} gathers {gather.size_bytes} B of tensor {tensor.name!r}, which has "
+                    f"{tensor.size_bytes} B and {'a' if tensor.home else 'no'} home"
+                )
 
 
 def _check_unique(names: Sequence[str], what: str) -> None:
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(names).most_common(1)[0][0]
         raise SchemaError(f"{what} {twice!r} appears twice")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mball import torch_private
-from mball.schema import Activation, LiveRange, Step
+from mball.schema import LiveRange, Step, Tensor
 from mball.trace.cut import Cut, storage_of, tensors_of
 from mball.trace.workspace import assumed_workspace_bytes
 from mball.units import MIB
@@ -119,7 +119,7 @@ class CapturedGraph:
 
     def schema_steps(
         self, weight_bytes: Sequence[int], values: Mapping[Any, int] | None = None, *, workspace: bool = True
-    ) -> tuple[list[Step], list[Activation]]:
+    ) -> tuple[list[Step], list[Tensor]]:
         """Returns the graph's part of a trace, with its steps numbered from 0.
 
         Args:
@@ -151,7 +151,7 @@ class CapturedGraph:
         born = [0] * len(self.steps)
         for activation in activations:
             # Inputs, such as caches, were there before the first step.
-            if activation.name not in inputs:
+            if activation.live is not None and activation.name not in inputs:
                 born[activation.live.first] += activation.size_bytes
         more = False
         for number, step in enumerate(self.steps):
@@ -161,12 +161,12 @@ class CapturedGraph:
                 more = True
         return more
 
-    def _memory(self, values: Mapping[Any, int]) -> tuple[list[Activation], list[int]]:
+    def _memory(self, values: Mapping[Any, int]) -> tuple[list[Tensor], list[int]]:
         """Returns the tensors that live beyond a step, and for each step the peak of those that do not."""
         assumed = self.traced_values() | dict(values)
         sizes: dict[Any, int] = {}
         num_steps = len(self.steps)
-        activations: list[Activation] = []
+        activations: list[Tensor] = []
         inside: list[list[tuple[int, int, int]]] = [[] for _ in self.steps]
         for tensor in self._lives:
             if tensor.size_bytes not in sizes:
@@ -179,7 +179,7 @@ class CapturedGraph:
                 inside[first].append((tensor.first[1], tensor.last[1], size_bytes))
             else:
                 live = LiveRange(first=first, end=last + 1)
-                activations.append(Activation(name=f"{self.name}/{tensor.name}", size_bytes=size_bytes, live=live))
+                activations.append(Tensor.activation(f"{self.name}/{tensor.name}", size_bytes=size_bytes, live=live))
         return activations, [_peak(intervals) for intervals in inside]
 
 

@@ -86,8 +86,8 @@ def test_a_recorded_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     recorded = trace_and_plan(model)[0]
     assert trace.steps == recorded.steps
     assert any(step.time_s for step in trace.steps)
-    buffers = [activation for activation in trace.activations if activation.name == "buffers"]
-    assert sum(activation.size_bytes for activation in buffers) == mball.report(model).buffer_bytes
+    buffers = [tensor for tensor in trace.tensors if tensor.name == "buffers"]
+    assert sum(tensor.size_bytes for tensor in buffers) == mball.report(model).buffer_bytes
     found = plan_of(str(path), "--budget", "16MiB", "--bandwidth", "1GB", capsys=capsys)
     validate(trace, Plan.from_json(json.dumps(found["plan"])))
     with pytest.raises(ConfigError, match=r"\.json"):

@@ -15,7 +15,7 @@ from tests.plan.traces import machines, make_chain, make_machine, traces
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(trace=traces(), machine=machines, share=st.floats(0, 1.2), fixed=st.integers(0, 5000))
 def test_an_explanation_adds_up(trace: Trace, machine: Machine, share: float, fixed: int) -> None:
-    total = sum(weight.size_bytes for weight in trace.weights)
+    total = sum(tensor.size_bytes for _, tensor in trace.homed())
     budget = smallest_budget(trace, machine, fixed_bytes=fixed).size_bytes + int(share * total)
     plan = make_plan(trace, machine, budget, fixed_bytes=fixed)
     found = explain(trace, plan, machine)

@@ -29,7 +29,7 @@ def kept_share(before: Plan, after: Plan) -> float:
 @given(trace=traces(), machine=machines, first=st.floats(0, 1.2), second=st.floats(0, 1.2))
 def test_the_plan_before_costs_little(trace: Trace, machine: Machine, first: float, second: float) -> None:
     smallest = smallest_budget(trace, machine).size_bytes
-    total = sum(weight.size_bytes for weight in trace.weights)
+    total = sum(tensor.size_bytes for _, tensor in trace.homed())
     before = make_plan(trace, machine, smallest + int(first * total))
     plain = make_plan(trace, machine, smallest + int(second * total))
     plan = make_plan(trace, machine, smallest + int(second * total), previous=before)
@@ -53,7 +53,7 @@ def test_a_plan_of_another_model_is_no_use(first: Trace, second: Trace, machine:
 @given(trace=traces(), machine=machines, share=st.floats(0, 1.2), other=st.floats(0, 1.2))
 def test_the_same_budget_moves_nothing(trace: Trace, machine: Machine, share: float, other: float) -> None:
     smallest = smallest_budget(trace, machine).size_bytes
-    total = sum(weight.size_bytes for weight in trace.weights)
+    total = sum(tensor.size_bytes for _, tensor in trace.homed())
     elsewhere = make_plan(trace, machine, smallest + int(other * total))
     before = make_plan(trace, machine, smallest + int(share * total), previous=elsewhere)
     after = make_plan(trace, machine, smallest + int(share * total), previous=before)
@@ -65,7 +65,7 @@ def test_a_layered_model_moves_little() -> None:
     layers = [[MIB, MIB // 2, 3 * MIB, 3 * MIB]] * 24
     sizes = [size for layer in layers for size in layer]
     steps = tuple(make_step(f"s{number}", number) for number in range(len(sizes)))
-    trace = Trace(name="layers", weights=make_weights(sizes), steps=steps)
+    trace = Trace(name="layers", tensors=make_weights(sizes), steps=steps)
     machine, plan = make_machine(), None
     for share in (0.5, 0.7, 0.6, 0.9, 0.3, 0.8, 0.4):
         before, plan = plan, make_plan(trace, machine, int(share * sum(sizes)), previous=plan)
@@ -86,7 +86,7 @@ def test_what_grows_moves_nothing() -> None:
 def test_the_same_bundles_are_planned_as_if_there_had_been_no_plan() -> None:
     """A weight that comes twice stays in its slot in between, as it did before."""
     steps = tuple(make_step(f"s{number}", weight) for number, weight in enumerate((0, 1, 0, 2)))
-    trace = Trace(name="again", weights=make_weights([900_000, 100_000, 900_000]), steps=steps)
+    trace = Trace(name="again", tensors=make_weights([900_000, 100_000, 900_000]), steps=steps)
     machine = make_machine(bandwidth=1e7)
     for budget in range(1_000_000, 1_900_000, 50_000):
         plan = make_plan(trace, machine, budget)
@@ -95,10 +95,10 @@ def test_the_same_bundles_are_planned_as_if_there_had_been_no_plan() -> None:
 
 def test_what_nobody_reads_does_not_become_resident() -> None:
     weights = make_weights([900_000, 900_000, 1000, 1000])
-    trace = Trace(name="unread", weights=weights, steps=(make_step("a", 0), make_step("b", 1)))
+    trace = Trace(name="unread", tensors=weights, steps=(make_step("a", 0), make_step("b", 1)))
     machine = make_machine()
     budget = smallest_budget(trace, machine).size_bytes + 20_000
     plan = make_plan(trace, machine, budget)
     for _ in range(2):
         plan = make_plan(trace, machine, budget, previous=plan)
-        assert not {w for placement in plan.residents for w in plan.bundles[placement.bundle].weights} & {2, 3}
+        assert not {w for placement in plan.residents for w in plan.bundles[placement.bundle].tensors} & {2, 3}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import mball.plan
 from mball.errors import BudgetError, ConfigError
 from mball.plan import make_plan, simulate, smallest_budget, validate
-from mball.plan.bundles import finest_bundles
+from mball.plan.bundles import finest_bundles, home_of
 from mball.plan.demand import Demand
 from mball.plan.planner import draft_plan
 from mball.plan.steps import Bridge, find_visits
@@ -36,7 +36,7 @@ few = settings(max_examples=200, deadline=None, suppress_health_check=[HealthChe
 
 
 def total_bytes(trace: Trace) -> int:
-    return sum(weight.size_bytes for weight in trace.weights)
+    return sum(tensor.size_bytes for _, tensor in trace.homed())
 
 
 @few
@@ -73,12 +73,12 @@ def test_the_smallest_budget_is_exact(trace: Trace, machine: Machine, fixed: int
 @given(trace=traces(), machine=machines)
 def test_no_budget_below_the_smallest_could_hold_the_weights_of_its_step(trace: Trace, machine: Machine) -> None:
     smallest = smallest_budget(trace, machine)
-    needs = [sum(trace.weights[index].size_bytes for index in step.reads) for step in trace.steps]
+    needs = [sum(trace.tensors[index].size_bytes for index in step.reads) for step in trace.steps]
     singles = [
         sum(
-            round_up(trace.weights[i].size_bytes + trace.weights[i].offset_bytes % 512, machine.page_bytes)
+            round_up(trace.tensors[i].size_bytes + home_of(trace.tensors[i]).offset_bytes % 512, machine.page_bytes)
             for i in step.reads
-            if trace.weights[i].size_bytes
+            if trace.tensors[i].size_bytes
         )
         for step in trace.steps
     ]
@@ -89,7 +89,7 @@ def test_no_budget_below_the_smallest_could_hold_the_weights_of_its_step(trace: 
 def test_the_smallest_budget_names_its_step() -> None:
     trace = Trace(
         name="t",
-        weights=make_weights([10_000, 50_000, 9_000]),
+        tensors=make_weights([10_000, 50_000, 9_000]),
         steps=(make_step("small", 0), make_step("lm_head", 1, 2, scratch=77), make_step("end")),
     )
     smallest = smallest_budget(trace, make_machine(), fixed_bytes=5)
@@ -102,7 +102,11 @@ def test_the_smallest_budget_names_its_step() -> None:
 @given(trace=traces(), machine=machines)
 def test_everything_is_resident_when_it_fits(trace: Trace, machine: Machine) -> None:
     # A page and an over-read more for each weight is more than any layout of single weights takes.
-    budget = total_bytes(trace) + len(trace.weights) * 3 * machine.page_bytes + max(trace.activation_bytes(), default=0)
+    budget = (
+        total_bytes(trace)
+        + len(list(trace.homed())) * 3 * machine.page_bytes
+        + max(trace.activation_bytes(), default=0)
+    )
     plan = make_plan(trace, machine, budget)
     validate(trace, plan, machine)
     assert plan.transfers == ()
@@ -117,7 +121,7 @@ def test_a_graph_that_fits_is_one_uncut_step() -> None:
 def test_merged_steps_never_cross_graphs_or_eager_operators() -> None:
     graphs = ["g", "g", "h", None, None, "g", "g"]
     steps = tuple(make_step(f"s{n}", n, graph=graph) for n, graph in enumerate(graphs))
-    trace = Trace(name="t", weights=make_weights([MIB] * 7), steps=steps)
+    trace = Trace(name="t", tensors=make_weights([MIB] * 7), steps=steps)
     plan = make_plan(trace, make_machine(), 64 * MIB)
     assert [(step.first, step.end) for step in plan.steps] == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 7)]
 
@@ -141,7 +145,7 @@ def test_strided_residency_beats_a_resident_prefix(num_residents: int) -> None:
 def test_residents_are_spread_over_the_pass() -> None:
     trace = make_chain(32, MIB)
     plan = make_plan(trace, make_machine(), 19 * MIB)
-    resident = {w for placement in plan.residents for w in plan.bundles[placement.bundle].weights}
+    resident = {w for placement in plan.residents for w in plan.bundles[placement.bundle].tensors}
     halves = [len([w for w in resident if w < 16]), len([w for w in resident if w >= 16])]
     assert len(resident) >= 12
     assert abs(halves[0] - halves[1]) <= 2
@@ -163,51 +167,51 @@ def test_the_link_never_waits_when_it_is_the_bottleneck() -> None:
 def test_a_tied_embedding_is_kept_rather_than_read_twice() -> None:
     trace = make_tied(30, 4 * MIB, 24 * MIB)
     plan = make_plan(trace, make_machine(), 50 * MIB)
-    home = next(number for number, bundle in enumerate(plan.bundles) if 0 in bundle.weights)
-    assert plan.bundles[home].weights == (0,)
+    home = next(number for number, bundle in enumerate(plan.bundles) if 0 in bundle.tensors)
+    assert plan.bundles[home].tensors == (0,)
     assert home in {placement.bundle for placement in plan.residents}
 
 
 def test_what_comes_twice_a_pass_is_kept_before_what_comes_once() -> None:
     plan = make_plan(make_tied(30, 4 * MIB, 4 * MIB), make_machine(), 30 * MIB)
-    assert 0 in {w for placement in plan.residents for w in plan.bundles[placement.bundle].weights}
+    assert 0 in {w for placement in plan.residents for w in plan.bundles[placement.bundle].tensors}
 
 
 def test_one_huge_weight_stays_so_that_the_rest_needs_a_small_pool() -> None:
     steps = tuple(make_step(f"s{n}", n) for n in range(41))
-    trace = Trace(name="t", weights=make_weights([MIB] * 40 + [24 * MIB]), steps=steps)
+    trace = Trace(name="t", tensors=make_weights([MIB] * 40 + [24 * MIB]), steps=steps)
     assert make_plan(trace, make_machine(), 30 * MIB).prediction.streamed_bytes < 45 * MIB
 
 
 def test_a_slot_is_free_as_soon_as_its_last_reader_is_done() -> None:
     steps = tuple(make_step(f"s{n}", *([n // 3] if n % 3 == 0 else [])) for n in range(30))
-    trace = Trace(name="t", weights=make_weights([MIB] * 10), steps=steps)
+    trace = Trace(name="t", tensors=make_weights([MIB] * 10), steps=steps)
     plan = make_plan(trace, make_machine(), smallest_budget(trace, make_machine()).size_bytes)
     assert plan.transfers
     for transfer in plan.transfers:
         last = plan.steps[transfer.last_use].end - 1
-        assert set(trace.steps[last].reads) & set(plan.bundles[transfer.bundle].weights)
+        assert set(trace.steps[last].reads) & set(plan.bundles[transfer.bundle].tensors)
 
 
 def test_a_tied_embedding_comes_twice_when_it_cannot_stay() -> None:
     trace, machine = make_tied(6, 4 * MIB, 24 * MIB), make_machine()
     plan = make_plan(trace, machine, smallest_budget(trace, machine).size_bytes)
     validate(trace, plan, machine)
-    home = next(number for number, bundle in enumerate(plan.bundles) if 0 in bundle.weights)
+    home = next(number for number, bundle in enumerate(plan.bundles) if 0 in bundle.tensors)
     assert len([transfer for transfer in plan.transfers if transfer.bundle == home]) == 2
 
 
 def test_weights_that_are_never_read_take_no_memory() -> None:
-    trace = Trace(name="t", weights=make_weights([MIB, 3 * MIB, MIB]), steps=(make_step("s", 0),))
+    trace = Trace(name="t", tensors=make_weights([MIB, 3 * MIB, MIB]), steps=(make_step("s", 0),))
     plan = make_plan(trace, make_machine(), 2 * MIB)
     validate(trace, plan, make_machine())
     used = {b for step in plan.steps for b in step.reads} | {p.bundle for p in plan.residents}
-    assert {w for b in used for w in plan.bundles[b].weights} == {0}
+    assert {w for b in used for w in plan.bundles[b].tensors} == {0}
 
 
 def test_shared_layers_are_bundled_and_used_again() -> None:
     steps = tuple(make_step(f"s{n}", n % 4) for n in range(24))
-    trace = Trace(name="albert", weights=make_weights([MIB] * 4), steps=steps)
+    trace = Trace(name="albert", tensors=make_weights([MIB] * 4), steps=steps)
     machine = make_machine()
     for budget in range(smallest_budget(trace, machine).size_bytes, 6 * MIB, MIB // 2):
         validate(trace, make_plan(trace, machine, budget), machine)
@@ -235,7 +239,7 @@ def test_fixed_memory_must_not_be_negative() -> None:
 
 def test_unmeasured_steps_are_planned() -> None:
     steps = tuple(Step(name=f"s{n}", graph="g", reads=(n,), scratch_bytes=0, flops=0, time_s=None) for n in range(9))
-    trace = Trace(name="t", weights=make_weights([MIB] * 9), steps=steps)
+    trace = Trace(name="t", tensors=make_weights([MIB] * 9), steps=steps)
     plan = make_plan(trace, make_machine(), 4 * MIB)
     assert 0 < plan.prediction.compute_s < plan.prediction.pass_s
 

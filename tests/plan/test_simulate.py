@@ -15,12 +15,12 @@ def two_steps(first_after: int, second_after: int, *, offset: int) -> tuple[Trac
     """Two steps of 10 ms, each with a bundle that takes 4 ms + 1 ms latency."""
     trace = Trace(
         name="t",
-        weights=make_weights([4096, 4096]),
+        tensors=make_weights([4096, 4096]),
         steps=(make_step("a", 0, time_s=10e-3), make_step("b", 1, time_s=10e-3)),
     )
     bundles = tuple(
         Bundle(
-            weights=(n,),
+            tensors=(n,),
             offsets_bytes=(0,),
             extents=(Extent(file="f", offset_bytes=n * 4096, size_bytes=4096, slot_offset_bytes=0),),
             size_bytes=4096,
@@ -94,7 +94,7 @@ def test_the_end_of_a_transfer_waits_for_what_shares_the_link_with_it() -> None:
 
 
 def test_transfers_queue_on_one_link() -> None:
-    trace = Trace(name="t", weights=make_weights([4096] * 2, gap_bytes=100_000), steps=(make_step("s", 0, 1),))
+    trace = Trace(name="t", tensors=make_weights([4096] * 2, gap_bytes=100_000), steps=(make_step("s", 0, 1),))
     machine = make_machine(bandwidth=1e6, latency_s=0.0)
     plan = make_plan(trace, machine, 16384 + 4096)
     assert plan.transfers == ()
@@ -103,6 +103,6 @@ def test_transfers_queue_on_one_link() -> None:
 
 
 def test_an_empty_pass_takes_no_time() -> None:
-    trace = Trace(name="t", weights=make_weights([10]), steps=())
+    trace = Trace(name="t", tensors=make_weights([10]), steps=())
     plan = make_plan(trace, SLOW, 1)
     assert simulate(trace, plan, SLOW).pass_s == 0

@@ -76,7 +76,7 @@ BROKEN: dict[str, tuple[Callable[[], Plan], str]] = {
     "extent shifted": (lambda: moved_extent(offset_bytes=512), "no extent brings"),
     "slot too small": (lambda: change_bundle(size_bytes=MIB), "fills"),
     "slot no multiple of a page": (lambda: change_bundle(size_bytes=MIB + 8191), "no multiple"),
-    "a weight lost": (lambda: change_bundle(weights=(), offsets_bytes=()), "0 bundles"),
+    "a weight lost": (lambda: change_bundle(tensors=(), offsets_bytes=()), "0 bundles"),
     "a weight twice": (
         lambda: replace(PLAN, bundles=(*PLAN.bundles, PLAN.bundles[0])),
         "2 bundles",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from mball.schema import Activation, Link, LiveRange, Machine, Step, Trace, Weight
+from mball.schema import Link, LiveRange, Machine, Step, Tensor, Trace
 
 PAGE_BYTES = 4096
 
@@ -20,13 +20,13 @@ def make_machine(
     )
 
 
-def make_weights(sizes: list[int], *, gap_bytes: int = 0) -> tuple[Weight, ...]:
+def make_weights(sizes: list[int], *, gap_bytes: int = 0) -> tuple[Tensor, ...]:
     """Weights one after another in one file, from an odd offset on."""
     offset = 1234
     weights = []
     for number, size in enumerate(sizes):
         weights.append(
-            Weight(name=f"w{number}", dtype="uint8", shape=(size,), size_bytes=size, file="f", offset_bytes=offset)
+            Tensor.weight(f"w{number}", dtype="uint8", shape=(size,), size_bytes=size, file="f", offset_bytes=offset)
         )
         offset += size + gap_bytes
     return tuple(weights)
@@ -40,7 +40,7 @@ def make_chain(num_layers: int, size_bytes: int, *, time_s: float = 1e-3) -> Tra
     """A step a layer, a weight a step."""
     return Trace(
         name="chain",
-        weights=make_weights([size_bytes] * num_layers),
+        tensors=make_weights([size_bytes] * num_layers),
         steps=tuple(make_step(f"layer{number}", number, time_s=time_s) for number in range(num_layers)),
     )
 
@@ -50,7 +50,7 @@ def make_tied(num_layers: int, size_bytes: int, embedding_bytes: int) -> Trace:
     sizes = [embedding_bytes] + [size_bytes] * num_layers
     steps = [make_step("embed", 0)]
     steps += [make_step(f"layer{number}", number) for number in range(1, num_layers + 1)]
-    return Trace(name="tied", weights=make_weights(sizes), steps=(*steps, make_step("head", 0)))
+    return Trace(name="tied", tensors=make_weights(sizes), steps=(*steps, make_step("head", 0)))
 
 
 machines = st.builds(
@@ -71,8 +71,8 @@ def traces(draw: st.DrawFn, *, max_steps: int = 14) -> Trace:
         file = draw(st.sampled_from("ab"))
         offsets[file] += draw(st.sampled_from([0, 3, 512, 20_000, 100_000]))
         weights.append(
-            Weight(
-                name=f"w{number}",
+            Tensor.weight(
+                f"w{number}",
                 dtype="uint8",
                 shape=(size_bytes,),
                 size_bytes=size_bytes,
@@ -98,5 +98,5 @@ def traces(draw: st.DrawFn, *, max_steps: int = 14) -> Trace:
         for number in range(draw(st.integers(0, 2))):
             first = draw(st.integers(0, num_steps - 1))
             live = LiveRange(first=first, end=draw(st.integers(first + 1, num_steps)))
-            activations.append(Activation(name=f"a{number}", size_bytes=draw(st.integers(0, 99_999)), live=live))
-    return Trace(name="any", weights=tuple(weights), steps=tuple(steps), activations=tuple(activations))
+            activations.append(Tensor.activation(f"a{number}", size_bytes=draw(st.integers(0, 99_999)), live=live))
+    return Trace(name="any", tensors=(*weights, *activations), steps=tuple(steps))

@@ -120,7 +120,7 @@ def test_one_plan_for_a_pass_of_several_graphs(tmp_path: Path) -> None:
         assert report.unplanned_fetches == 0
         assert engine.plan is plan
         read = {bundle for step in plan.steps for bundle in step.reads}
-        assert {weight for bundle in read for weight in plan.bundles[bundle].weights} == set(range(12))
+        assert {weight for bundle in read for weight in plan.bundles[bundle].tensors} == set(range(12))
 
 
 def test_tokens_of_generate_are_passes_of_their_own(tmp_path: Path) -> None:

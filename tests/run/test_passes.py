@@ -55,9 +55,9 @@ def test_a_pass_of_several_graphs_gets_one_plan_and_keeps_it(tmp_path: Path) -> 
     for _ in range(4):  # captured, timed, planned with that
         assert_same(run(model, lambda m: m(x)), run(plain, lambda m: m(x)))
     _, plan = trace_and_plan(model)
-    assert sum(len(bundle.weights) for bundle in plan.bundles) == 12
+    assert sum(len(bundle.tensors) for bundle in plan.bundles) == 12
     read = {bundle for step in plan.steps for bundle in step.reads}
-    assert {weight for bundle in read for weight in plan.bundles[bundle].weights} == set(range(12))
+    assert {weight for bundle in read for weight in plan.bundles[bundle].tensors} == set(range(12))
     for _ in range(3):
         assert_same(run(model, lambda m: m(x)), run(plain, lambda m: m(x)))
         report = assert_streamed(model)

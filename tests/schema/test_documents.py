@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from mball.errors import SchemaError
 from mball.plan import make_plan
-from mball.schema import Activation, LiveRange, Machine, Plan, Trace
+from mball.schema import Home, LiveRange, Machine, Plan, Tensor, Tier, Trace
 from mball.schema.document import Document
 from tests.plan.traces import machines, make_chain, make_machine, traces
 
@@ -81,25 +81,31 @@ def with_step(**changes: Any) -> Trace:
 
 
 def with_weight(**changes: Any) -> Trace:
-    return replace(TRACE, weights=(replace(TRACE.weights[0], **changes), *TRACE.weights[1:]))
+    return replace(TRACE, tensors=(replace(TRACE.tensors[0], **changes), *TRACE.tensors[1:]))
 
 
 def with_activation(first: int, end: int, size_bytes: int = 1) -> Trace:
     live = LiveRange(first=first, end=end)
-    return replace(TRACE, activations=(Activation(name="a", size_bytes=size_bytes, live=live),))
+    return replace(
+        TRACE,
+        tensors=(
+            *TRACE.tensors,
+            Tensor.activation("a", size_bytes=size_bytes, live=live),
+        ),
+    )
 
 
 @pytest.mark.parametrize(
     ("document", "reason"),
     [
-        (with_step(reads=(3,)), "reads weight 3; there are 3"),
-        (with_step(reads=(-1,)), "reads weight -1"),
+        (with_step(reads=(3,)), "uses tensor 3; there are 3"),
+        (with_step(reads=(-1,)), "uses tensor -1"),
         (with_step(reads=(1, 1)), "appears twice"),
         (with_step(scratch_bytes=-1), "must not be negative"),
         (with_step(flops=-1), "must not be negative"),
         (with_step(time_s=-0.1), "must not be negative"),
         (with_weight(size_bytes=-1), "must not be negative"),
-        (with_weight(offset_bytes=-1), "must not be negative"),
+        (with_weight(home=Home(tier=Tier.DISK, file="f", offset_bytes=-1)), "must not be negative"),
         (with_weight(shape=(2, -1)), "must not be negative"),
         (with_weight(name="w1"), "'w1' appears twice"),
         (with_activation(2, 2), r"lives in steps \[2, 2\)"),
@@ -110,9 +116,9 @@ def with_activation(first: int, end: int, size_bytes: int = 1) -> Trace:
         (replace(MACHINE, link=replace(MACHINE.link, bandwidth_bytes_per_s=0.0)), "must be positive"),
         (replace(MACHINE, link=replace(MACHINE.link, latency_s=-1.0)), "not negative"),
         (replace(PLAN, bundles=()), "names bundle 0 of 0"),
-        (replace(PLAN, version=2), "version 2"),
-        (replace(TRACE, version=2), "version 2"),
-        (replace(MACHINE, version=2), "version 2"),
+        (replace(PLAN, version=1), "version 1"),
+        (replace(TRACE, version=1), "version 1"),
+        (replace(MACHINE, version=1), "version 1"),
     ],
 )
 def test_a_contradiction_is_refused(document: Document, reason: str) -> None:
@@ -125,9 +131,9 @@ def test_a_contradiction_is_refused(document: Document, reason: str) -> None:
 def test_activations_are_summed_by_live_range() -> None:
     trace = replace(
         with_step(scratch_bytes=5),
-        activations=(
-            Activation(name="a", size_bytes=10, live=LiveRange(first=0, end=2)),
-            Activation(name="b", size_bytes=100, live=LiveRange(first=1, end=3)),
+        tensors=(
+            Tensor.activation("a", size_bytes=10, live=LiveRange(first=0, end=2)),
+            Tensor.activation("b", size_bytes=100, live=LiveRange(first=1, end=3)),
         ),
     )
     assert trace.activation_bytes() == [15, 110, 100]
