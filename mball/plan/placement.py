@@ -10,12 +10,22 @@ from mball.schema import Placement, Plan
 
 
 def stack(demand: Demand, residents: Collection[int]) -> tuple[tuple[Placement, ...], int]:
-    """Returns a place for each resident, one behind the other, and the bytes of all."""
+    """Returns a place for each resident, one behind the other, and the bytes of all.
+
+    Those at the start are spread over the pass, so that what is left of a smaller arena still is.
+    """
     placements, offset = [], 0
-    for bundle in sorted(residents):
+    for bundle in _spread(sorted(residents)):
         placements.append(Placement(bundle=bundle, offset_bytes=offset))
         offset += demand.bundles[bundle].size_bytes
-    return tuple(placements), offset
+    return tuple(sorted(placements, key=lambda placement: placement.bundle)), offset
+
+
+def _spread(bundles: Sequence[int]) -> list[int]:
+    """Returns them in an order of which every beginning is spread evenly: by their position, its bits reversed."""
+    bits = max(len(bundles) - 1, 0).bit_length()
+    order = sorted(range(len(bundles)), key=lambda position: int(f"{position:0{bits}b}"[::-1] or "0", 2))
+    return [bundles[position] for position in order]
 
 
 def keep_in_place(
@@ -35,15 +45,21 @@ def keep_in_place(
         if size and (offset := was.get(demand.bundles[bundle])) is not None and offset + size <= limit
     )
     best: dict[int, int] | None = None
-    # The first ones stay and the rest moves: the fewer stay the better the rest fills the gaps between them.
-    low, high = 0, len(slots)
-    while low <= high:
-        middle = (low + high + 1) // 2
-        offsets = _fill(sizes, slots[:middle], limit)
-        if offsets is None:
-            high = middle - 1
-        else:
-            best, low = offsets, middle + 1
+    most_bytes = -1
+    # Some stay and the rest moves: the fewer stay the better the rest fills the gaps between them. Who stays longest is
+    # who lies at the start, or who is large.
+    for order in (slots, sorted(slots, key=lambda slot: (-slot[1], slot[0]))):
+        low, high = 0, len(order)
+        while low <= high:
+            middle = (low + high + 1) // 2
+            offsets = _fill(sizes, sorted(order[:middle]), limit)
+            if offsets is None:
+                high = middle - 1
+                continue
+            kept_bytes = sum(size for _, size, _ in order[:middle])
+            if kept_bytes > most_bytes:
+                best, most_bytes = offsets, kept_bytes
+            low = middle + 1
     assert best is not None, "nothing that stays is no gap"
     found = tuple(Placement(bundle=p.bundle, offset_bytes=best[p.bundle]) for p in placements)
     end = max((offset + sizes[bundle] for bundle, offset in best.items()), default=0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from mball.schema import Link, Machine, Plan, Prediction, Trace, Transfer
+from mball.schema import Link, Machine, Plan, PlanStep, Prediction, Trace, Transfer
 
 # What a step that was never measured is taken to cost: one read of its weights at this speed.
 UNMEASURED_BYTES_PER_S = 20e9
@@ -60,12 +60,11 @@ def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
     ``latency`` after it was issued; those within the link's window share it. The first pass starts cold; passes
     repeat until two are alike.
     """
-    costs = trace_times(trace)
-    compute = [sum(costs[step.first : step.end]) for step in plan.steps]
+    compute = step_times(trace, plan.steps)
     moved = [sum(extent.size_bytes for extent in bundle.extents) for bundle in plan.bundles]
     sizes = [moved[transfer.bundle] for transfer in plan.transfers]
     served: list[tuple[float, float]] = []
-    timings = run_passes(compute, plan.transfers, sizes, machine.link, served)
+    timings = run_passes(compute, plan.transfers, sizes, machine.link, served, cyclic=trace.cyclic)
     streamed = sum(moved[transfer.bundle] for transfer in plan.transfers)
     prediction = predict(compute, timings, streamed, machine.link)
     return Simulation(
@@ -87,6 +86,12 @@ def trace_times(trace: Trace) -> list[float]:
     ]
 
 
+def step_times(trace: Trace, steps: Sequence[PlanStep]) -> list[float]:
+    """Returns the seconds of compute of each plan step."""
+    costs = trace_times(trace)
+    return [sum(costs[step.first : step.end]) for step in steps]
+
+
 def predict(compute_s: Sequence[float], timings: Sequence[StepTiming], streamed_bytes: int, link: Link) -> Prediction:
     """Returns the prediction for a steady pass with these timings."""
     total = sum(compute_s)
@@ -106,6 +111,8 @@ def run_passes(
     moved_bytes: Sequence[int],
     link: Link,
     served: list[tuple[float, float]] | None = None,
+    *,
+    cyclic: bool = True,
 ) -> list[StepTiming]:
     """Returns the timings of the steady pass.
 
@@ -114,6 +121,7 @@ def run_passes(
         transfers: in the order of the plan.
         moved_bytes: the bytes that each transfer reads.
         served: if given, start and end of each transfer are added, from the start of the pass that asked for it.
+        cyclic: whether the pass repeats; the only pass has the first timing.
     """
     num_steps = len(compute_s)
     seconds = [size / link.bandwidth_bytes_per_s for size in moved_bytes]
@@ -136,7 +144,7 @@ def run_passes(
     state: list[float] = []
     pass_start = 0.0
     times: list[tuple[float, float, float]] = []
-    for _ in range(MAX_PASSES):
+    for _ in range(MAX_PASSES if cyclic else 1):
         pass_start = now
         times = []
         for step in range(num_steps):
@@ -149,7 +157,7 @@ def run_passes(
             now = end
             for number in issued[step]:
                 queue.add(number, now)
-            for number in ahead[step]:
+            for number in ahead[step] if cyclic else ():
                 queue.add(number, now)
         # A transfer ahead was used in this pass before its slot was free for the next.
         before, state = state, [now - pass_start, max(queue.free_s - now, 0.0), *(landed[n] - now for n in early)]
@@ -208,6 +216,6 @@ def _peak(plan: Plan) -> int:
 def occupied_steps(transfer: Transfer, num_steps: int) -> list[tuple[int, int]]:
     """Returns the half-open ranges of steps, within one pass of the cycle, in which a transfer holds its slot."""
     first, end = transfer.after + 1, transfer.last_use + 1
-    if first >= 0:
-        return [(first, end)]
-    return [(first + num_steps, num_steps), (0, end)]
+    if first < 0:
+        first, end = first + num_steps, end + num_steps
+    return [(first, end)] if end <= num_steps else [(first, num_steps), (0, end - num_steps)]

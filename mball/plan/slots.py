@@ -1,84 +1,252 @@
 """Where streamed bundles go in the pool, and how early each may be brought in.
 
-The pool is a ring: visits take its bytes in the order of first use and begin again at its start. The plan
-repeats with the same addresses, so a ring whose last round is nearly empty would leave no lead at the end of
-the pass: `balanced_rounds` gives every round about the same bytes, and so the lead is even.
+The plan repeats with the same addresses, so where a bundle lies decides who has to leave before it may come. Two ways
+of placing are tried. The ring takes the bytes in the order of first use and begins again at its start; a ring whose
+last round is nearly empty would leave no lead at the end of the pass, so it is also tried with about the same bytes in
+every round. The other way gives each bundle the bytes that were free first, which is better where sizes differ and few
+fit.
 """
 
 from __future__ import annotations
 
+import statistics
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from mball.plan.steps import Visit
+import numpy as np
+
+from mball.plan.uses import Ints, Visits
+
+# With more visits than this in the pool at one time, looking for the place that was free first takes too long.
+MOST_SLOTS = 16
 
 
-def place_visits(
-    visits: Sequence[Visit], sizes_bytes: Sequence[int], pool_bytes: int, *, balanced_rounds: int | None = None
-) -> tuple[list[int], int] | None:
-    """Returns the offset of each visit in the pool and the number of rounds, or None when they do not fit.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where visits lie and when they may begin.
 
-    No two visits whose live ranges meet share a byte. When `visits` fall into stretches (all visits that meet
-    have equal live ranges), placing fails only if a stretch is larger than the pool.
+    Attributes:
+        offsets: of each visit in the pool.
+        after: the step that must have been left before its transfer may start, counted from the pass that reads.
+    """
+
+    offsets: Ints
+    after: Ints
+
+
+class Pool:
+    """The visits of a pass in a pool.
+
+    A cyclic pass is laid out from the step on over whose begin the fewest bytes stay: where that is none, a ring begins
+    anew there. Within this class steps and visits count from there.
 
     Args:
-        visits: by first use.
+        visits: who is there when.
         sizes_bytes: the slot size of each visit.
-        balanced_rounds: begin again after this share of the bytes; None fills the ring each time.
+        pool_bytes: how large the pool is.
+        num_steps: of the pass.
+        cyclic: whether the pass repeats.
+        earliest: a step that must have been left before each visit begins, whatever room there is.
     """
-    total = sum(sizes_bytes)
-    offsets: list[int] = []
-    active: list[int] = []
-    pointer = placed_bytes = 0
-    rounds = 1
-    for number, visit in enumerate(visits):
-        size = sizes_bytes[number]
-        if not active or visits[number - 1].live.first != visit.live.first:
-            active = [other for other in active if visits[other].live.end > visit.live.first]
-            group_bytes = _stretch_bytes(visits, sizes_bytes, number)
-            quota = total * rounds / balanced_rounds if balanced_rounds else None
-            if (quota is not None and placed_bytes + size / 2 > quota) or (
-                not active and pointer + group_bytes > pool_bytes
-            ):
-                pointer = 0
-                rounds += 1
-        taken = sorted((offsets[other], offsets[other] + sizes_bytes[other]) for other in active)
-        offset = _next_gap(taken, size, pointer, pool_bytes)
-        if offset is None:
-            offset = _next_gap(taken, size, 0, pool_bytes)
-            rounds += 1
-        if offset is None:
+
+    def __init__(
+        self,
+        visits: Visits,
+        sizes_bytes: Ints,
+        pool_bytes: int,
+        num_steps: int,
+        *,
+        cyclic: bool,
+        earliest: Ints | None = None,
+    ) -> None:
+        turn = _quietest_step(visits, sizes_bytes, num_steps) if cyclic else 0
+        first = visits.first - turn
+        shift = np.where(first < 0, num_steps, 0)
+        self._turned: Ints = turn - shift
+        self._order: Ints = np.argsort(first + shift, kind="stable")
+        self._spans: list[tuple[int, int]] = list(
+            zip(
+                (visits.first - self._turned)[self._order].tolist(),
+                (visits.end - self._turned)[self._order].tolist(),
+                strict=True,
+            )
+        )
+        self._sizes: list[int] = sizes_bytes[self._order].tolist()
+        self._floor = None if earliest is None else (earliest - self._turned)[self._order].tolist()
+        self._pool_bytes = pool_bytes
+        self._num_steps = num_steps
+        self._cyclic = cyclic
+
+    def layouts(self) -> list[Layout]:
+        """Returns up to three layouts, none when the visits do not fit.
+
+        When visits fall into stretches (all visits that meet are there for the same steps), they do not fit only if a
+        stretch is larger than the pool.
+        """
+        found: list[list[int]] = []
+        filled = self._ring(None)
+        if filled is not None:
+            offsets, rounds = filled
+            found.append(offsets)
+            balanced = self._ring(rounds) if rounds > 1 else None
+            if balanced is not None and balanced[0] not in found:
+                found.append(balanced[0])
+        fitted = self._free_first()
+        if fitted is not None and fitted not in found:
+            found.append(fitted)
+        return [layout for offsets in found if (layout := self._layout(offsets)) is not None]
+
+    def neighbours(self, layout: Layout) -> Iterator[Layout | None]:
+        """Yields layouts in which one visit lies elsewhere, at an end of the pool or beside another; None for each
+        place where it cannot lie.
+        """
+        offsets = layout.offsets[self._order].tolist()
+        edges = {0, *offsets, *(offset + size for offset, size in zip(offsets, self._sizes, strict=True))}
+        for number, size in enumerate(self._sizes):
+            places = {edge for edge in edges if edge + size <= self._pool_bytes} | {self._pool_bytes - size}
+            places |= {edge - size for edge in edges if edge >= size}
+            for place in sorted(places - {offsets[number]}):
+                yield self._layout([*offsets[:number], place, *offsets[number + 1 :]])
+
+    def _layout(self, offsets: Sequence[int]) -> Layout | None:
+        """Returns the layout with these offsets, None where a visit would begin too late."""
+        starts = self._starts(offsets)
+        if any(start >= first for start, (first, _) in zip(starts, self._spans, strict=True)):
             return None
-        offsets.append(offset)
-        active.append(number)
-        pointer = offset + size
-        placed_bytes += size
-    return offsets, rounds
+        placed, after = np.empty(len(starts), dtype=np.int64), np.empty(len(starts), dtype=np.int64)
+        placed[self._order] = offsets
+        after[self._order] = starts
+        return Layout(placed, after + self._turned)
+
+    def _ring(self, balanced_rounds: int | None) -> tuple[list[int], int] | None:
+        """Returns the offset of each visit and the number of rounds, or None when they do not fit.
+
+        What stays over the end of the pass lies at the pool's start, where nothing else goes.
+
+        Args:
+            balanced_rounds: begin again after this share of the bytes; None fills the ring each time.
+        """
+        spans, sizes = self._spans, self._sizes
+        offsets = [-1] * len(spans)
+        group: dict[int, int] = {}
+        base = 0
+        for number, (first, end) in enumerate(spans):
+            if end > self._num_steps:
+                offsets[number] = base
+                base += sizes[number]
+            else:
+                group[first] = group.get(first, 0) + sizes[number]
+        if base > self._pool_bytes:
+            return None
+        total = sum(sizes) - base
+        active: list[int] = []
+        pointer, placed_bytes = base, 0
+        rounds, previous = 1, -1
+        for number, (first, end) in enumerate(spans):
+            if end > self._num_steps:
+                continue
+            size = sizes[number]
+            if not active or previous != first:
+                active = [other for other in active if spans[other][1] > first]
+                quota = total * rounds / balanced_rounds if balanced_rounds else None
+                if (quota is not None and placed_bytes + size / 2 > quota) or (
+                    not active and pointer + group[first] > self._pool_bytes
+                ):
+                    pointer = base
+                    rounds += 1
+            previous = first
+            taken = sorted((offsets[other], offsets[other] + sizes[other]) for other in active)
+            offset = _next_gap(taken, size, pointer, self._pool_bytes)
+            if offset is None:
+                offset = _next_gap(taken, size, base, self._pool_bytes)
+                rounds += 1
+            if offset is None:
+                return None
+            offsets[number] = offset
+            active.append(number)
+            pointer = offset + size
+            placed_bytes += size
+        return offsets, rounds
+
+    def _free_first(self) -> list[int] | None:
+        """Returns the offset of each visit where it takes the bytes that were free first, None where it finds no room.
+
+        Of places that were free equally early it takes the one that leaves least of what is free beside it. The second
+        of two passes counts: it begins with what the first has left.
+        """
+        offsets = [0] * len(self._spans)
+        if self._sizes and self._pool_bytes > MOST_SLOTS * statistics.median_high(self._sizes):
+            return None
+        edges, last = [0, self._pool_bytes], [self._nobody, 0]
+        for shift in (-self._num_steps, 0) if self._cyclic else (0,):
+            for number, (first, end) in enumerate(self._spans):
+                size = self._sizes[number]
+                if not size:
+                    continue
+                best: tuple[int, int, int] | None = None
+                for begin, low in enumerate(edges):
+                    if low + size > self._pool_bytes:
+                        break
+                    stop = begin
+                    latest = self._nobody
+                    while edges[stop] < low + size:
+                        latest = max(latest, last[stop])
+                        stop += 1
+                    rest = edges[stop] - low - size
+                    if latest < first + shift and (best is None or (latest, rest, low) < best):
+                        best = latest, rest, low
+                if best is None:
+                    return None
+                offset = offsets[number] = best[2]
+                begin, stop = _cut(edges, last, offset), _cut(edges, last, offset + size)
+                edges[begin:stop] = [offset]
+                last[begin:stop] = [end - 1 + shift]
+        return offsets
+
+    def _starts(self, offsets: Sequence[int]) -> list[int]:
+        """Returns for each visit the step that must have been left before its transfer may start.
+
+        The result counts from the pass that reads, so it is negative when the transfer starts in the pass before.
+        Starts never overtake each other: the link serves in the order of need.
+        """
+        # Byte range -> the step that last used it, as parallel lists cut at `edges`. Two passes: the first fills it.
+        nobody = self._nobody
+        edges, last = [0], [nobody]
+        starts = [nobody] * len(self._spans)
+        for shift in (-self._num_steps, 0) if self._cyclic else (0,):
+            for number, (_, end) in enumerate(self._spans):
+                low, size = offsets[number], self._sizes[number]
+                if not size:
+                    continue
+                begin, stop = _cut(edges, last, low), _cut(edges, last, low + size)
+                starts[number] = max(last[begin:stop])
+                edges[begin:stop] = [low]
+                last[begin:stop] = [end - 1 + shift]
+        latest = max(starts, default=0) - self._num_steps if self._cyclic else -1
+        for number, start in enumerate(starts):
+            if self._cyclic:
+                # A slot without bytes has no user before it, and must still not be held for more than a pass.
+                start = max(start, self._spans[number][1] - 1 - self._num_steps)
+            latest = max(latest, start, self._floor[number] if self._floor else start)
+            starts[number] = latest
+        return starts
+
+    @property
+    def _nobody(self) -> int:
+        """Says that nobody has used a byte yet."""
+        return -2 * self._num_steps if self._cyclic else -1
 
 
-def earliest_starts(
-    visits: Sequence[Visit], sizes_bytes: Sequence[int], offsets: Sequence[int], num_steps: int
-) -> list[int]:
-    """Returns for each visit the step that must have been left before its transfer may start.
-
-    Live ranges count plan steps; the result counts from the pass that reads, so it is negative when the
-    transfer starts in the pass before. Starts never overtake each other: the link serves in the order of need.
-    """
-    # Byte range -> the step that last used it, as parallel lists cut at `edges`. Two passes: the first fills it.
-    edges, last = [0], [-2 * num_steps]
-    starts = [0] * len(visits)
-    for shift in (-num_steps, 0):
-        for number, visit in enumerate(visits):
-            low, high = offsets[number], offsets[number] + sizes_bytes[number]
-            begin, end = _cut(edges, last, low), _cut(edges, last, high)
-            starts[number] = max(last[begin:end])
-            edges[begin:end] = [low]
-            last[begin:end] = [visit.live.end - 1 + shift]
-    latest = max(starts, default=0) - num_steps
-    for number, start in enumerate(starts):
-        latest = max(latest, start)
-        starts[number] = latest
-    return starts
+def _quietest_step(visits: Visits, sizes_bytes: Ints, num_steps: int) -> int:
+    """Returns the step before which the fewest bytes stay from the step before it."""
+    if not len(visits):
+        return 0
+    crossing = np.zeros(2 * num_steps + 1, dtype=np.int64)
+    np.add.at(crossing, visits.first + 1, sizes_bytes)
+    np.add.at(crossing, visits.end, -sizes_bytes)
+    staying = np.cumsum(crossing)
+    return int(np.argmin(staying[:num_steps] + staying[num_steps : 2 * num_steps]))
 
 
 def _cut(edges: list[int], last: list[int], offset: int) -> int:
@@ -88,15 +256,6 @@ def _cut(edges: list[int], last: list[int], offset: int) -> int:
     edges.insert(position + 1, offset)
     last.insert(position + 1, last[position])
     return position + 1
-
-
-def _stretch_bytes(visits: Sequence[Visit], sizes_bytes: Sequence[int], start: int) -> int:
-    total = 0
-    for number in range(start, len(visits)):
-        if visits[number].live.first != visits[start].live.first:
-            break
-        total += sizes_bytes[number]
-    return total
 
 
 def _next_gap(taken: Sequence[tuple[int, int]], size: int, pointer: int, pool_bytes: int) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import replace
 from itertools import pairwise
 from typing import NoReturn
 
@@ -118,14 +119,15 @@ def _check_steps(trace: Trace, plan: Plan) -> None:
 def _check_transfers(plan: Plan) -> None:
     num_steps = len(plan.steps)
     for transfer in plan.transfers:
-        if not -num_steps <= transfer.after < transfer.needed_by <= transfer.last_use < num_steps:
+        after, needed_by, last_use = transfer.after, transfer.needed_by, transfer.last_use
+        if not (-num_steps <= after < needed_by <= last_use and 0 <= needed_by < num_steps):
             _fail(
-                f"transfer of bundle {transfer.bundle}: after {transfer.after}, needed by {transfer.needed_by}, last "
-                f"use {transfer.last_use} are not in order within a pass of {num_steps} steps"
+                f"transfer of bundle {transfer.bundle}: after {after}, needed by {needed_by}, last use {last_use} are "
+                f"not in order within a pass of {num_steps} steps"
             )
-        if transfer.last_use - transfer.after > num_steps:
+        if last_use - after > num_steps:
             _fail(
-                f"transfer of bundle {transfer.bundle} holds its slot for {transfer.last_use - transfer.after} steps; "
+                f"transfer of bundle {transfer.bundle} holds its slot for {last_use - after} steps; "
                 f"the pass has {num_steps}, so it would overwrite itself"
             )
     order = [(transfer.after, transfer.needed_by) for transfer in plan.transfers]
@@ -145,16 +147,19 @@ def _check_reads(plan: Plan) -> None:
         windows.setdefault(transfer.bundle, []).append(transfer)
     for bundle, transfers in windows.items():
         transfers.sort(key=lambda transfer: transfer.needed_by)
-        for one, other in pairwise(transfers):
+        again = replace(transfers[0], needed_by=transfers[0].needed_by + len(plan.steps))
+        for one, other in pairwise((*transfers, again)):
             if other.needed_by <= one.last_use:
-                _fail(f"step {other.needed_by} finds bundle {bundle} in two slots")
+                _fail(f"step {other.needed_by % len(plan.steps)} finds bundle {bundle} in two slots")
     for number, step in enumerate(plan.steps):
         for bundle in step.reads:
             if bundle in resident:
                 continue
             transfers = windows.get(bundle, [])
             at = bisect_left(transfers, number + 1, key=lambda transfer: transfer.needed_by) - 1
-            if at < 0 or transfers[at].last_use < number:
+            # Before the first of this pass there is the last one of the pass before.
+            at_step = number if at >= 0 else number + len(plan.steps)
+            if not transfers or transfers[at].last_use < at_step:
                 _fail(f"step {number} reads bundle {bundle}, which is neither resident nor transferred for it")
 
 

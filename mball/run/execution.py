@@ -130,7 +130,7 @@ class Execution:
         self._ends = [[] for _ in range(count)]
         for number, transfer in enumerate(plan.transfers):
             self._due[transfer.after % count].append(number)
-            self._ends[transfer.last_use].append(number)
+            self._ends[transfer.last_use % count].append(number)
         for due in self._due:  # what this pass needs goes before what the next one needs
             due.sort(key=lambda number: plan.transfers[number].after < 0)
         self._bundle_of_weight = {w: i for i, bundle in enumerate(plan.bundles) for w in bundle.tensors}
@@ -290,6 +290,8 @@ class Execution:
         for transfer in self.plan.transfers:
             if transfer.after < step <= transfer.last_use:
                 wanted.append((max(transfer.needed_by - step, 0), transfer.bundle, transfer.offset_bytes))
+            elif step + count <= transfer.last_use:  # it stays over the end of the pass before
+                wanted.append((0, transfer.bundle, transfer.offset_bytes))
             elif transfer.after + count < step:
                 wanted.append((transfer.needed_by + count - step, transfer.bundle, transfer.offset_bytes))
         for bundle in {bundle for _, bundle, _ in wanted} & self._occupants.keys():
@@ -314,10 +316,12 @@ class Execution:
         assert self.plan is not None
         if bundle in self._resident:
             return self._resident[bundle]
+        count = len(self.plan.steps)
         return next(
             transfer.offset_bytes
             for transfer in self.plan.transfers
-            if transfer.bundle == bundle and transfer.needed_by <= step <= transfer.last_use
+            if transfer.bundle == bundle
+            and (transfer.needed_by <= step <= transfer.last_use or step + count <= transfer.last_use)
         )
 
     def _room(self, size_bytes: int, keep: Sequence[int]) -> int | None:

@@ -1,0 +1,144 @@
+"""Tries partitions, sizes of the pool and residents, and drafts the choices that seem fastest."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from mball.plan.bundles import group_weights
+from mball.plan.draft import Draft, draft_plan
+from mball.plan.partition import Partition
+from mball.plan.residency import Choice, Residency
+from mball.plan.uses import Ints
+from mball.schema import Bundle, Machine, Trace
+from mball.units import MIB
+
+LARGEST_TARGET_BYTES = 32 * MIB
+# Bundles of the second part of the arena leave room for a few in flight beside the residents.
+TARGETS_PER_ARENA = (32, 8, 128)
+# So much of the typical bundle, or of the largest, is tried for the pool.
+POOL_DEPTHS = (1, 2, 3, 4, 6, 8, 16)
+ROUNDS = 4
+# So many of the choices that seem fastest are given addresses.
+DRAFTS = 2
+# A draft this close to what no plan can beat is good enough; others are not looked for.
+CLOSE = 1.005
+# Where few bundles are used, sizes decide what fits beside what. With no more uses than this, stays are exchanged and
+# slots are moved one by one, so many visits at most being timed in all.
+FEW_USES = 64
+EXCHANGED_VISITS = 3000
+MOVED_VISITS = 1500
+MOST_DRAFTS = 12
+
+
+def partitions(trace: Trace, machine: Machine, arena_bytes: int) -> Iterator[Partition]:
+    """Yields partitions of the weights, the one first that is mostly good enough."""
+    found: list[tuple[Bundle, ...]] = []
+    for share in TARGETS_PER_ARENA:
+        bundles, pooled = group_weights(trace, machine, min(LARGEST_TARGET_BYTES, arena_bytes // share))
+        if tuple(bundles) not in found:
+            found.append(tuple(bundles))
+            yield Partition.of(trace, machine, bundles, pooled)
+
+
+def best_draft(candidates: Iterable[Partition], arena_bytes: int, stayed: Ints | None = None) -> Draft | None:
+    """Returns the fastest draft found for an arena of this size, None where none of these partitions fits.
+
+    Partitions that come later are looked at while those before are not as fast as can be. Bundles of `stayed` stay
+    before others.
+    """
+    best: Draft | None = None
+    for partition in candidates:
+        draft = _best_of(partition, arena_bytes, stayed)
+        if draft is not None and (best is None or draft.cost() < best.cost()):
+            best = draft
+        if best is not None and best.prediction.pass_s <= CLOSE * fastest_s(partition, arena_bytes):
+            break
+    return best
+
+
+def fastest_s(partition: Partition, arena_bytes: int) -> float:
+    """Returns a time that no plan for this arena can beat: that of the steps, and of the bytes that cannot stay."""
+    demand = partition.demand
+    read = demand.read_bundles()
+    comes = sum(demand.moved_bytes[bundle] for bundle in read)
+    if partition.trace.cyclic:
+        comes = max(comes - arena_bytes, 0)
+    return max(partition.flow.compute_s, comes / partition.machine.link.bandwidth_bytes_per_s)
+
+
+def _best_of(partition: Partition, arena_bytes: int, stayed: Ints | None) -> Draft | None:
+    uses = partition.uses
+    if partition.read_bytes <= arena_bytes and bool(uses.may_stay.all()):
+        draft = draft_plan(partition, uses.may_stay, arena_bytes)
+        assert draft is not None, "residents alone are stacked"
+        return draft
+    residency = Residency(partition)
+    found = _choices(partition, residency, arena_bytes, stayed)
+    if not found:
+        return None
+    drafts, moves = DRAFTS, 0
+    if len(uses) <= FEW_USES:
+        found[:0] = reversed(residency.exchange(found[0], arena_bytes, EXCHANGED_VISITS // len(uses)))
+        drafts = max(MOST_DRAFTS * 8 // (8 + len(uses)), DRAFTS)
+        moves = MOVED_VISITS // len(uses)
+    best: Draft | None = None
+    for rank, choice in enumerate(found[:drafts]):
+        if best is not None and choice.pass_s > best.prediction.pass_s:
+            break
+        draft = _draft(partition, choice, arena_bytes, moves=moves if rank < 2 else 0)
+        if draft is not None and (best is None or draft.cost() < best.cost()):
+            best = draft
+    return best
+
+
+def _choices(partition: Partition, residency: Residency, arena_bytes: int, stayed: Ints | None) -> list[Choice]:
+    """Returns choices for several sizes of the pool, the fastest first.
+
+    A pool that is too small cannot keep the link busy, one that is too large leaves too little for residents: every
+    other size is tried, then those beside the best.
+    """
+    pools = list(_pool_sizes(partition, arena_bytes))
+    rated: dict[int, Choice | None] = {}
+
+    def rate(position: int) -> None:
+        if 0 <= position < len(pools) and position not in rated:
+            rated[position] = residency.choose(arena_bytes, pools[position], ROUNDS, stayed)
+
+    for position in range(0, len(pools), 3):
+        rate(position)
+    while True:
+        fits = {position: choice for position, choice in rated.items() if choice is not None}
+        if not fits:
+            if len(rated) == len(pools):
+                return []
+            for position in range(len(pools)):
+                rate(position)
+            continue
+        best = min(fits, key=lambda position: (fits[position].cost(), position))
+        count = len(rated)
+        rate(best - 1)
+        rate(best + 1)
+        if len(rated) == count:
+            return sorted(fits.values(), key=Choice.cost)
+
+
+def _draft(partition: Partition, choice: Choice, arena_bytes: int, *, moves: int) -> Draft | None:
+    uses = partition.uses
+    residents = uses.residents(choice.keep)
+    draft = draft_plan(partition, choice.keep, arena_bytes, moves=moves)
+    if draft is not None:
+        return draft
+    calm = np.isin(uses.bundle, residents) | uses.stretches(partition.demand, residents)
+    return draft_plan(partition, calm, arena_bytes, moves=moves)
+
+
+def _pool_sizes(partition: Partition, arena_bytes: int) -> Iterator[int]:
+    demand = partition.demand
+    sizes = sorted(demand.bundles[b].size_bytes for b in demand.read_bundles() if b not in demand.pooled)
+    sizes = [size for size in sizes if size] or [0]
+    typical, largest = statistics.median_low(sizes), sizes[-1]
+    pools = {depth * size for depth in POOL_DEPTHS for size in (typical, largest)} | {arena_bytes}
+    return (pool for pool in sorted(pools) if pool <= arena_bytes)

@@ -1,0 +1,140 @@
+"""When bundles are used, which gaps between two uses they stay over, and the visits that follow from that.
+
+A bundle that is used several times a pass has a gap after each use; the gap after its last use reaches into the next
+pass. A plan keeps the bundle over a gap, or brings it again. Who is kept over all gaps is resident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mball.plan.demand import Demand
+from mball.schema import Trace
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Visits:
+    """Stays of bundles in slots, by first use. Parallel arrays.
+
+    Attributes:
+        bundle: who.
+        first: the step of its first use, within the pass.
+        end: the step after its last use; past the end of the pass where it stays over it.
+        gap: the gap that the visit ends: were it kept, the visit would be no visit of its own.
+    """
+
+    bundle: Ints
+    first: Ints
+    end: Ints
+    gap: Ints
+
+    def __len__(self) -> int:
+        return len(self.bundle)
+
+
+class Uses:
+    """The uses of all bundles, and the gap after each; arrays by bundle, then by step.
+
+    Attributes:
+        bundle: of each use.
+        step: of each use.
+        reaches: the step of the bundle's next use, counted on into the next pass.
+        may_stay: whether the bundle can be kept over the gap: not where something writes it, nor past the end of a pass
+            that is the only one.
+    """
+
+    def __init__(self, trace: Trace, demand: Demand) -> None:
+        counts = np.array([len(steps) for steps in demand.uses], dtype=np.int64)
+        self.num_steps = len(trace.steps)
+        self._is_used: Bools = counts > 0
+        self.bundle: Ints = np.repeat(np.arange(len(counts)), counts)
+        self.step: Ints = np.array([step for steps in demand.uses for step in steps], dtype=np.int64)
+        ends = np.cumsum(counts)
+        self._begin: Ints = (ends - counts)[self.bundle]
+        self._end: Ints = ends[self.bundle]
+        following = np.arange(len(self.step)) + 1
+        is_last = following == self._end
+        following[is_last] = self._begin[is_last]
+        self._following: Ints = following
+        self.reaches: Ints = self.step[following] + np.where(is_last, self.num_steps, 0)
+        self.may_stay: Bools = np.ones(len(self.step), dtype=bool)
+        if not trace.cyclic:
+            self.may_stay[is_last] = False
+        for gap in _written_gaps(trace, demand, self):
+            self.may_stay[gap] = False
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def gaps_of(self, bundle: int) -> slice:
+        """Returns where the gaps of a bundle that is used are."""
+        at = int(np.searchsorted(self.bundle, bundle))
+        return slice(at, int(self._end[at]))
+
+    def residents(self, keep: Bools) -> Ints:
+        """Returns the bundles that are kept over all their gaps, ascending."""
+        stays = self._is_used.copy()
+        stays[self.bundle[~keep]] = False
+        return np.flatnonzero(stays)
+
+    def stretches(self, demand: Demand, residents: Ints) -> Bools:
+        """Returns the gaps within stretches of steps that all read the same bundles, residents apart.
+
+        With no other gap kept, visits that meet are there for the same steps: those can always be placed.
+        """
+        kept = set(residents.tolist())
+        keep: Bools = np.zeros(len(self), dtype=bool)
+        last: tuple[int, frozenset[int]] = (-1, frozenset())
+        for number, reads in enumerate(demand.reads):
+            streamed = frozenset(reads) - kept
+            if streamed and streamed == last[1]:
+                for bundle in streamed:
+                    gaps = self.gaps_of(bundle)
+                    keep[gaps.start + int(np.searchsorted(self.step[gaps], last[0]))] = True
+            if streamed:
+                last = number, streamed
+        return keep & self.may_stay
+
+    def visits(self, keep: Bools) -> Visits:
+        """Returns the visits of what is not resident."""
+        dropped = np.flatnonzero(~keep)
+        starts = self._following[dropped]
+        # A run of uses ends at the first dropped gap from its start on, or it goes on in the next pass.
+        at = np.searchsorted(dropped, starts)
+        ends = dropped[np.minimum(at, len(dropped) - 1)] if len(dropped) else dropped
+        wraps = (at == len(dropped)) | (ends >= self._end[starts])
+        ends = np.where(wraps, dropped[np.searchsorted(dropped, self._begin[starts])] if len(dropped) else 0, ends)
+        first = self.step[starts]
+        end = self.step[ends] + 1 + np.where(wraps, self.num_steps, 0)
+        order = np.lexsort((self.bundle[starts], first))
+        return Visits(self.bundle[starts][order], first[order], end[order], dropped[order])
+
+
+def _written_gaps(trace: Trace, demand: Demand, uses: Uses) -> list[int]:
+    """Returns the gaps in which something writes to the bundle: its bytes in the slot are void after that."""
+    if not any(step.writes for step in trace.steps):
+        return []
+    home = {index: number for number, bundle in enumerate(demand.bundles) for index in bundle.tensors}
+    found: list[int] = []
+    for number, step in enumerate(trace.steps):
+        for bundle in {home[index] for index in step.writes if index in home}:
+            if not demand.uses[bundle]:
+                continue
+            gaps = uses.gaps_of(bundle)
+            # The gap that a write lies in begins with the last use that is not after it.
+            before = int(np.searchsorted(uses.step[gaps], number, side="right")) - 1
+            found.append(gaps.start + before if before >= 0 else gaps.stop - 1)
+    return found
+
+
+def prefix_sums(values: Sequence[float]) -> Floats:
+    """Returns the sums of the first 0, 1, … of `values`."""
+    return np.concatenate(([0.0], np.cumsum(np.asarray(values, dtype=np.float64))))
