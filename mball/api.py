@@ -22,7 +22,6 @@ from mball.config import Capture, Compile, Config
 from mball.errors import ConfigError, WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
 from mball.integrations import make_faithful
-from mball.observe.files import replace_file
 from mball.observe.report import Report
 from mball.run.census import Census, count_weights, take_census
 from mball.run.checkpoint_match import load_buffers, match_weights
@@ -36,6 +35,7 @@ from mball.schema import LiveRange, Plan, Tensor, Trace
 from mball.snapshot import take_report, take_timeline
 from mball.storage import CheckpointIndex, TensorEntry
 from mball.units import format_bytes, parse_bytes
+from mball.whole_files import replace_file
 
 logger = logging.getLogger(__name__)
 

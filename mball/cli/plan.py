@@ -216,7 +216,7 @@ def _document(
 
 def _draw(target: Path, trace: Trace, plan: Plan, explanation: Explanation, curve: Sequence[UtilityPoint]) -> None:
     from mball.cli.plan_picture import picture_of
-    from mball.observe.files import replace_file
     from mball.observe.picture import draw_plan
+    from mball.whole_files import replace_file
 
     replace_file(target, draw_plan(picture_of(trace, plan, explanation, curve)), "picture")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mball.errors import ConfigError
-from mball.observe.files import replace_file
+from mball.whole_files import replace_file
 
 _PROCESS = 1
 

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 import statistics
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy
 
 from mball.errors import StorageError
 from mball.schema import Link
 from mball.storage.files import DirectIO, FileTable
+from mball.storage.mounts import file_system_of
 from mball.storage.reader import Read, Reader, ReadHandle
+from mball.storage.scratch import fill, huge_page_memory
 from mball.storage.threads import DEFAULT_NUM_THREADS, ThreadedReader
 from mball.units import GIB, MIB, round_down
 
-_HUGE_PAGE_BYTES = 2 * MIB
-# Linux 5.14; the mmap module has no name for it yet.
-_MADV_POPULATE_WRITE = 23
 _SMALL_READ_BYTES = 4096
 _BLOCK_BYTES = 8 * MIB
 _NUM_IN_FLIGHT = 4
@@ -72,12 +67,12 @@ def probe_directory(directory: str | os.PathLike[str], *, size_bytes: int = 256 
         usage = os.statvfs(where)
         free_bytes = usage.f_bavail * usage.f_frsize
         measured_bytes = round_down(min(size_bytes, free_bytes // 2), mmap.PAGESIZE)
-        mount_point, file_system = _mount_of(where)
+        mount = file_system_of(where)
         alignments: tuple[int | None, int | None, int | None] = (None, None, None)
         direct_bandwidth = buffered_bandwidth = latency_s = None
         with tempfile.TemporaryFile(dir=where, buffering=0) as file:
             if measured_bytes >= 2 * _SMALL_READ_BYTES:
-                _fill(file.fileno(), measured_bytes)
+                fill(file.fileno(), measured_bytes)
                 alignments = _direct_alignments(file.fileno())
                 buffered_bandwidth = _measure(file.fileno(), DirectIO.OFF).bandwidth_bytes_per_s
                 link = _measure(file.fileno(), DirectIO.AUTO if all(alignments) else DirectIO.OFF)
@@ -91,8 +86,8 @@ def probe_directory(directory: str | os.PathLike[str], *, size_bytes: int = 256 
         ) from error
     return DirectoryFacts(
         directory=where,
-        file_system=file_system,
-        mount_point=mount_point,
+        file_system=mount.kind,
+        mount_point=mount.mount_point,
         free_bytes=free_bytes,
         direct=all(alignments),
         offset_alignment_bytes=alignments[0],
@@ -124,7 +119,7 @@ def measure_link(
     sizes = {name: files[name].size_bytes() for name in names or files.names}
     if not any(sizes.values()):
         raise StorageError(f"none of {len(sizes)} files has bytes to measure the link with; add a file first")
-    buffer = _huge_page_memory(_BLOCK_BYTES * _NUM_IN_FLIGHT)
+    buffer = huge_page_memory(_BLOCK_BYTES * _NUM_IN_FLIGHT)
     reader = ThreadedReader(files, num_threads=num_threads)
     try:
         small_s = _alone_s(reader, sizes, buffer, _SMALL_READ_BYTES)
@@ -192,22 +187,13 @@ def _measure(descriptor: int, mode: DirectIO) -> Link:
         files.close()
 
 
-def _fill(descriptor: int, size_bytes: int) -> None:
-    # Random, so that no layer compresses it or stores a hole; one block repeated is random enough.
-    block = numpy.random.default_rng(0).bytes(min(size_bytes, _BLOCK_BYTES))
-    done = 0
-    while done < size_bytes:
-        done += os.pwrite(descriptor, block[: size_bytes - done], done)
-    os.fsync(descriptor)
-
-
 def _direct_alignments(descriptor: int) -> tuple[int | None, int | None, int | None]:
     """Returns the smallest (offset, address, length) in bytes that direct reads accept; None where none does."""
     try:
         direct = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError:
         return None, None, None
-    memory = _huge_page_memory(2 * _SMALL_READ_BYTES)
+    memory = huge_page_memory(2 * _SMALL_READ_BYTES)
     try:
         return (
             _smallest(lambda n: os.preadv(direct, [memory[:_SMALL_READ_BYTES]], n)),
@@ -226,39 +212,3 @@ def _smallest(read: Callable[[int], int]) -> int | None:
             continue
         return alignment_bytes
     return None
-
-
-def _huge_page_memory(size_bytes: int) -> memoryview:
-    """Returns pre-faulted zeros, aligned to 2 MiB, on huge pages where the system gives them.
-
-    Fragmented small pages would slow the disk down, and page faults would count as reading.
-    """
-    mapped_bytes = size_bytes + _HUGE_PAGE_BYTES
-    mapping = mmap.mmap(-1, mapped_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-        mapping.madvise(_MADV_POPULATE_WRITE)
-    except OSError:
-        # An older kernel: writing faults the pages in just as well.
-        numpy.frombuffer(mapping, dtype=numpy.uint8)[:: mmap.PAGESIZE] = 0
-    address = int(numpy.frombuffer(mapping, dtype=numpy.uint8).__array_interface__["data"][0])
-    lead = -address % _HUGE_PAGE_BYTES
-    return memoryview(mapping)[lead : lead + size_bytes]
-
-
-def _mount_of(path: str) -> tuple[str, str]:
-    """Returns (mount point, file system type) of `path`, or ("?", "?") where the kernel does not say."""
-    try:
-        lines = Path("/proc/self/mounts").read_text().splitlines()
-    except OSError:
-        return "?", "?"
-    real = os.path.realpath(path)
-    best = ("?", "?")
-    for line in lines:
-        _, escaped, kind, *_ = line.split(" ")
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), escaped)
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        # A later mount hides an earlier one on the same point.
-        if inside and (best[0] == "?" or len(point) >= len(best[0])):
-            best = (point, kind)
-    return best
