@@ -126,3 +126,11 @@ def _choice(kind: type[Enum], value: object, name: str) -> Enum:
 def cache_directory() -> Path:
     """Returns mball's folder in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mball"
+
+
+def calibration_directory() -> Path | None:
+    """Returns where calibrations of this user's machines are kept; None for a user without a home."""
+    try:
+        return cache_directory() / "calibration"
+    except RuntimeError:
+        return None

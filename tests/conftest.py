@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 # Nothing in the tests may reach for a network; the libraries then fail at once instead of retrying.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No calibration of the machine that tests run on decides what they plan, also in processes that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        # The list of this machine's fonts, which takes seconds to make, may stay where it is.
+        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matplotlib"
+        if kept.is_dir() and "MPLCONFIGDIR" not in os.environ:
+            patch.setenv("MPLCONFIGDIR", str(kept))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

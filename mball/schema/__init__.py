@@ -1,5 +1,6 @@
 """The contracts between trace, plan and run: plain data, versioned JSON, no torch."""
 
+from mball.schema.calibration import CalibratedLink, Calibration, LinkSample
 from mball.schema.machine import Link, Machine, Tier
 from mball.schema.plan import (
     Budgets,
@@ -18,12 +19,15 @@ from mball.schema.trace import Gather, Home, Kind, Lane, LiveRange, Step, Tensor
 __all__ = [
     "Budgets",
     "Bundle",
+    "CalibratedLink",
+    "Calibration",
     "Extent",
     "Gather",
     "Home",
     "Kind",
     "Lane",
     "Link",
+    "LinkSample",
     "LiveRange",
     "Machine",
     "Placement",

@@ -177,6 +177,10 @@ class FileTable:
             file.device not in self._state.reasons for file in self._files.values()
         )
 
+    def is_direct(self, name: str) -> bool:
+        """Returns whether aligned reads of this file go past the page cache, as far as is known."""
+        return self.mode is DirectIO.AUTO and self[name].direct() is not None
+
     def close(self) -> None:
         """Closes every descriptor; the readers on it must be closed before. May be called again."""
         self._files.clear()

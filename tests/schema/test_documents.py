@@ -11,14 +11,42 @@ from hypothesis import given, settings
 
 from mball.errors import SchemaError
 from mball.plan import make_plan
-from mball.schema import Home, LiveRange, Machine, Plan, Tensor, Tier, Trace
+from mball.schema import (
+    CalibratedLink,
+    Calibration,
+    Home,
+    Link,
+    LinkSample,
+    LiveRange,
+    Machine,
+    Plan,
+    Tensor,
+    Tier,
+    Trace,
+)
 from mball.schema.document import Document
 from tests.plan.traces import machines, make_chain, make_machine, traces
 
 TRACE = make_chain(3, 1000)
 MACHINE = make_machine()
 PLAN = make_plan(TRACE, MACHINE, 5000)
-DOCUMENTS: list[Document] = [TRACE, MACHINE, PLAN]
+SAMPLE = LinkSample(block_bytes=4096, depth=2, bandwidth_bytes_per_s=1e9, latency_s=1e-5, spread=0.1)
+CALIBRATED = CalibratedLink(
+    link=Link(bandwidth_bytes_per_s=1e9, latency_s=1e-5),
+    reader="r",
+    file_bytes=1 << 20,
+    num_rounds=3,
+    spread=0.2,
+    block_bytes=4096,
+    depth=2,
+    samples=(SAMPLE,),
+)
+CALIBRATION = Calibration(host="h", place="p", measured_at="2026-11-21T20:00:00+00:00", links=(CALIBRATED,))
+DOCUMENTS: list[Document] = [TRACE, MACHINE, PLAN, CALIBRATION]
+
+
+def with_link(**changes: Any) -> Calibration:
+    return replace(CALIBRATION, links=(replace(CALIBRATED, **changes),))
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,7 +77,7 @@ class TestEveryDocument:
 
     def test_a_missing_field_is_refused(self, document: Document) -> None:
         data = json.loads(document.to_json())
-        data.pop("name" if "name" in data else "trace_name")
+        data.pop(next(name for name in ("name", "trace_name", "host") if name in data))
         with pytest.raises(SchemaError, match="lacks"):
             type(document).from_json(json.dumps(data))
 
@@ -143,3 +171,33 @@ def test_activations_are_summed_by_live_range() -> None:
 
 def test_a_plan_is_itself_after_json() -> None:
     assert Plan.from_json(PLAN.to_json()) == PLAN
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (replace(CALIBRATION, measured_at="lately"), "'lately' is no ISO 8601 time"),
+        (replace(CALIBRATION, measured_at="2026-11-21T20:00:00"), "with its offset to UTC"),
+        (replace(CALIBRATION, links=()), "each of its links joins two tiers"),
+        (replace(CALIBRATION, links=(CALIBRATED, CALIBRATED)), "no two links the same two"),
+        (with_link(link=Link(bandwidth_bytes_per_s=float("nan"), latency_s=0.0)), "positive number of bytes a second"),
+        (with_link(link=Link(bandwidth_bytes_per_s=float("inf"), latency_s=0.0)), "positive number of bytes a second"),
+        (with_link(link=Link(bandwidth_bytes_per_s=1.0, latency_s=-1.0)), "latency or spread is negative"),
+        (with_link(spread=-0.1), "latency or spread is negative"),
+        (with_link(samples=(SAMPLE, SAMPLE)), "no two samples have the same"),
+        (with_link(depth=3), "4096 B with 3 in flight, was not measured"),
+        (with_link(num_rounds=0), "its rounds cannot be"),
+    ],
+)
+def test_what_cannot_have_been_measured_is_refused(calibration: Calibration, message: str) -> None:
+    with pytest.raises(SchemaError, match=message):
+        Calibration.from_json(calibration.to_json())
+
+
+def test_a_calibration_holds_links_between_several_tiers() -> None:
+    written = replace(CALIBRATED.link, source=Tier.DEVICE, target=Tier.DISK)
+    both = replace(CALIBRATION, links=(CALIBRATED, replace(CALIBRATED, link=written)))
+    again = Calibration.from_json(both.to_json())
+    assert again.find_link(Tier.DEVICE, Tier.DISK).link == written
+    assert again.find_link(Tier.DISK, Tier.DEVICE) == CALIBRATED
+    assert again.find_link(Tier.HOST, Tier.DEVICE) is None

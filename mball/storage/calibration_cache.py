@@ -1,0 +1,108 @@
+"""Calibrations on disk: one file a machine and file system, written whole, believed only where it fits."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import platform
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from mball.errors import StorageError
+from mball.schema import Calibration, Link, Tier
+from mball.storage.calibration import place_of, reader_kind
+from mball.storage.files import FileTable
+from mball.storage.mounts import FileSystem
+from mball.storage.threads import DEFAULT_NUM_THREADS
+from mball.whole_files import replace_file
+
+# Kernels, disks and what else runs on the machine change.
+MOST_AGE = timedelta(days=180)
+# Clocks of machines that share a cache differ a little.
+_CLOCKS_DIFFER = timedelta(days=1)
+
+_logger = logging.getLogger(__name__)
+
+
+def calibration_path(directory: Path, place: str) -> Path:
+    """Returns the file under `directory` for this machine's calibration of `place`."""
+    digest = hashlib.sha256(f"{platform.node()}\n{place}".encode(errors="surrogateescape")).hexdigest()
+    return directory / f"{digest[:16]}.json"
+
+
+def save_calibration(directory: Path, calibration: Calibration) -> Path:
+    """Writes the calibration in place of an earlier one, and returns its file.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"no calibration can be kept in {directory} ({error.strerror}); set XDG_CACHE_HOME to a writable place"
+        ) from error
+    path = calibration_path(directory, calibration.place)
+    replace_file(path, calibration.to_json().encode(), "calibration")
+    return path
+
+
+def load_calibration(directory: Path | None, place: FileSystem) -> Calibration | None:
+    """Returns this machine's calibration of a file system, None if there is none.
+
+    One that cannot be read, comes from another mball, another machine or another file system, or is older than 180
+    days is none either; one log line a process says so.
+    """
+    if directory is None:
+        return None
+    path = calibration_path(directory, str(place))
+    try:
+        calibration = Calibration.from_json(path.read_text(encoding="utf-8"))
+        age = datetime.now(UTC) - calibration.time
+    except FileNotFoundError:
+        return None
+    # SchemaError is a ValueError; nesting without end and numbers without end are not, and it may hold anything.
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
+        _ignore(path, str(error))
+        return None
+    if (calibration.host, calibration.place) != (platform.node(), str(place)):
+        _ignore(path, f"it is of {calibration.place} of the machine {calibration.host}")
+    elif age > MOST_AGE:
+        _ignore(path, f"it is {age.days} days old, more than {MOST_AGE.days}")
+    elif age < -_CLOCKS_DIFFER:
+        _ignore(path, f"it says that it was measured on {calibration.day}, which is still to come")
+    else:
+        return calibration
+    return None
+
+
+def find_calibrated_link(
+    directory: Path | None, files: FileTable, name: str, *, num_threads: int = DEFAULT_NUM_THREADS
+) -> tuple[Link, str] | None:
+    """Returns the calibrated link from a file of the table to memory, and the day it was measured.
+
+    None without a calibration of its file system, and where it was measured with another number of threads or another
+    way past or through the page cache than a `ThreadedReader` of `num_threads` would take.
+    """
+    calibration = load_calibration(directory, place_of(files[name].buffered))
+    found = None if calibration is None else calibration.find_link(Tier.DISK, Tier.DEVICE)
+    if calibration is None or found is None:
+        return None
+    kind = reader_kind(num_threads=num_threads, direct=files.is_direct(name))
+    if found.reader != kind:
+        _say_once(logging.INFO, f"the calibration of {calibration.place} is not used: {found.reader}; here {kind}")
+        return None
+    return found.link, calibration.day
+
+
+def _ignore(path: Path, why: str) -> None:
+    _say_once(
+        logging.WARNING,
+        f"the calibration in {path} is not used: {why}. `mball doctor --calibrate DIRECTORY` replaces it",
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(level: int, message: str) -> None:
+    _logger.log(level, "%s", message)

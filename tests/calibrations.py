@@ -1,0 +1,55 @@
+"""A calibration that says what a test wants, kept where mball looks for it."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from mball.config import calibration_directory
+from mball.schema import CalibratedLink, Calibration, Link, LinkSample
+from mball.storage import FileTable, file_system_of, save_calibration
+from mball.storage.calibration import reader_kind
+from mball.storage.threads import DEFAULT_NUM_THREADS
+
+
+def keep_calibration(directory: Path, link: Link, monkeypatch: pytest.MonkeyPatch) -> Calibration:
+    """Has mball take `link` for that of the file system of `directory`, until the end of the test."""
+    cache = directory / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    probe = directory / "a file of this file system"
+    probe.write_bytes(b"x")
+    files = FileTable()
+    direct = files.is_direct(files.add_path(probe))
+    files.close()
+    probe.unlink()
+    sample = LinkSample(
+        block_bytes=1 << 20,
+        depth=4,
+        bandwidth_bytes_per_s=link.bandwidth_bytes_per_s,
+        latency_s=link.latency_s,
+        spread=0.1,
+    )
+    calibration = Calibration(
+        host=platform.node(),
+        place=str(file_system_of(str(directory))),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        links=(
+            CalibratedLink(
+                link=link,
+                reader=reader_kind(num_threads=DEFAULT_NUM_THREADS, direct=direct),
+                file_bytes=1 << 30,
+                num_rounds=5,
+                spread=0.1,
+                block_bytes=1 << 20,
+                depth=4,
+                samples=(sample,),
+            ),
+        ),
+    )
+    place = calibration_directory()
+    assert place is not None
+    save_calibration(place, calibration)
+    return calibration
