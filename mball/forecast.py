@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
+from mball.config import calibration_directory
 from mball.errors import BudgetError
 from mball.plan import smallest_budget
 from mball.run.census import Census
 from mball.run.homes import PAGE_BYTES, Home
 from mball.schema import Machine, Step, Trace
-from mball.storage import FileTable, measure_link
+from mball.storage import FileTable, find_calibrated_link, measure_link
 from mball.units import format_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def measure_machine(homes: Sequence[Home], files: FileTable, num_threads: int) -> Machine:
-    """Returns this machine, its link measured by reading the file of the largest weight with `num_threads`."""
+    """Returns this machine, its link that of `num_threads` reading the file of the largest weight.
+
+    As `mball doctor --calibrate` measured it, where that file lies on a file system with a calibration, else measured
+    now.
+    """
     largest = max(homes, key=lambda home: home.span_bytes)
-    link = measure_link(files, largest.file, num_threads=num_threads)
+    known = find_calibrated_link(calibration_directory(), files, largest.file, num_threads=num_threads)
+    if known is None:
+        link = measure_link(files, largest.file, num_threads=num_threads)
+    else:
+        link, day = known
+        logger.info("weights come at %.2f GB/s, as calibrated on %s", link.bandwidth_bytes_per_s / 1e9, day)
     return Machine(name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link)
 
 

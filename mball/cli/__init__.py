@@ -23,11 +23,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="length of the answer, at most")
     doctor = commands.add_parser("doctor", help="what this machine has, lacks, and what to do about it")
     doctor.add_argument("--directory", default=".", help="where checkpoints lie: its disk is measured (default: here)")
+    doctor.add_argument(
+        "--calibrate",
+        nargs="?",
+        const="",
+        metavar="DIRECTORY",
+        help="measure that disk for half a minute (or by a file on it), and keep the figures for plans to come",
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
     plan = commands.add_parser("plan", help="what a budget would do to a checkpoint or a trace, before anything runs")
     plan.add_argument("source", help="a safetensors file, a checkpoint directory, or a trace (mball.save_trace)")
     plan.add_argument("--budget", required=True, help="memory for weights and activations, such as 6GiB")
-    plan.add_argument("--bandwidth", help="bytes a second of the disk, such as 2GB (default: measured on the weights)")
+    plan.add_argument("--bandwidth", help="bytes a second of the disk, such as 2GB (default: calibrated or measured)")
     plan.add_argument("--curve", action="store_true", help="show what other budgets would give")
     plan.add_argument("--picture", metavar="FILE.png", help="draw memory and lanes over time (and the curve)")
     plan.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -51,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     as_json=options.json,
                 )
             )
+        if options.calibrate is not None:
+            from mball.cli.calibrate import run_calibrate
+
+            return run_calibrate(where=options.calibrate or options.directory, as_json=options.json)
         from mball.cli.doctor import run_doctor
 
         return run_doctor(directory=options.directory, as_json=options.json)

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pynvml
 
+from mball.cli.calibrate import figures
+from mball.config import calibration_directory
 from mball.errors import StorageError
-from mball.storage import DirectoryFacts, probe_directory
+from mball.schema import Tier
+from mball.storage import DirectoryFacts, file_system_of, load_calibration, probe_directory
 from mball.units import format_bytes
 
 PYTHON_NEEDED = (3, 11)
@@ -129,7 +132,16 @@ def disk(directory: str | Path) -> tuple[list[Finding], DirectoryFacts | None]:
     if facts.latency_s is not None:
         latency = f"{facts.latency_s * 1e6:.0f} µs"
         findings.append(check(section, "latency of a read on the idle disk", True, latency, ""))
+    findings.append(_calibration(section, facts.directory))
     return findings, facts
+
+
+def _calibration(section: str, directory: str) -> Finding:
+    found = load_calibration(calibration_directory(), file_system_of(directory))
+    link = None if found is None else found.find_link(Tier.DISK, Tier.DEVICE)
+    value = "none" if found is None or link is None else f"{found.day}: {figures(link)}"
+    advice = f"each start measures the disk for 0.1 s: mball doctor --calibrate {directory} measures it well, once"
+    return check(section, "calibration", link is not None, value, advice)
 
 
 def gpus() -> list[Finding]:

@@ -15,10 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from mball.cli.checkpoint_trace import trace_of_checkpoint
+from mball.config import calibration_directory
 from mball.errors import CheckpointError, ConfigError, StorageError
 from mball.plan import Explanation, UtilityPoint, explain, make_plan, smallest_budget, utility_curve
 from mball.schema import Link, Machine, Plan, Prediction, Trace
-from mball.storage import FileTable, measure_link
+from mball.storage import FileTable, find_calibrated_link, measure_link
 from mball.units import GIB, format_bytes, format_names, parse_bytes
 
 PAGE_BYTES = 4096
@@ -36,7 +37,8 @@ class Request:
     Attributes:
         source: a checkpoint, or a trace that `mball.save_trace` wrote.
         budget: as for `mball.wrap`.
-        bandwidth: of the link in bytes a second, such as ``"2GB"``; None measures it where the weights lie.
+        bandwidth: of the link in bytes a second, such as ``"2GB"``; None takes the calibration of
+            the disk that the weights lie on, or measures it.
         curve: whether to show what other budgets would give.
         picture: a PNG to draw, or None.
         as_json: whether to print JSON.
@@ -109,13 +111,19 @@ def _machine(trace: Trace, bandwidth: int | None) -> tuple[Machine, str]:
     elif os.path.isfile(file):
         files = FileTable()
         try:
-            link = measure_link(files, files.add_path(file))
-            origin = f"measured on {os.path.basename(file)}"
+            link, origin = _link_of(files, files.add_path(file))
         except StorageError:
             origin = "assumed: the file of the weights cannot be read"
         finally:
             files.close()
     return Machine(name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link), origin
+
+
+def _link_of(files: FileTable, name: str) -> tuple[Link, str]:
+    known = find_calibrated_link(calibration_directory(), files, name)
+    if known is not None:
+        return known[0], f"calibrated on {known[1]}"
+    return measure_link(files, name), f"measured on {os.path.basename(name)}"
 
 
 def _curve(trace: Trace, machine: Machine, budget_bytes: int) -> tuple[UtilityPoint, ...]:

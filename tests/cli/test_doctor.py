@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +12,12 @@ from typing import Any
 import pynvml
 import pytest
 
-from mball.cli import doctor, findings, main
+from mball.cli import calibrate, doctor, findings, main
 from mball.cli.findings import Need, State
+from mball.schema import Calibration, Link
+from mball.storage import Effort, file_system_of
+from mball.units import MIB
+from tests.calibrations import keep_calibration
 
 
 @pytest.fixture
@@ -93,3 +99,91 @@ def test_gpu_and_driver_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["NVIDIA driver"].value == "580.1, CUDA 13.1"
     assert found["GPU 0"].value == "Big GPU, 80.00 GiB, 79.00 GiB free, PCIe link unknown"
     assert all(finding.need is Need.OPTIONAL for finding in found.values())
+
+
+@pytest.fixture
+def quick_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A short measurement, and a cache of its own, whose directory is returned."""
+    effort = Effort(size_bytes=64 * MIB, time_limit_s=0.0, cell_s=0.001, blocks_bytes=(MIB, 16 * MIB), depths=(1, 4))
+    monkeypatch.setattr(calibrate, "calibrate", functools.partial(calibrate.calibrate, effort=effort))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "mball" / "calibration"
+
+
+def test_a_calibration_is_shown_kept_and_told_of_later(
+    quick_calibration: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor", "--calibrate", "/dev/shm"]) == 0
+    text = capsys.readouterr().out
+    (path,) = quick_calibration.iterdir()
+    kept = Calibration.from_json(path.read_text())
+    calibrated = kept.links[0]
+    for shown in (str(path), kept.place, "16 MiB", "1 MiB", calibrated.reader, calibrate.figures(calibrated)):
+        assert shown in text
+    for sample in calibrated.samples:
+        assert f"{sample.bandwidth_bytes_per_s / 1e9:.2f} ±" in text
+        assert f"{sample.latency_s * 1e3:.2f} ms" in text
+
+    assert main(["doctor", "--directory", "/dev/shm", "--calibrate", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["file"] == str(path), "a new one replaces the old one"
+    again = Calibration.from_json(path.read_text())
+    assert document["calibration"] == json.loads(again.to_json())
+    assert kept != again
+
+    found, _ = findings.disk("/dev/shm")
+    (finding,) = [each for each in found if each.name == "calibration"]
+    assert finding.state is State.FOUND
+    assert finding.value == f"{again.day}: {calibrate.figures(again.links[0])}"
+
+
+@pytest.mark.usefixtures("quick_disk")
+def test_the_doctor_says_how_to_calibrate_and_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finding() -> findings.Finding:
+        found, _ = findings.disk(tmp_path)
+        return next(each for each in found if each.name == "calibration")
+
+    assert finding().state is State.MISSING
+    assert finding().need is Need.OPTIONAL
+    assert f"mball doctor --calibrate {tmp_path}" in finding().advice
+    calibration = keep_calibration(tmp_path, Link(bandwidth_bytes_per_s=7.25e9, latency_s=1.5e-4), monkeypatch)
+    assert finding().state is State.FOUND
+    assert finding().value.startswith(f"{calibration.day}: 7.25 GB/s")
+    assert "latency 150 µs; best 4 × 1 MiB in flight" in finding().value
+    assert str(file_system_of(str(tmp_path))) == calibration.place
+
+
+def test_an_unsteady_disk_is_told(
+    quick_calibration: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "UNSTEADY", -1.0)
+    assert main(["doctor", "--calibrate", "/dev/shm"]) == 0
+    assert "calibrate again when it is quieter" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.usefixtures("quick_calibration")
+def test_what_cannot_be_calibrated_or_kept_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["doctor", "--calibrate", str(tmp_path / "nowhere")]) == 2
+    assert "cannot be calibrated" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert main(["doctor", "--calibrate", "/dev/shm", "--json"]) == 2
+    output = capsys.readouterr()
+    assert "set XDG_CACHE_HOME to a writable place" in output.err
+    assert output.err.count("\n") == 1
+    assert not output.out
+
+    def homeless(self: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", classmethod(homeless))
+    assert main(["doctor", "--calibrate", "/dev/shm"]) == 2
+    assert "no home directory" in capsys.readouterr().err
+
+
+def test_tests_know_no_calibration_of_this_machine() -> None:
+    assert "pytest" in os.environ["XDG_CACHE_HOME"]

@@ -16,7 +16,8 @@ from mball.cli import main
 from mball.cli.checkpoint_trace import trace_of_checkpoint
 from mball.errors import ConfigError, StorageError, WrapError
 from mball.plan import validate
-from mball.schema import Plan, Trace
+from mball.schema import Link, Plan, Trace
+from tests.calibrations import keep_calibration
 from tests.run.harness import make, run
 from tests.run.zoo import Net, noise
 
@@ -58,6 +59,19 @@ def test_the_plan_of_a_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixtur
     assert found["curve"][-1]["prediction"]["streamed_bytes"] == 0
     # Measured where the weights lie, unless it is given.
     assert plan_of(str(checkpoint), "--budget", "2MiB", capsys=capsys)["link_bytes_per_s"] not in (1e9, 2e9)
+
+
+def test_a_calibration_of_the_disk_spares_measuring_it(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["plan", str(checkpoint), "--budget", "2MiB"]) == 0
+    assert "(measured on model.safetensors)" in capsys.readouterr().out
+    calibration = keep_calibration(tmp_path, Link(bandwidth_bytes_per_s=3.5e9, latency_s=2e-4), monkeypatch)
+    monkeypatch.setattr("mball.cli.plan.measure_link", lambda *_: pytest.fail("the link is known"))
+    assert main(["plan", str(checkpoint), "--budget", "2MiB"]) == 0
+    assert f"3.50 GB/s (calibrated on {calibration.day})" in capsys.readouterr().out
+    assert main(["plan", str(checkpoint), "--budget", "2MiB", "--bandwidth", "1GB"]) == 0
+    assert "1.00 GB/s (as given)" in capsys.readouterr().out
 
 
 def test_what_a_person_reads(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
