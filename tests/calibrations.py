@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +15,13 @@ from mball.schema import CalibratedLink, Calibration, Link, LinkSample
 from mball.storage import FileTable, file_system_of, save_calibration
 from mball.storage.calibration import reader_kind
 from mball.storage.threads import DEFAULT_NUM_THREADS
+from mball.units import MIB
+
+
+def roomy_directory() -> str:
+    """Returns a directory with room for a file to calibrate with; in memory, where containers leave room there."""
+    usage = os.statvfs("/dev/shm")
+    return "/dev/shm" if usage.f_bavail * usage.f_frsize > 256 * MIB else tempfile.gettempdir()
 
 
 def keep_calibration(directory: Path, link: Link, monkeypatch: pytest.MonkeyPatch) -> Calibration:

@@ -47,14 +47,14 @@ class Effort:
     Attributes:
         size_bytes: of the file that is written to be read; where half of what is free is less, that.
         time_limit_s: of all reading, but for the first round, which is always completed.
-        cell_s: how long one combination is measured at one time; at least twice as many requests as are in flight.
+        sample_s: how long one combination is measured at one time; at least twice as many requests as are in flight.
         blocks_bytes: sizes of requests.
         depths: numbers of requests in flight.
     """
 
     size_bytes: int = GIB
     time_limit_s: float = 10.0
-    cell_s: float = 0.03
+    sample_s: float = 0.03
     blocks_bytes: tuple[int, ...] = (64 * KIB, 256 * KIB, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, 32 * MIB)
     depths: tuple[int, ...] = (1, 2, 4, 8, 16)
 
@@ -195,7 +195,7 @@ def _run_rounds(
                 break
             done = f"round {len(runs[cell]) + 1}, {number + 1} of {len(cells)}"
             progress(f"reading {format_bytes(cell.block_bytes)} with {cell.depth} in flight ({done})")
-            runs[cell].append(course.run(cell, effort.cell_s))
+            runs[cell].append(course.run(cell, effort.sample_s))
         is_first = False
     return runs
 

@@ -17,7 +17,7 @@ from mball.cli.findings import Need, State
 from mball.schema import Calibration, Link
 from mball.storage import Effort, file_system_of
 from mball.units import MIB
-from tests.calibrations import keep_calibration
+from tests.calibrations import keep_calibration, roomy_directory
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_gpu_and_driver_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A short measurement, and a cache of its own, whose directory is returned."""
-    effort = Effort(size_bytes=64 * MIB, time_limit_s=0.0, cell_s=0.001, blocks_bytes=(MIB, 16 * MIB), depths=(1, 4))
+    effort = Effort(size_bytes=64 * MIB, time_limit_s=0.0, sample_s=0.001, blocks_bytes=(MIB, 16 * MIB), depths=(1, 4))
     monkeypatch.setattr(calibrate, "calibrate", functools.partial(calibrate.calibrate, effort=effort))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "mball" / "calibration"
@@ -114,7 +114,8 @@ def test_a_calibration_is_shown_kept_and_told_of_later(
     quick_calibration: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["doctor", "--calibrate", "/dev/shm"]) == 0
+    where = roomy_directory()
+    assert main(["doctor", "--calibrate", where]) == 0
     text = capsys.readouterr().out
     (path,) = quick_calibration.iterdir()
     kept = Calibration.from_json(path.read_text())
@@ -125,14 +126,14 @@ def test_a_calibration_is_shown_kept_and_told_of_later(
         assert f"{sample.bandwidth_bytes_per_s / 1e9:.2f} ±" in text
         assert f"{sample.latency_s * 1e3:.2f} ms" in text
 
-    assert main(["doctor", "--directory", "/dev/shm", "--calibrate", "--json"]) == 0
+    assert main(["doctor", "--directory", where, "--calibrate", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["file"] == str(path), "a new one replaces the old one"
     again = Calibration.from_json(path.read_text())
     assert document["calibration"] == json.loads(again.to_json())
     assert kept != again
 
-    found, _ = findings.disk("/dev/shm")
+    found, _ = findings.disk(where)
     (finding,) = [each for each in found if each.name == "calibration"]
     assert finding.state is State.FOUND
     assert finding.value == f"{again.day}: {calibrate.figures(again.links[0])}"
@@ -158,7 +159,7 @@ def test_an_unsteady_disk_is_told(
     quick_calibration: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibrate, "UNSTEADY", -1.0)
-    assert main(["doctor", "--calibrate", "/dev/shm"]) == 0
+    assert main(["doctor", "--calibrate", roomy_directory()]) == 0
     assert "calibrate again when it is quieter" in capsys.readouterr().out.replace("\n", " ")
 
 
@@ -170,7 +171,7 @@ def test_what_cannot_be_calibrated_or_kept_is_one_line(
     assert "cannot be calibrated" in capsys.readouterr().err
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert main(["doctor", "--calibrate", "/dev/shm", "--json"]) == 2
+    assert main(["doctor", "--calibrate", roomy_directory(), "--json"]) == 2
     output = capsys.readouterr()
     assert "set XDG_CACHE_HOME to a writable place" in output.err
     assert output.err.count("\n") == 1
@@ -181,7 +182,7 @@ def test_what_cannot_be_calibrated_or_kept_is_one_line(
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", classmethod(homeless))
-    assert main(["doctor", "--calibrate", "/dev/shm"]) == 2
+    assert main(["doctor", "--calibrate", roomy_directory()]) == 2
     assert "no home directory" in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mball.errors import StorageError
-from mball.storage import FileTable, SwapFile, measure_link, probe_directory
+from mball.storage import FileTable, SwapFile, file_system_of, measure_link, probe_directory
 from mball.units import MIB
 
 
@@ -37,6 +37,12 @@ def test_facts_of_a_directory(tmp_path: Path) -> None:
 def test_known_file_systems() -> None:
     shm = probe_directory("/dev/shm", size_bytes=MIB)
     assert (shm.mount_point, shm.file_system) == ("/dev/shm", "tmpfs")
+
+
+def test_a_file_system_is_known_by_path_and_by_an_open_file_without_one(tmp_path: Path) -> None:
+    assert str(file_system_of("/proc/self")).endswith(" on /proc type proc")
+    with SwapFile.create(tmp_path) as swap:
+        assert file_system_of(f"/proc/self/fd/{swap.fd}") == file_system_of(str(tmp_path))
 
 
 def test_a_directory_that_is_not_there() -> None:
