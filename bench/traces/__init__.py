@@ -1,7 +1,7 @@
 """Passes of real model classes, recorded once, for the planners to be tried on: no torch is needed to read them.
 
 `bench/traces/record.py` wrote the files in `recorded/`. Weights were random, but sizes, reads, lifetimes and the
-times of steps are those of a real run on two cores. Files are named without their folders.
+times of steps are those of a real run on a CPU. Files are named without their folders.
 """
 
 from __future__ import annotations

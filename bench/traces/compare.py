@@ -32,7 +32,7 @@ _SHARES = ", ".join(str(percent) for percent in PERCENTS[1:])
 _HEAD = f"""# Policies
 
 Written by `python -m bench.traces.compare`: simulated passes under mball's plans and those of well-known policies, on
-traces that were recorded from real model classes on two cores (`python -m bench.traces.record`). Every plan passed
+traces that were recorded from real model classes on a CPU (`python -m bench.traces.record`). Every plan passed
 `validate`.
 
 Budgets: the smallest that works, and activations + {_SHARES} % of the weights that the pass reads.
@@ -70,7 +70,7 @@ _PCIE = _machine("pcie", bandwidth_bytes_per_s=20e9, latency_s=1e-5, window_byte
 SETTINGS = (
     Setting(name="disk, 2 GB/s", machine=_DISK),
     Setting(name="link, 20 GB/s", machine=_PCIE),
-    # The traces are of two cores. What feeds an accelerator has less time to hide behind.
+    # The traces are of a CPU. What feeds an accelerator has less time to hide behind.
     Setting(name="link, 20 GB/s, compute × 20", machine=_PCIE, faster=20.0),
 )
 

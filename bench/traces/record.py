@@ -26,7 +26,7 @@ from mball.schema import Tensor, Trace
 from mball.units import GIB, format_bytes
 
 # Steps are measured at least so often, and again and again while this lasts.
-LEAST_TIMINGS, TIMING_S = 7, 20.0
+LEAST_TIMINGS, TIMING_S = 3, 15.0
 
 
 def record(subject: Subject, folder: Path) -> dict[str, Trace]:
@@ -104,6 +104,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.traces.record", description="Records traces of models.")
     parser.add_argument("models", nargs="*", help=f"any of {', '.join(SUBJECTS)}; default all")
     asked = parser.parse_args().models or list(SUBJECTS)
+    # Threads that wait for each other take many times as long where something else runs too.
+    torch.set_num_threads(1)
     if unknown := [model for model in asked if model not in SUBJECTS]:
         parser.error(f"no model {', '.join(unknown)}; there are {', '.join(SUBJECTS)}")
     for model in asked:

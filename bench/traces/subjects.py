@@ -90,7 +90,10 @@ def decode(num_tokens: int) -> Prepare:
 
         def run() -> object:
             for layer in cache.layers:
-                layer.cumulative_length.fill_(num_tokens)  # always the first token after the prompt
+                # Always the first token after the prompt; layers with a window count twice.
+                layer.cumulative_length.fill_(num_tokens)
+                if hasattr(layer, "cumulative_length_int"):
+                    layer.cumulative_length_int = num_tokens
             return model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
         return run

@@ -10,8 +10,11 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import traces
+from bench.traces import record as recording
 from bench.traces.compare import (
     OWN,
     PAGE,
@@ -28,9 +31,12 @@ from bench.traces.compare import (
     slower,
 )
 from bench.traces.record import portable
+from bench.traces.subjects import Subject, decode
 from mball.errors import BudgetError, SchemaError
 from mball.plan import make_plan, smallest_budget
 from mball.schema import Kind, Machine, Plan, Trace
+from mball.trace.graph import StepFacts
+from mball.trace.profile import TimeProfile
 from tests.plan.traces import make_chain, make_machine, make_step, make_weights
 
 # The one whose plans are made fastest.
@@ -112,6 +118,39 @@ def test_a_recorded_trace_leaves_its_folders_behind() -> None:
     assert found.name == "other"
     assert [tensor.home.file for _, tensor in found.homed() if tensor.home] == ["model.safetensors"] * 2
     assert "someone" not in found.to_json()
+
+
+def test_recording_takes_the_least_of_the_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "TIMING_S", 0.0)
+    subject = Subject(
+        model_class=LlamaForCausalLM,
+        config=lambda: LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=256,
+            tie_word_embeddings=True,
+        ),
+        dtype=torch.bfloat16,
+        passes={"tiny": decode(8)},
+    )
+    # The first time a step is measured it takes 3 s, then 1 s, then 2 s.
+    measured: dict[int, int] = {}
+
+    def ended(self: TimeProfile, step: StepFacts) -> None:
+        measured[id(step)] = measured.get(id(step), -1) + 1
+        step.time_s = (3.0, 1.0, 2.0)[measured[id(step)] % 3]
+
+    monkeypatch.setattr(TimeProfile, "ended", ended)
+    trace = recording.record(subject, tmp_path)["tiny"]
+    assert set(measured.values()) == {recording.LEAST_TIMINGS - 1}
+    assert {step.time_s for step in trace.steps} == {1.0}
+    assert trace.name == "tiny"
+    assert [tensor.home.file for _, tensor in trace.homed() if tensor.home] == ["model.safetensors"] * 20
+    embedding = next(number for number, tensor in trace.homed() if "embed" in tensor.name)
+    assert [embedding in step.reads for step in trace.steps] == [True, *[False] * (len(trace.steps) - 2), True]
 
 
 # -- the comparison ------------------------------------------------------------------------------------------------
