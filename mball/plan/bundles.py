@@ -31,6 +31,9 @@ def lay_out_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bu
     without bytes needs no extent and has offset 0.
     """
 
+    if len(weights) == 1:
+        return _lay_out_one(weights[0], trace.tensors[weights[0]], machine)
+
     def home(index: int) -> tuple[str, int, int]:
         home = home_of(trace.tensors[index])
         return home.file, home.offset_bytes, index
@@ -59,6 +62,22 @@ def lay_out_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bu
         offsets_bytes=tuple(offsets),
         extents=tuple(extents),
         size_bytes=round_up(used, machine.page_bytes),
+    )
+
+
+def _lay_out_one(index: int, weight: Tensor, machine: Machine) -> Bundle:
+    """Does the same for one weight: most bundles of a large model are one."""
+    if not weight.size_bytes:
+        return Bundle(tensors=(index,), offsets_bytes=(0,), extents=(), size_bytes=0)
+    home, alignment = home_of(weight), machine.alignment_bytes
+    start = home.offset_bytes - home.offset_bytes % alignment
+    size = round_up(home.offset_bytes + weight.size_bytes - start, alignment)
+    extent = Extent(file=home.file, offset_bytes=start, size_bytes=size, slot_offset_bytes=0)
+    return Bundle(
+        tensors=(index,),
+        offsets_bytes=(home.offset_bytes - start,),
+        extents=(extent,),
+        size_bytes=round_up(size, machine.page_bytes),
     )
 
 
@@ -106,13 +125,22 @@ def even_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bundl
     place of any other of its kind.
     """
     bundle = lay_out_bundle(weights, trace, machine)
-    parts = [0] * len(bundle.extents)
-    for index in bundle.tensors:
-        weight = trace.tensors[index]
-        if weight.size_bytes:
-            parts[next(n for n, extent in enumerate(bundle.extents) if _holds(extent, weight))] += weight.size_bytes
+    size_bytes = even_bytes(bundle, trace, machine)
+    return bundle if size_bytes == bundle.size_bytes else replace(bundle, size_bytes=size_bytes)
+
+
+def even_bytes(bundle: Bundle, trace: Trace, machine: Machine) -> int:
+    """Returns the size that `even_bundle` gives the slot of this bundle."""
+    if len(bundle.extents) == 1:
+        parts = [sum(trace.tensors[index].size_bytes for index in bundle.tensors)]
+    else:
+        parts = [0] * len(bundle.extents)
+        for index in bundle.tensors:
+            weight = trace.tensors[index]
+            if weight.size_bytes:
+                parts[next(n for n, extent in enumerate(bundle.extents) if _holds(extent, weight))] += weight.size_bytes
     even = sum(round_up(size, machine.page_bytes) + machine.page_bytes for size in parts)
-    return replace(bundle, size_bytes=max(bundle.size_bytes, even))
+    return max(bundle.size_bytes, even)
 
 
 def finest_bundles(trace: Trace, machine: Machine) -> list[Bundle]:
@@ -127,6 +155,9 @@ def finest_bundles(trace: Trace, machine: Machine) -> list[Bundle]:
         alike.setdefault(tuple(uses[index]), []).append(index)
     bundles: list[Bundle] = []
     for group in alike.values():
+        if len(group) == 1:
+            bundles.append(lay_out_bundle(group, trace, machine))
+            continue
         singles = [lay_out_bundle([index], trace, machine) for index in group]
         together = lay_out_bundle(group, trace, machine)
         for extent in together.extents:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mball.plan.bundles import TINY_WEIGHT_BYTES, even_bundle, lay_out_bundle
+from mball.plan.bundles import TINY_WEIGHT_BYTES, even_bytes, lay_out_bundle
 from mball.plan.demand import Demand
 from mball.plan.flow import Flow
 from mball.plan.simulate import trace_times
@@ -41,10 +41,12 @@ class Partition:
         if sorted(index for bundle in bundles for index in bundle.tensors) != [index for index, _ in trace.homed()]:
             return None
         for bundle in bundles:
-            if bundle not in (
-                lay_out_bundle(bundle.tensors, trace, machine),
-                even_bundle(bundle.tensors, trace, machine),
-            ):
+            here = lay_out_bundle(bundle.tensors, trace, machine)
+            if (bundle.tensors, bundle.offsets_bytes, bundle.extents) != (
+                here.tensors,
+                here.offsets_bytes,
+                here.extents,
+            ) or bundle.size_bytes not in (here.size_bytes, even_bytes(here, trace, machine)):
                 return None
         tiny = {index for index, tensor in trace.homed() if tensor.size_bytes <= TINY_WEIGHT_BYTES}
         read = {index for step in trace.steps for index in step.reads}

@@ -5,8 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from mball.plan.demand import Demand
 from mball.schema import Placement, Plan
+
+# So many residents, about, are given places while the best way is looked for.
+PLACED = 20_000
 
 
 def stack(demand: Demand, residents: Collection[int]) -> tuple[tuple[Placement, ...], int]:
@@ -23,9 +28,11 @@ def stack(demand: Demand, residents: Collection[int]) -> tuple[tuple[Placement, 
 
 def _spread(bundles: Sequence[int]) -> list[int]:
     """Returns them in an order of which every beginning is spread evenly: by their position, its bits reversed."""
-    bits = max(len(bundles) - 1, 0).bit_length()
-    order = sorted(range(len(bundles)), key=lambda position: int(f"{position:0{bits}b}"[::-1] or "0", 2))
-    return [bundles[position] for position in order]
+    positions = np.arange(len(bundles))
+    turned = np.zeros_like(positions)
+    for bit in range(max(len(bundles) - 1, 0).bit_length()):
+        turned = 2 * turned + (positions >> bit & 1)
+    return [bundles[position] for position in np.argsort(turned, kind="stable").tolist()]
 
 
 def keep_in_place(
@@ -50,17 +57,23 @@ def keep_in_place(
     # who lies at the start, or who is large.
     for order in (slots, sorted(slots, key=lambda slot: (-slot[1], slot[0]))):
         low, high = 0, len(order)
-        while low <= high:
-            middle = (low + high + 1) // 2
+        middle = high  # all stay where a plan grows
+        tries = PLACED // max(len(sizes), 1) + 1
+        while low <= high and tries:
+            tries -= 1
             offsets = _fill(sizes, sorted(order[:middle]), limit)
             if offsets is None:
                 high = middle - 1
+                middle = (low + high + 1) // 2
                 continue
             kept_bytes = sum(size for _, size, _ in order[:middle])
             if kept_bytes > most_bytes:
                 best, most_bytes = offsets, kept_bytes
             low = middle + 1
-    assert best is not None, "nothing that stays is no gap"
+            middle = (low + high + 1) // 2
+    if best is None:
+        best = _fill(sizes, (), limit)
+        assert best is not None, "nothing that stays is no gap"
     found = tuple(Placement(bundle=p.bundle, offset_bytes=best[p.bundle]) for p in placements)
     end = max((offset + sizes[bundle] for bundle, offset in best.items()), default=0)
     return found, max(end - total, 0)

@@ -11,7 +11,7 @@ from mball.plan.bundles import finest_bundles
 from mball.plan.draft import Draft
 from mball.plan.partition import Partition
 from mball.plan.placement import keep_in_place
-from mball.plan.search import best_draft, fastest_s, partitions
+from mball.plan.search import MANY_USES, best_draft, fastest_s, partitions
 from mball.plan.smallest import check_problem, smallest_for
 from mball.schema import Machine, Plan, Trace
 from mball.units import format_bytes, round_down
@@ -84,7 +84,10 @@ def _best_draft(trace: Trace, machine: Machine, finest: Partition, arena_bytes: 
         if kept is not None and kept.prediction.pass_s <= WORTH_OTHER_BUNDLES * fastest_s(same, arena_bytes):
             return kept
     best = best_draft(partitions(trace, machine, arena_bytes), arena_bytes)
-    if best is None or best.prediction.pass_s > WORTH_ODD_SIZES * fastest_s(finest, arena_bytes):
+    is_close = best is not None and (
+        len(finest.uses) > MANY_USES or best.prediction.pass_s <= WORTH_ODD_SIZES * fastest_s(finest, arena_bytes)
+    )
+    if not is_close:
         odd = best_draft([finest], arena_bytes)
         if odd is not None and (best is None or odd.prediction.pass_s * WORTH_ODD_SIZES < best.prediction.pass_s):
             best = odd

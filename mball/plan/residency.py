@@ -252,26 +252,24 @@ class Residency:
                 changed = True
         spread = gaps[value < PREFERRED_VALUE * typical]
         spread = spread[np.argsort(self._uses.step[spread], kind="stable")]
-        total = int(self._sizes[spread].sum())
+        sizes = self._sizes[spread]
+        total = int(sizes.sum())
         share = min(1.0, quota_bytes / total) if total else 0.0
         owed = 0.0
-        left: list[int] = []
-        for gap, size in zip(spread.tolist(), self._sizes[spread].tolist(), strict=True):
+        for gap, size in zip(spread.tolist(), sizes.tolist(), strict=True):
             owed += share * size
             if owed >= size / 2 and size <= quota_bytes and room.take(gap, size):
                 keep[gap] = True
                 quota_bytes -= size
                 owed -= size
                 changed = True
-            else:
-                left.append(gap)
-        if share < 1.0 and quota_bytes > 0:
-            for gap in sorted(left, key=lambda gap: (-int(self._sizes[gap]), gap)):
-                size = int(self._sizes[gap])
-                if size <= quota_bytes and room.take(gap, size):
-                    keep[gap] = True
-                    quota_bytes -= size
-                    changed = True
+        left = spread[~keep[spread] & (sizes <= quota_bytes)]
+        for gap in left[np.lexsort((left, -self._sizes[left]))].tolist():
+            size = int(self._sizes[gap])
+            if size <= quota_bytes and room.take(gap, size):
+                keep[gap] = True
+                quota_bytes -= size
+                changed = True
         return changed
 
 

@@ -22,7 +22,13 @@ TARGETS_PER_ARENA = (32, 8, 128)
 POOL_DEPTHS = (1, 2, 3, 4, 6, 8, 16)
 ROUNDS = 4
 # So many of the choices that seem fastest are given addresses.
-DRAFTS = 2
+DRAFTS = 5
+_ALIKE = 1.0001
+# Beyond so many uses one partition has to do, and one draft.
+MANY_USES = 2000
+# So many visits, about, may be timed before anything is given addresses.
+TIMED_VISITS = 60_000
+FEWEST_POOLS = 3
 # A draft this close to what no plan can beat is good enough; others are not looked for.
 CLOSE = 1.005
 # Where few bundles are used, sizes decide what fits beside what. With no more uses than this, stays are exchanged and
@@ -54,7 +60,9 @@ def best_draft(candidates: Iterable[Partition], arena_bytes: int, stayed: Ints |
         draft = _best_of(partition, arena_bytes, stayed)
         if draft is not None and (best is None or draft.cost() < best.cost()):
             best = draft
-        if best is not None and best.prediction.pass_s <= CLOSE * fastest_s(partition, arena_bytes):
+        if best is not None and (
+            len(partition.uses) > MANY_USES or best.prediction.pass_s <= CLOSE * fastest_s(partition, arena_bytes)
+        ):
             break
     return best
 
@@ -79,14 +87,16 @@ def _best_of(partition: Partition, arena_bytes: int, stayed: Ints | None) -> Dra
     found = _choices(partition, residency, arena_bytes, stayed)
     if not found:
         return None
-    drafts, moves = DRAFTS, 0
+    drafts, moves = DRAFTS if len(uses) <= MANY_USES else 1, 0
     if len(uses) <= FEW_USES:
         found[:0] = reversed(residency.exchange(found[0], arena_bytes, EXCHANGED_VISITS // len(uses)))
         drafts = max(MOST_DRAFTS * 8 // (8 + len(uses)), DRAFTS)
         moves = MOVED_VISITS // len(uses)
     best: Draft | None = None
-    for rank, choice in enumerate(found[:drafts]):
-        if best is not None and choice.pass_s > best.prediction.pass_s:
+    distinct = {choice.keep.tobytes(): choice for choice in reversed(found)}
+    for rank, choice in enumerate([*distinct.values()][: -drafts - 1 : -1]):
+        # Addresses cost the rest nothing to speak of.
+        if best is not None and choice.pass_s * _ALIKE >= best.prediction.pass_s:
             break
         draft = _draft(partition, choice, arena_bytes, moves=moves if rank < 2 else 0)
         if draft is not None and (best is None or draft.cost() < best.cost()):
@@ -101,13 +111,19 @@ def _choices(partition: Partition, residency: Residency, arena_bytes: int, staye
     other size is tried, then those beside the best.
     """
     pools = list(_pool_sizes(partition, arena_bytes))
+    affordable = TIMED_VISITS // max(len(partition.uses), 1)
+    # Where most is known from the plan before, there is little to give out.
+    rounds = ROUNDS if stayed is None and affordable > ROUNDS * FEWEST_POOLS else ROUNDS // 2
+    most = max(affordable // (rounds + 2) if stayed is None else 0, FEWEST_POOLS)
+    if len(pools) > most:
+        pools = [pools[(2 * position + 1) * len(pools) // (2 * most)] for position in range(most)]
     rated: dict[int, Choice | None] = {}
 
     def rate(position: int) -> None:
         if 0 <= position < len(pools) and position not in rated:
-            rated[position] = residency.choose(arena_bytes, pools[position], ROUNDS, stayed)
+            rated[position] = residency.choose(arena_bytes, pools[position], rounds, stayed)
 
-    for position in range(0, len(pools), 3):
+    for position in range(0, len(pools), 3 if len(pools) > FEWEST_POOLS else 1):
         rate(position)
     while True:
         fits = {position: choice for position, choice in rated.items() if choice is not None}

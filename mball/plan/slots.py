@@ -20,6 +20,7 @@ from mball.plan.uses import Ints, Visits
 
 # With more visits than this in the pool at one time, looking for the place that was free first takes too long.
 MOST_SLOTS = 16
+MOST_FITTED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class Pool:
             balanced = self._ring(rounds) if rounds > 1 else None
             if balanced is not None and balanced[0] not in found:
                 found.append(balanced[0])
-        fitted = self._free_first()
+        fitted = self._free_first() if len(self._spans) <= MOST_FITTED else None
         if fitted is not None and fitted not in found:
             found.append(fitted)
         return [layout for offsets in found if (layout := self._layout(offsets)) is not None]
@@ -184,6 +185,8 @@ class Pool:
                 size = self._sizes[number]
                 if not size:
                     continue
+                if len(edges) > 3 * MOST_SLOTS:
+                    return None
                 best: tuple[int, int, int] | None = None
                 for begin, low in enumerate(edges):
                     if low + size > self._pool_bytes:

@@ -65,6 +65,8 @@ class Uses:
         following[is_last] = self._begin[is_last]
         self._following: Ints = following
         self.reaches: Ints = self.step[following] + np.where(is_last, self.num_steps, 0)
+        self._each_once = bool((counts <= 1).all())
+        self._by_step: Ints = np.lexsort((self.bundle, self.step))
         self.may_stay: Bools = np.ones(len(self.step), dtype=bool)
         if not trace.cyclic:
             self.may_stay[is_last] = False
@@ -105,6 +107,9 @@ class Uses:
 
     def visits(self, keep: Bools) -> Visits:
         """Returns the visits of what is not resident."""
+        if self._each_once:
+            gaps = self._by_step[~keep[self._by_step]]
+            return Visits(self.bundle[gaps], self.step[gaps], self.step[gaps] + 1, gaps)
         dropped = np.flatnonzero(~keep)
         starts = self._following[dropped]
         # A run of uses ends at the first dropped gap from its start on, or it goes on in the next pass.
