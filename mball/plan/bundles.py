@@ -84,8 +84,8 @@ def _lay_out_one(index: int, weight: Tensor, machine: Machine) -> Bundle:
 def weight_uses(trace: Trace) -> list[list[int]]:
     """Returns for each weight the trace steps that read it, ascending."""
     uses: list[list[int]] = [[] for _ in trace.tensors]
-    for number, step in enumerate(trace.steps):
-        for index in step.reads:
+    for number, needs in enumerate(trace.needs()):
+        for index in needs:
             uses[index].append(number)
     return uses
 
@@ -97,7 +97,7 @@ def group_weights(trace: Trace, machine: Machine, target_bytes: int) -> tuple[li
     operators a few steps apart. Bundles of read weights come first, in the order of first use.
     """
     uses = weight_uses(trace)
-    first_used = list(dict.fromkeys(index for step in trace.steps for index in step.reads))
+    first_used = list(dict.fromkeys(index for needs in trace.needs() for index in needs))
     tiny = [index for index in first_used if trace.tensors[index].size_bytes <= TINY_WEIGHT_BYTES]
     large = [index for index in first_used if trace.tensors[index].size_bytes > TINY_WEIGHT_BYTES]
     unread = [index for index, _ in trace.homed() if not uses[index]]
@@ -151,7 +151,7 @@ def finest_bundles(trace: Trace, machine: Machine) -> list[Bundle]:
     """
     uses = weight_uses(trace)
     alike: dict[tuple[int, ...], list[int]] = {}
-    for index in dict.fromkeys(index for step in trace.steps for index in step.reads):
+    for index in dict.fromkeys(index for needs in trace.needs() for index in needs):
         alike.setdefault(tuple(uses[index]), []).append(index)
     bundles: list[Bundle] = []
     for group in alike.values():

@@ -60,4 +60,4 @@ class Demand:
 def bundle_reads(trace: Trace, bundles: Sequence[Bundle]) -> list[tuple[int, ...]]:
     """Returns for each trace step the bundles it reads, in order of first use."""
     home = {index: number for number, bundle in enumerate(bundles) for index in bundle.tensors}
-    return [tuple(dict.fromkeys(home[index] for index in step.reads)) for step in trace.steps]
+    return [tuple(dict.fromkeys(home[index] for index in needs)) for needs in trace.needs()]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 from mball.plan.demand import Demand
 from mball.plan.flow import Flow
 from mball.plan.partition import Partition
@@ -57,6 +59,9 @@ def draft_plan(
     placements, resident_bytes = stack(demand, partition.uses.residents(keep).tolist())
     sizes = flow.sizes[visits.bundle]
     earliest = lead(visits) if lead is not None else None
+    if partition.uses.floor is not None:
+        written = partition.uses.floor[visits.gap]
+        earliest = written if earliest is None else np.maximum(earliest, written)
     pool = Pool(
         visits,
         sizes,
@@ -117,7 +122,7 @@ def _merge(
     if num_steps:
         cuts.update((visits.first % num_steps).tolist())
         cuts.update((visits.end % num_steps).tolist())
-        cuts.update((start + 1) % num_steps for start in earliest)
+        cuts.update((start + 1) % num_steps for start in earliest if start >= -num_steps)
     for number, (one, other) in enumerate(pairwise(trace.steps), start=1):
         if other.graph is None or other.graph != one.graph or other.lane is not one.lane:
             cuts.add(number)

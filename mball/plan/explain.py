@@ -81,7 +81,7 @@ def explain(trace: Trace, plan: Plan, machine: Machine) -> Explanation:
     """Returns what `plan`, which is valid for `trace`, does on `machine`."""
     simulation = simulate(trace, plan, machine)
     kept = {weight for placement in plan.residents for weight in plan.bundles[placement.bundle].tensors}
-    first_used = dict.fromkeys(weight for step in trace.steps for weight in step.reads)
+    first_used = dict.fromkeys(weight for needs in trace.needs() for weight in needs)
     resident = [weight for weight in first_used if weight in kept]
     streamed = [weight for weight in first_used if weight not in kept]
     roofline_s = simulation.prediction.roofline_s

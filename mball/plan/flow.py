@@ -45,15 +45,19 @@ class Flow:
         compute_s: of each trace step.
         link: brings bundles.
         cyclic: whether the pass repeats.
+        floor: see `Uses.floor`.
     """
 
-    def __init__(self, demand: Demand, compute_s: list[float], link: Link, *, cyclic: bool) -> None:
+    def __init__(
+        self, demand: Demand, compute_s: list[float], link: Link, *, cyclic: bool, floor: Ints | None = None
+    ) -> None:
         self.sizes: Ints = np.array([bundle.size_bytes for bundle in demand.bundles], dtype=np.int64)
         self.link_s: Floats = np.array(demand.moved_bytes, dtype=np.float64) / link.bandwidth_bytes_per_s
         self.before_s = prefix_sums(compute_s)
         self.compute_s = float(self.before_s[-1])
         self.num_steps = len(compute_s)
         self.cyclic = cyclic
+        self.floor = floor
         self._latency_s = link.latency_s
         self._window_s = link.window_bytes / link.bandwidth_bytes_per_s
 
@@ -80,6 +84,8 @@ class Flow:
         here = (needed > 0) & (needed <= total)
         after[here] = np.maximum(after[here], ends[by_end[np.searchsorted(given, needed[here])]] - 1)
         after[needed > total] = count
+        if self.floor is not None:
+            after = np.maximum(after, self.floor[visits.gap])
         if len(after):
             after = np.maximum.accumulate(np.maximum(after, after.max() - count if self.cyclic else -1))
         return None if bool((after >= visits.first).any()) else after

@@ -49,7 +49,7 @@ class Partition:
             ) or bundle.size_bytes not in (here.size_bytes, even_bytes(here, trace, machine)):
                 return None
         tiny = {index for index, tensor in trace.homed() if tensor.size_bytes <= TINY_WEIGHT_BYTES}
-        read = {index for step in trace.steps for index in step.reads}
+        read = {index for needs in trace.needs() for index in needs}
         pooled = frozenset(
             number
             for number, bundle in enumerate(bundles)
@@ -65,7 +65,8 @@ class Partition:
     @cached_property
     def flow(self) -> Flow:
         """Times passes."""
-        return Flow(self.demand, trace_times(self.trace), self.machine.link, cyclic=self.trace.cyclic)
+        times = trace_times(self.trace)
+        return Flow(self.demand, times, self.machine.link, cyclic=self.trace.cyclic, floor=self.uses.floor)
 
     @property
     def read_bytes(self) -> int:

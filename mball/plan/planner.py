@@ -77,9 +77,10 @@ def _best_draft(trace: Trace, machine: Machine, finest: Partition, arena_bytes: 
     kept = None
     same = None if previous is None else Partition.like(trace, machine, previous.bundles)
     if previous is not None and same is not None:
-        sizes = [bundle.size_bytes for bundle in previous.bundles]
-        in_place = [p.bundle for p in previous.residents if p.offset_bytes + sizes[p.bundle] <= arena_bytes]
-        stayed = np.array(in_place, dtype=np.int64)
+        stayed = np.full(len(previous.bundles), np.iinfo(np.int64).max)
+        for placement in previous.residents:
+            size_bytes = previous.bundles[placement.bundle].size_bytes
+            stayed[placement.bundle] = placement.offset_bytes + size_bytes
         kept = best_draft([same], arena_bytes, stayed)
         if kept is not None and kept.prediction.pass_s <= WORTH_OTHER_BUNDLES * fastest_s(same, arena_bytes):
             return kept

@@ -84,8 +84,8 @@ class Residency:
             arena_bytes: room for all.
             pool_bytes: of that for what does not stay.
             rounds: how many.
-            stayed: bundles that stayed before: all of them still do if there is room, otherwise some of them and
-                hardly any others.
+            stayed: where in the arena each bundle that stayed before ends, beyond any arena for others: who lies where
+                residents will lie goes on staying, before all others.
         """
         stays = self._must_stay(pool_bytes)
         room = _Room(self._uses, arena_bytes - pool_bytes)
@@ -97,10 +97,10 @@ class Residency:
                 break
         else:
             return None
-        stayed_gaps = np.isin(self._uses.bundle, stayed) & self._uses.may_stay & ~keep if stayed is not None else None
-        if stayed_gaps is not None and stayed_gaps.any():
+        if stayed is not None:
+            lies_well = (stayed <= arena_bytes - pool_bytes)[self._uses.bundle] & self._uses.may_stay & ~keep
             before = keep.copy()
-            self._keep_some(keep, np.flatnonzero(stayed_gaps), float(room.free_bytes), room)
+            self._keep_some(keep, np.flatnonzero(lies_well), float(room.free_bytes), room)
             again = self._time(keep, arena_bytes - room.spare_bytes)
             keep, timing = (before, timing) if again is None else (keep, again)
         for number in range(rounds):

@@ -52,8 +52,8 @@ def partitions(trace: Trace, machine: Machine, arena_bytes: int) -> Iterator[Par
 def best_draft(candidates: Iterable[Partition], arena_bytes: int, stayed: Ints | None = None) -> Draft | None:
     """Returns the fastest draft found for an arena of this size, None where none of these partitions fits.
 
-    Partitions that come later are looked at while those before are not as fast as can be. Bundles of `stayed` stay
-    before others.
+    Partitions that come later are looked at while those before are not as fast as can be. See
+    `Residency.choose` for `stayed`.
     """
     best: Draft | None = None
     for partition in candidates:

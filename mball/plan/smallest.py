@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mball.errors import ConfigError
+from mball.errors import ConfigError, SchemaError
 from mball.plan.bundles import finest_bundles
 from mball.plan.demand import Demand
-from mball.schema import Machine, Trace
+from mball.schema import Lane, Machine, Trace
 from mball.units import format_bytes
 
 
@@ -35,10 +35,22 @@ def check_problem(trace: Trace, machine: Machine, fixed_bytes: int) -> None:
 
     Raises:
         ConfigError: `fixed_bytes` is negative.
-        SchemaError: trace or machine contradict themselves.
+        SchemaError: trace or machine contradict themselves or each other, or a step runs beside the device.
     """
     trace.check()
     machine.check()
+    for step in trace.steps:
+        if step.lane is not Lane.COMPUTE:
+            raise SchemaError(
+                f"step {step.name!r} of trace {trace.name!r} runs on the {step.lane.value} lane; this mball plans "
+                f"{Lane.COMPUTE.value} steps only"
+            )
+    for _, tensor in trace.homed():
+        if tensor.home is not None and tensor.home.tier is not machine.link.source:
+            raise SchemaError(
+                f"tensor {tensor.name!r} has its home on tier {tensor.home.tier.value}; the link of machine "
+                f"{machine.name!r} begins at {machine.link.source.value}"
+            )
     if fixed_bytes < 0:
         raise ConfigError(f"fixed_bytes is {fixed_bytes}; it must be zero or more")
 
@@ -61,7 +73,7 @@ def smallest_for(trace: Trace, demand: Demand, fixed_bytes: int) -> SmallestBudg
     limited_by = "no step reads a weight"
     if slots:
         hungriest = needs.index(slots)
-        weights = sum(trace.tensors[index].size_bytes for index in trace.steps[hungriest].reads)
+        weights = sum(trace.tensors[index].size_bytes for index in trace.needs()[hungriest])
         limited_by = (
             f"step {trace.steps[hungriest].name!r} reads {format_bytes(weights)} of weights at once, "
             f"{format_bytes(slots)} in whole pages"

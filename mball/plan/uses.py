@@ -49,6 +49,8 @@ class Uses:
         reaches: the step of the bundle's next use, counted on into the next pass.
         may_stay: whether the bundle can be kept over the gap: not where something writes it, nor past the end of a pass
             that is the only one.
+        floor: of each gap the step that must have been left before the visit that ends it may begin, counted from the
+            pass of that visit: the bytes are not written before. None if nothing is written.
     """
 
     def __init__(self, trace: Trace, demand: Demand) -> None:
@@ -70,8 +72,12 @@ class Uses:
         self.may_stay: Bools = np.ones(len(self.step), dtype=bool)
         if not trace.cyclic:
             self.may_stay[is_last] = False
-        for gap in _written_gaps(trace, demand, self):
+        self.floor: Ints | None = None
+        for gap, step in _written_gaps(trace, demand, self):
+            if self.floor is None:
+                self.floor = np.full(len(self), -2 * self.num_steps, dtype=np.int64)
             self.may_stay[gap] = False
+            self.floor[gap] = max(int(self.floor[gap]), step)
 
     def __len__(self) -> int:
         return len(self.step)
@@ -123,20 +129,27 @@ class Uses:
         return Visits(self.bundle[starts][order], first[order], end[order], dropped[order])
 
 
-def _written_gaps(trace: Trace, demand: Demand, uses: Uses) -> list[int]:
-    """Returns the gaps in which something writes to the bundle: its bytes in the slot are void after that."""
+def _written_gaps(trace: Trace, demand: Demand, uses: Uses) -> list[tuple[int, int]]:
+    """Returns the gaps in which something writes to the bundle, and the step that does, as `Uses.floor` counts.
+
+    A step reads before it writes, so a write of a step that also reads lies in the gap after that.
+    """
     if not any(step.writes for step in trace.steps):
         return []
     home = {index: number for number, bundle in enumerate(demand.bundles) for index in bundle.tensors}
-    found: list[int] = []
+    found: list[tuple[int, int]] = []
     for number, step in enumerate(trace.steps):
-        for bundle in {home[index] for index in step.writes if index in home}:
+        for bundle in {home[index] for index in step.writes}:
             if not demand.uses[bundle]:
                 continue
             gaps = uses.gaps_of(bundle)
             # The gap that a write lies in begins with the last use that is not after it.
             before = int(np.searchsorted(uses.step[gaps], number, side="right")) - 1
-            found.append(gaps.start + before if before >= 0 else gaps.stop - 1)
+            if before < 0:  # before the first use
+                found.append((gaps.stop - 1, number))
+            else:
+                is_last = gaps.start + before == gaps.stop - 1
+                found.append((gaps.start + before, number - (uses.num_steps if is_last else 0)))
     return found
 
 

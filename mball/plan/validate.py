@@ -32,6 +32,7 @@ def validate(trace: Trace, plan: Plan, machine: Machine | None = None) -> None:
     _check_steps(trace, plan)
     _check_transfers(plan)
     _check_reads(plan)
+    _check_writes(trace, plan)
     _check_bounds(trace, plan, machine)
     _check_overlap(plan)
 
@@ -161,6 +162,40 @@ def _check_reads(plan: Plan) -> None:
             at_step = number if at >= 0 else number + len(plan.steps)
             if not transfers or transfers[at].last_use < at_step:
                 _fail(f"step {number} reads bundle {bundle}, which is neither resident nor transferred for it")
+
+
+def _check_writes(trace: Trace, plan: Plan) -> None:
+    """Checks that no step reads bytes that were brought before another step wrote them anew."""
+    written: dict[int, list[int]] = {}
+    home = {index: number for number, bundle in enumerate(plan.bundles) for index in bundle.tensors}
+    for number, step in enumerate(trace.steps):
+        for bundle in {home[index] for index in step.writes}:
+            written.setdefault(bundle, []).append(number)
+    if not written:
+        return
+    for placement in plan.residents:
+        if placement.bundle in written:
+            _fail(
+                f"bundle {placement.bundle} is resident, and step {written[placement.bundle][0]} of the trace writes it"
+            )
+    count, num_steps = len(trace.steps), len(plan.steps)
+    reads = bundle_reads(trace, plan.bundles)
+
+    def begin(step: int) -> int:
+        """Returns the trace step with which a plan step of this pass, or one beside it, begins."""
+        return plan.steps[step % num_steps].first + step // num_steps * count
+
+    for transfer in plan.transfers:
+        if transfer.bundle not in written:
+            continue
+        window = range(begin(transfer.needed_by), begin(transfer.last_use + 1))
+        last = max((number for number in window if transfer.bundle in reads[number % count]), default=-count)
+        for number in written[transfer.bundle]:
+            if any(begin(transfer.after + 1) <= number + shift < last for shift in (-count, 0, count)):
+                _fail(
+                    f"the transfer of bundle {transfer.bundle} may begin before step {number} of the trace writes it, "
+                    f"and step {last % count} reads it after that"
+                )
 
 
 def _check_bounds(trace: Trace, plan: Plan, machine: Machine | None) -> None:

@@ -3,21 +3,17 @@
 from mball.schema.calibration import CalibratedLink, Calibration, LinkSample
 from mball.schema.machine import Link, Machine, Tier
 from mball.schema.plan import (
-    Budgets,
     Bundle,
     Extent,
     Placement,
     Plan,
     PlanStep,
     Prediction,
-    Recompute,
-    StepForecast,
     Transfer,
 )
 from mball.schema.trace import Gather, Home, Kind, Lane, LiveRange, Step, Tensor, Trace, Treatment
 
 __all__ = [
-    "Budgets",
     "Bundle",
     "CalibratedLink",
     "Calibration",
@@ -34,9 +30,7 @@ __all__ = [
     "Plan",
     "PlanStep",
     "Prediction",
-    "Recompute",
     "Step",
-    "StepForecast",
     "Tensor",
     "Tier",
     "Trace",

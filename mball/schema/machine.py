@@ -1,4 +1,4 @@
-"""The machine a plan is made for: page size, alignment, and the speed of the links between its tiers."""
+"""The machine a plan is made for: page size, alignment, and the speed of its link."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ class Link:
         window_bytes: bytes that are under way at one time and share the link: the end of a request waits for as much
             of those behind it.
         source, target: the tiers.
-        lane: links with the same lane take turns, as the two directions of a disk do; empty for one that runs beside
-            all others.
     """
 
     bandwidth_bytes_per_s: float
@@ -38,7 +36,6 @@ class Link:
     window_bytes: int = 0
     source: Tier = Tier.DISK
     target: Tier = Tier.DEVICE
-    lane: str = ""
 
     def transfer_s(self, size_bytes: int) -> float:
         """Returns the seconds that one request of `size_bytes` takes on the idle link."""
@@ -52,23 +49,14 @@ class Machine(Document):
     Attributes:
         page_bytes: granularity of the arena; every slot starts and ends on it.
         alignment_bytes: file offsets and lengths of reads are multiples of it; divides `page_bytes`.
-        link: the last link on the way from the homes to the arena.
-        others: the other links: from disk to host memory, and those on which bytes leave.
+        link: from the tier of the homes to the arena.
     """
 
     name: str
     page_bytes: int
     alignment_bytes: int
     link: Link
-    others: tuple[Link, ...] = ()
     version: int = MACHINE_VERSION
-
-    def find_link(self, source: Tier, target: Tier) -> Link | None:
-        """Returns the link from one tier to another, None if there is none."""
-        for link in (self.link, *self.others):
-            if (link.source, link.target) == (source, target):
-                return link
-        return None
 
     def check(self) -> None:
         """Raises SchemaError when the machine cannot exist."""
@@ -78,14 +66,14 @@ class Machine(Document):
             raise SchemaError(
                 f"machine {self.name!r}: alignment {self.alignment_bytes} B must divide the page, {self.page_bytes} B"
             )
-        ways = [(link.source, link.target) for link in (self.link, *self.others)]
-        if len(set(ways)) != len(ways) or any(source is target for source, target in ways):
-            raise SchemaError(f"machine {self.name!r}: each link joins two tiers, and no two links the same two")
-        if self.link.target is not Tier.DEVICE:
-            raise SchemaError(f"machine {self.name!r}: its link ends in {self.link.target.value}, not in the device")
-        for link in (self.link, *self.others):
-            if not link.bandwidth_bytes_per_s > 0 or not link.latency_s >= 0 or link.window_bytes < 0:
-                raise SchemaError(
-                    f"machine {self.name!r}: bandwidth {link.bandwidth_bytes_per_s} B/s must be positive, "
-                    f"latency {link.latency_s} s and window {link.window_bytes} B not negative"
-                )
+        link = self.link
+        if link.target is not Tier.DEVICE or link.source is Tier.DEVICE:
+            raise SchemaError(
+                f"machine {self.name!r}: its link goes from {link.source.value} to {link.target.value}; it must end in "
+                "the device and begin below it"
+            )
+        if not link.bandwidth_bytes_per_s > 0 or not link.latency_s >= 0 or link.window_bytes < 0:
+            raise SchemaError(
+                f"machine {self.name!r}: bandwidth {link.bandwidth_bytes_per_s} B/s must be positive, "
+                f"latency {link.latency_s} s and window {link.window_bytes} B not negative"
+            )

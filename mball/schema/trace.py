@@ -208,6 +208,14 @@ class Trace(Document):
         """Yields index and tensor of those that have a home."""
         return ((index, tensor) for index, tensor in enumerate(self.tensors) if tensor.home is not None)
 
+    def needs(self) -> list[tuple[int, ...]]:
+        """Returns for each step the tensors with a home that it reads, whole or in rows, in order of first use."""
+        homed = [tensor.home is not None for tensor in self.tensors]
+        return [
+            tuple(index for index in (*step.reads, *(gather.tensor for gather in step.gathers)) if homed[index])
+            for step in self.steps
+        ]
+
     def activation_bytes(self) -> list[int]:
         """Returns for each step the bytes of what is born in the pass if it all stays, plus the step's own scratch."""
         deltas = [0] * (len(self.steps) + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mball.plan
-from mball.errors import BudgetError, ConfigError
+from mball.errors import BudgetError, ConfigError, PlanError, SchemaError
 from mball.plan import make_plan, simulate, smallest_budget, validate
 from mball.plan.bundles import finest_bundles, home_of
 from mball.plan.draft import draft_plan
 from mball.plan.partition import Partition
-from mball.schema import Machine, Plan, Step, Trace
+from mball.schema import Home, Lane, Machine, Plan, Step, Tier, Trace
 from mball.units import MIB, round_up
 from tests.plan.traces import (
     PAGE_BYTES,
@@ -72,14 +73,14 @@ def test_the_smallest_budget_is_exact(trace: Trace, machine: Machine, fixed: int
 @given(trace=traces(), machine=machines)
 def test_no_budget_below_the_smallest_could_hold_the_weights_of_its_step(trace: Trace, machine: Machine) -> None:
     smallest = smallest_budget(trace, machine)
-    needs = [sum(trace.tensors[index].size_bytes for index in step.reads) for step in trace.steps]
+    needs = [sum(trace.tensors[index].size_bytes for index in reads) for reads in trace.needs()]
     singles = [
         sum(
             round_up(trace.tensors[i].size_bytes + home_of(trace.tensors[i]).offset_bytes % 512, machine.page_bytes)
-            for i in step.reads
+            for i in reads
             if trace.tensors[i].size_bytes
         )
-        for step in trace.steps
+        for reads in trace.needs()
     ]
     activation = max(trace.activation_bytes(), default=0)
     assert max(needs, default=0) <= smallest.size_bytes - activation <= max(singles, default=0)
@@ -106,6 +107,7 @@ def test_everything_is_resident_when_it_fits(trace: Trace, machine: Machine) -> 
         + len(list(trace.homed())) * 3 * machine.page_bytes
         + max(trace.activation_bytes(), default=0)
     )
+    trace = replace(trace, steps=tuple(replace(step, writes=()) for step in trace.steps))
     plan = make_plan(trace, machine, budget)
     validate(trace, plan, machine)
     assert plan.transfers == ()
@@ -208,6 +210,37 @@ def test_a_weight_comes_twice_when_it_cannot_stay() -> None:
     validate(trace, plan, machine)
     home = next(number for number, bundle in enumerate(plan.bundles) if 0 in bundle.tensors)
     assert len([transfer for transfer in plan.transfers if transfer.bundle == home]) == 2
+
+
+def test_what_a_step_writes_is_brought_after_that() -> None:
+    """As an optimizer's step does at the end of a pass: no copy is older than what it wrote."""
+    steps = [make_step(f"s{number}", number) for number in range(8)]
+    steps.append(replace(make_step("optimizer"), writes=(1, 2)))
+    trace, machine = Trace(name="written", tensors=make_weights([MIB] * 8), steps=tuple(steps)), make_machine()
+    for budget in (2 * MIB, 4 * MIB, 64 * MIB):
+        plan = make_plan(trace, machine, budget + 8 * PAGE_BYTES)
+        validate(trace, plan, machine)
+        home = {weight: number for number, bundle in enumerate(plan.bundles) for weight in bundle.tensors}
+        residents = {placement.bundle for placement in plan.residents}
+        for weight in (1, 2):
+            assert home[weight] not in residents
+            afters = [transfer.after for transfer in plan.transfers if transfer.bundle == home[weight]]
+            assert min(afters) >= -1, "the last step of the pass before writes it"
+    assert len(residents) == 6, "the rest stays"
+    early = replace(plan.transfers[0], after=-2)
+    assert early.bundle in (home[1], home[2])
+    with pytest.raises(PlanError, match="writes it"):
+        validate(trace, replace(plan, transfers=(early, *plan.transfers[1:])), machine)
+
+
+def test_steps_beside_the_device_and_homes_elsewhere_are_refused() -> None:
+    trace, machine = make_chain(3, MIB), make_machine()
+    beside = replace(trace.steps[1], lane=Lane.HOST)
+    with pytest.raises(SchemaError, match=r"'layer1'.*host lane"):
+        make_plan(replace(trace, steps=(trace.steps[0], beside, trace.steps[2])), machine, 8 * MIB)
+    pinned = replace(trace.tensors[0], home=Home(tier=Tier.HOST, file="f", offset_bytes=0))
+    with pytest.raises(SchemaError, match=r"home on tier host; the link .* begins at disk"):
+        make_plan(replace(trace, tensors=(pinned, *trace.tensors[1:])), machine, 8 * MIB)
 
 
 def test_weights_that_are_never_read_take_no_memory() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
-from mball.schema import Link, LiveRange, Machine, Step, Tensor, Trace
+from mball.schema import Gather, Link, LiveRange, Machine, Step, Tensor, Trace
 
 PAGE_BYTES = 4096
 
@@ -83,6 +85,7 @@ def traces(draw: st.DrawFn, *, max_steps: int = 14) -> Trace:
         offsets[file] += size_bytes
     indices = st.integers(0, len(sizes) - 1) if sizes else st.nothing()
     num_steps = draw(st.integers(0, max_steps))
+    writing = draw(st.sampled_from([False, False, True]))
     steps = [
         make_step(
             f"s{number}",
@@ -93,6 +96,14 @@ def traces(draw: st.DrawFn, *, max_steps: int = 14) -> Trace:
         )
         for number in range(num_steps)
     ]
+    for number, step in enumerate(steps):
+        if sizes and draw(st.sampled_from([False, False, True])):
+            index = draw(indices)
+            if index not in step.reads:
+                gather = Gather(tensor=index, size_bytes=draw(st.integers(0, sizes[index])))
+                steps[number] = step = replace(step, gathers=(gather,))
+        if sizes and writing and draw(st.booleans()):
+            steps[number] = replace(step, writes=(draw(indices),))
     activations = []
     if num_steps:
         for number in range(draw(st.integers(0, 2))):
