@@ -119,7 +119,7 @@ def test_a_disk_that_became_slow_is_planned_for(
     preadv = os.preadv
 
     def slow(descriptor: int, buffers: Any, offset: int) -> int:
-        time.sleep(0.02)
+        time.sleep(0.04)
         return preadv(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", slow)

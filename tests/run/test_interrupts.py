@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -230,8 +230,8 @@ Place = tuple[str, int]  # a file of mball and a line
 
 
 @contextmanager
-def tracing(at_line: Callable[[Place], None]) -> Iterator[None]:
-    """Calls `at_line` before each line of mball that this thread runs.
+def tracing(at_line: Callable[[Place], None], *, outside: Collection[str] = ()) -> Iterator[None]:
+    """Calls `at_line` before each line of mball that this thread runs, but for those of folders `outside`.
 
     Not for finalizers: Python itself drops whatever is raised in one, a Ctrl-C too.
     """
@@ -243,7 +243,8 @@ def tracing(at_line: Callable[[Place], None]) -> Iterator[None]:
 
     def enter(frame: FrameType, _: str, __: object) -> Any:
         code = frame.f_code
-        return local if code.co_filename.startswith(MBALL) and code.co_name != "_died" else None
+        is_ours = code.co_filename.startswith(MBALL) and Path(code.co_filename).parent.name not in outside
+        return local if is_ours and code.co_name != "_died" else None
 
     before = sys.gettrace()
     sys.settrace(enter)
