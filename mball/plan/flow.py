@@ -19,6 +19,8 @@ from mball.plan.uses import Floats, Ints, Visits, prefix_sums
 from mball.schema import Link
 
 MAX_PASSES = 8
+# Of many small requests in one window so many are looked at.
+MOST_SHARING = 4
 _SAME = 1e-6
 
 
@@ -152,7 +154,7 @@ class Flow:
     ) -> float:
         """Returns when a visit has landed that shares the link with those behind it within the window."""
         limit = landed + self._window_s
-        for other in range(visit + 1, len(known)):
+        for other in range(visit + 1, min(visit + 1 + MOST_SHARING, len(known))):
             # One that begins after this visit's own step cannot be waited for.
             if landed >= limit or other < num_ahead or known[other] > visit:
                 break

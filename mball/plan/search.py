@@ -37,6 +37,7 @@ FEW_USES = 64
 EXCHANGED_VISITS = 3000
 MOVED_VISITS = 1500
 MOST_DRAFTS = 12
+TRY_S = 2e-5
 
 
 def partitions(trace: Trace, machine: Machine, arena_bytes: int) -> Iterator[Partition]:
@@ -89,9 +90,11 @@ def _best_of(partition: Partition, arena_bytes: int, stayed: Ints | None) -> Dra
         return None
     drafts, moves = DRAFTS if len(uses) <= MANY_USES else 1, 0
     if len(uses) <= FEW_USES:
-        found[:0] = reversed(residency.exchange(found[0], arena_bytes, EXCHANGED_VISITS // len(uses)))
+        # A search that takes longer than many passes does not pay.
+        worth = int(found[0].pass_s / TRY_S)
+        found[:0] = reversed(residency.exchange(found[0], arena_bytes, min(EXCHANGED_VISITS // len(uses), worth)))
         drafts = max(MOST_DRAFTS * 8 // (8 + len(uses)), DRAFTS)
-        moves = MOVED_VISITS // len(uses)
+        moves = min(MOVED_VISITS // len(uses), worth)
     best: Draft | None = None
     distinct = {choice.keep.tobytes(): choice for choice in reversed(found)}
     for rank, choice in enumerate([*distinct.values()][: -drafts - 1 : -1]):
