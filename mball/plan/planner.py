@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
-from mball.errors import BudgetError
-from mball.plan.bundles import finest_bundles
 from mball.plan.draft import Draft
 from mball.plan.partition import Partition
-from mball.plan.placement import keep_in_place
+from mball.plan.problem import Problem
 from mball.plan.search import MANY_USES, best_draft, fastest_s, partitions
-from mball.plan.smallest import check_problem, smallest_for
 from mball.schema import Machine, Plan, Trace
-from mball.units import format_bytes, round_down
 
 # A plan with other bundles than those in the arena takes over when it is faster by this factor: all that is there is
 # then read again.
@@ -38,42 +32,13 @@ def make_plan(
         ConfigError: `fixed_bytes` is negative.
         SchemaError: trace or machine contradict themselves.
     """
-    check_problem(trace, machine, fixed_bytes)
-    finest = Partition.of(trace, machine, finest_bundles(trace, machine))
-    smallest = smallest_for(trace, finest.demand, fixed_bytes)
-    if budget_bytes < smallest.size_bytes:
-        raise BudgetError(
-            f"budget {format_bytes(budget_bytes)} ({budget_bytes} B) is too small for {trace.name!r}: the smallest "
-            f"that works is {format_bytes(smallest.size_bytes)} ({smallest.size_bytes} B), because "
-            f"{smallest.limited_by}; raise the budget to at least {smallest.size_bytes} B",
-            budget_bytes=budget_bytes,
-            smallest_bytes=smallest.size_bytes,
-            limited_by=smallest.limited_by,
-        )
-    activation_bytes = smallest.activation_bytes
-    arena_bytes = round_down(budget_bytes - fixed_bytes - activation_bytes, machine.page_bytes)
-    best = _best_draft(trace, machine, finest, arena_bytes, previous)
-    residents, transfers, moved_bytes = best.residents, best.transfers, 0
-    if previous is not None:
-        residents, moved_bytes = keep_in_place(
-            best.partition.demand, residents, previous, arena_bytes - best.arena_bytes
-        )
-        transfers = tuple(replace(each, offset_bytes=each.offset_bytes + moved_bytes) for each in transfers)
-    return Plan(
-        trace_name=trace.name,
-        budget_bytes=budget_bytes,
-        fixed_bytes=fixed_bytes,
-        activation_bytes=activation_bytes,
-        arena_bytes=best.arena_bytes + moved_bytes,
-        bundles=best.partition.demand.bundles,
-        steps=best.steps,
-        residents=residents,
-        transfers=transfers,
-        prediction=best.prediction,
-    )
+    problem = Problem.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+    return problem.plan(_best_draft(problem))
 
 
-def _best_draft(trace: Trace, machine: Machine, finest: Partition, arena_bytes: int, previous: Plan | None) -> Draft:
+def _best_draft(problem: Problem) -> Draft:
+    trace, machine, finest = problem.trace, problem.machine, problem.finest
+    arena_bytes, previous = problem.arena_bytes, problem.previous
     kept = None
     same = None if previous is None else Partition.like(trace, machine, previous.bundles)
     if previous is not None and same is not None:

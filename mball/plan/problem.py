@@ -1,0 +1,99 @@
+"""What every planner starts from and ends with: the room for slots under a budget, and a plan made from a draft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from mball.errors import BudgetError
+from mball.plan.bundles import finest_bundles
+from mball.plan.draft import Draft
+from mball.plan.partition import Partition
+from mball.plan.placement import keep_in_place
+from mball.plan.smallest import check_problem, smallest_for
+from mball.schema import Machine, Plan, Trace
+from mball.units import format_bytes, round_down
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A pass to plan under a budget that is large enough.
+
+    Attributes:
+        finest: the pass under the partition that needs the least space in every step. With nothing resident and no gap
+            bridged but stretches (see `Uses.stretches`) it fits the arena.
+        budget_bytes: the cap.
+        fixed_bytes: of it, device memory that never moves.
+        activation_bytes: of it, what the pass needs for what is born in it.
+        arena_bytes: what is left for slots, in whole pages.
+        previous: the plan whose residents are in the arena now.
+    """
+
+    finest: Partition
+    budget_bytes: int
+    fixed_bytes: int
+    activation_bytes: int
+    arena_bytes: int
+    previous: Plan | None
+
+    @classmethod
+    def of(
+        cls, trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int, previous: Plan | None = None
+    ) -> Self:
+        """Returns the problem.
+
+        Raises:
+            BudgetError: the budget is below the smallest that works, which the error names.
+            ConfigError: `fixed_bytes` is negative.
+            SchemaError: trace or machine contradict themselves.
+        """
+        check_problem(trace, machine, fixed_bytes)
+        finest = Partition.of(trace, machine, finest_bundles(trace, machine))
+        smallest = smallest_for(trace, finest.demand, fixed_bytes)
+        if budget_bytes < smallest.size_bytes:
+            raise BudgetError(
+                f"budget {format_bytes(budget_bytes)} ({budget_bytes} B) is too small for {trace.name!r}: the smallest "
+                f"that works is {format_bytes(smallest.size_bytes)} ({smallest.size_bytes} B), because "
+                f"{smallest.limited_by}; raise the budget to at least {smallest.size_bytes} B",
+                budget_bytes=budget_bytes,
+                smallest_bytes=smallest.size_bytes,
+                limited_by=smallest.limited_by,
+            )
+        return cls(
+            finest=finest,
+            budget_bytes=budget_bytes,
+            fixed_bytes=fixed_bytes,
+            activation_bytes=smallest.activation_bytes,
+            arena_bytes=round_down(budget_bytes - fixed_bytes - smallest.activation_bytes, machine.page_bytes),
+            previous=previous,
+        )
+
+    @property
+    def trace(self) -> Trace:
+        """The pass."""
+        return self.finest.trace
+
+    @property
+    def machine(self) -> Machine:
+        """What runs it."""
+        return self.finest.machine
+
+    def plan(self, draft: Draft) -> Plan:
+        """Returns the plan; what is resident stays where `previous` had it, where places allow."""
+        residents, transfers, moved_bytes = draft.residents, draft.transfers, 0
+        if self.previous is not None:
+            spare_bytes = self.arena_bytes - draft.arena_bytes
+            residents, moved_bytes = keep_in_place(draft.partition.demand, residents, self.previous, spare_bytes)
+            transfers = tuple(replace(each, offset_bytes=each.offset_bytes + moved_bytes) for each in transfers)
+        return Plan(
+            trace_name=self.trace.name,
+            budget_bytes=self.budget_bytes,
+            fixed_bytes=self.fixed_bytes,
+            activation_bytes=self.activation_bytes,
+            arena_bytes=draft.arena_bytes + moved_bytes,
+            bundles=draft.partition.demand.bundles,
+            steps=draft.steps,
+            residents=residents,
+            transfers=transfers,
+            prediction=draft.prediction,
+        )
