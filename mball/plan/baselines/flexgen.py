@@ -1,0 +1,117 @@
+"""FlexGen's block schedule: every layer keeps the same share of its weights, the rest comes a layer ahead.
+
+Source: Y. Sheng et al., "FlexGen: High-Throughput Generative Inference of Large Language Models with a Single GPU",
+ICML 2023, sections 4.1 and 4.2: weights are divided at the granularity of tensors, the same percentage of each layer on
+the device, and the weights of layer j + 1 are loaded while layer j computes (Algorithm 1). Layers are visited
+zig-zag over a block of batches, so that a load serves the whole block. A trace is one pass over one batch, so the block
+here is one batch, and the pass goes through the layers in order.
+
+The percentage is the largest that fits beside two layers' other weights (its linear program for percentages is not
+needed, where caches and activations do not move). A weight stays if its middle lies within the share of its layer; what
+rounding leaves over, less than half a weight, is handed on to the next layer, so that layers of a single weight take
+turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mball.plan.baselines.layers import Layers, fastest_of, levels, shorter
+from mball.plan.draft import Draft, Lead, draft_plan
+from mball.plan.problem import Problem
+from mball.plan.uses import Bools, Ints, Visits
+from mball.schema import Machine, Plan, Trace
+
+PERCENT = 100
+
+
+def plan_flexgen(
+    trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int = 0, previous: Plan | None = None
+) -> Plan:
+    """Returns the plan that keeps an equal share of each layer and reads the rest a layer ahead.
+
+    Arguments and errors: `make_plan`.
+    """
+    problem = Problem.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+    return problem.plan(fastest_of(problem, _drafts(problem)))
+
+
+def _drafts(problem: Problem) -> Iterator[Draft | None]:
+    for level in levels(problem.trace):
+        yield _draft(problem, level)
+
+
+def _draft(problem: Problem, weights: list[list[int]]) -> Draft | None:
+    low, high = 0, PERCENT
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if divide(problem, weights, middle).fits(problem.arena_bytes) else (low, middle - 1)
+    for percent in shorter(low):
+        divided = divide(problem, weights, percent)
+        partition, within = divided.layers.partition, divided.layers.within
+        keep = divided.stays[partition.uses.bundle] & partition.uses.may_stay | within
+        draft = draft_plan(partition, keep, problem.arena_bytes, lead=_layer_ahead(divided.layers))
+        if draft is not None:
+            return draft
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Divided:
+    """Layers of which a share stays.
+
+    Attributes:
+        layers: each of one bundle or two.
+        stays: which bundles stay.
+    """
+
+    layers: Layers
+    stays: Bools
+
+    def fits(self, arena_bytes: int) -> bool:
+        """Returns whether what stays fits, and beside it the rest of any two layers that follow each other."""
+        sizes = self.layers.partition.flow.sizes.copy()
+        sizes[np.array([not steps for steps in self.layers.partition.demand.uses], dtype=bool)] = 0
+        moving = np.bincount(self.layers.layer_of, weights=np.where(self.stays, 0, sizes))
+        beside = moving + np.roll(moving, 1) if len(moving) > 1 else moving
+        return bool(sizes[self.stays].sum() + beside.max(initial=0) <= arena_bytes)
+
+
+def divide(problem: Problem, weights: list[list[int]], percent: int) -> Divided:
+    """Returns these layers (each given as its weights), what stays of each as one bundle and the rest as another."""
+    trace = problem.trace
+    layers: list[list[list[int]]] = []
+    stays: list[bool] = []
+    owed = 0.0  # bytes that should stay and do not, or the other way round
+    for layer in weights:
+        half = max(trace.tensors[index].size_bytes for index in layer) / 2
+        owed = min(max(owed, -half), half)
+        kept: list[int] = []
+        rest: list[int] = []
+        for index in layer:
+            size = trace.tensors[index].size_bytes
+            owed += size * percent / PERCENT
+            if percent and owed >= size / 2:
+                kept.append(index)
+                owed -= size
+            else:
+                rest.append(index)
+        parts = {True: kept, False: rest}
+        layers.append([part for part in parts.values() if part])
+        stays += [is_kept for is_kept, part in parts.items() if part]
+    return Divided(Layers.of(problem, layers), np.array(stays, dtype=bool))
+
+
+def _layer_ahead(layers: Layers) -> Lead:
+    """Returns the lead that begins a visit with the layer before its own."""
+    begins, num_steps, cyclic = layers.begins, layers.partition.flow.num_steps, layers.partition.trace.cyclic
+
+    def lead(visits: Visits) -> Ints:
+        own = np.searchsorted(begins, visits.first, side="right") - 1
+        before = begins[own - 1] if len(begins) else own
+        return np.where(own > 0, before, before - num_steps if cyclic else 0) - 1
+
+    return lead
