@@ -294,6 +294,7 @@ def report(model: torch.nn.Module) -> Report:
     roots = [model] if isinstance(state, Door) else [root for ref in state.roots if (root := ref()) is not None]
     return take_report(
         state.engine,
+        policy=state.machinery.policy.value,
         link_bytes_per_s=state.machinery.machine().link.bandwidth_bytes_per_s,
         io_path=state.machinery.reader.path,
         weights_owned=count_weights(roots),

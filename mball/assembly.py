@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from mball import torch_private
-from mball.config import Compile, Config, Io
+from mball.config import Compile, Config, Io, Policy
 from mball.errors import ConfigError
 from mball.memory import CpuDevice, Device, Kind, Ledger
 from mball.plan import make_plan
+from mball.plan.baselines import BASELINES
 from mball.run.correction import Correction
 from mball.run.engine import Engine
 from mball.run.execution import Execution
@@ -53,6 +54,7 @@ class Machinery:
     reader: ThreadedReader
     device: Device
     files: FileTable
+    policy: Policy
 
     @classmethod
     def start(
@@ -82,14 +84,21 @@ class Machinery:
                 homes=homes,
                 execution=Execution(device, arena, homes),
                 ledger=ledger,
-                plan=functools.partial(_plan, machine=correction, fixed_bytes=fixed_bytes),
+                plan=functools.partial(_plan, policy=config.policy, machine=correction, fixed_bytes=fixed_bytes),
                 correction=correction,
                 fixed_bytes=fixed_bytes,
                 expected=expected,
                 verify_files=verify_files,
             )
             undo.pop_all()
-        return cls(engine=engine, machine=machine, reader=reader, device=device, files=storage.files)
+        return cls(
+            engine=engine,
+            machine=machine,
+            reader=reader,
+            device=device,
+            files=storage.files,
+            policy=config.policy,
+        )
 
     def close(self) -> None:
         """Ends everything and gives it back. Idempotent."""
@@ -115,6 +124,13 @@ def inductor_options(config: Config) -> dict[str, Any]:
 
 
 def _plan(
-    trace: Trace, budget_bytes: int, previous: Plan | None, *, machine: Callable[[], Machine], fixed_bytes: int
+    trace: Trace,
+    budget_bytes: int,
+    previous: Plan | None,
+    *,
+    policy: Policy,
+    machine: Callable[[], Machine],
+    fixed_bytes: int,
 ) -> Plan:
-    return make_plan(trace, machine(), budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+    planner = make_plan if policy is Policy.MBALL else BASELINES[policy.value]
+    return planner(trace, machine(), budget_bytes, fixed_bytes=fixed_bytes, previous=previous)

@@ -46,6 +46,20 @@ class Io(Enum):
     BUFFERED = "buffered"
 
 
+class Policy(Enum):
+    """Who plans what stays and what is streamed when.
+
+    MBALL looks for the fastest plan. The others are well-known policies, for comparison: see `mball.plan.baselines`.
+    """
+
+    MBALL = "mball"
+    PREFIX = "prefix"
+    PREFETCH = "prefetch"
+    LRU = "lru"
+    SWAPADVISOR = "swapadvisor"
+    FLEXGEN = "flexgen"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings of `mball.wrap`; the same names work there as keyword arguments.
@@ -65,6 +79,7 @@ class Config:
         dynamic: see `torch.compile`.
         io: how homes are read.
         io_threads: threads that read.
+        policy: who plans what stays and what is streamed when.
     """
 
     budget_bytes: int
@@ -78,6 +93,7 @@ class Config:
     dynamic: bool | None = None
     io: Io = Io.AUTO
     io_threads: int = 8
+    policy: Policy = Policy.MBALL
 
     def __post_init__(self) -> None:
         if self.budget_bytes <= 0:
@@ -106,7 +122,7 @@ class Config:
         if unknown := settings.keys() - known:
             raise ConfigError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
         directory = settings.pop("swap_dir", None) or os.environ.get("MBALL_SWAP_DIR") or tempfile.gettempdir()
-        for name, kind in (("capture", Capture), ("compile", Compile), ("io", Io)):
+        for name, kind in (("capture", Capture), ("compile", Compile), ("io", Io), ("policy", Policy)):
             if name in settings:
                 settings[name] = _choice(kind, settings[name], name)
         if settings.get("step_bytes") is not None:

@@ -15,11 +15,14 @@ from mball.units import format_names
 NOT_COUNTED = ("Python and torch themselves", "tensors the user keeps")
 
 
-def take_report(engine: Engine, *, link_bytes_per_s: float, io_path: str, weights_owned: int, graphs: int) -> Report:
+def take_report(
+    engine: Engine, *, policy: str, link_bytes_per_s: float, io_path: str, weights_owned: int, graphs: int
+) -> Report:
     """Returns what `engine` holds, moves and takes now.
 
     Args:
         engine: runs the model.
+        policy: who plans.
         link_bytes_per_s: speed of the link, as measured.
         io_path: how the reader reads, in words.
         weights_owned: the weights that the modules hold now.
@@ -34,6 +37,7 @@ def take_report(engine: Engine, *, link_bytes_per_s: float, io_path: str, weight
     compute_s = max(last.wall_s - last.stall_s, 0.0)
     roofline_s = max(compute_s, last.bytes_read / link_bytes_per_s)
     return Report(
+        policy=policy,
         budget_bytes=engine.budget_bytes,
         peak_bytes=engine.ledger.peak_bytes,
         buffer_bytes=engine.fixed_bytes,

@@ -13,6 +13,7 @@ class Report:
     """A snapshot of one engine. Sizes are bytes, times seconds; "last pass" is the last that ended well.
 
     Attributes:
+        policy: who plans what stays and what is streamed; ``"mball"`` unless the user chose another.
         peak_bytes: the most that weights, buffers and predicted activations took together.
         capture_bytes: what captured graphs hold, in the compiler too; in the budget if `capture_is_counted`.
         workspace_is_counted: whether there is room in the budget for what operators allocate inside.
@@ -25,6 +26,7 @@ class Report:
         not_counted: what the budget does not cover.
     """
 
+    policy: str
     budget_bytes: int
     peak_bytes: int
     buffer_bytes: int
@@ -65,6 +67,7 @@ class Report:
         ratio = "-" if self.measured_over_roofline is None else f"{self.measured_over_roofline:.2f}"
         rows = (
             ("budget", f"{format_bytes(self.budget_bytes)}, peak {format_bytes(self.peak_bytes)}"),
+            *((("policy", self.policy),) if self.policy != "mball" else ()),
             (
                 "in it",
                 f"arena {format_bytes(self.arena_bytes)}, activations {format_bytes(self.activation_bytes)}, "

@@ -1,7 +1,8 @@
 """Belady's MIN: the fewest misses that demand paging can have.
 
 Source: L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2),
-1966: of what is in memory, evict what is used again last. A bundle is read when it is missed, and the step that misses waits.
+1966: of what is in memory, evict what is used again last. A bundle is read when it is missed, and the step that misses
+waits.
 
 MIN is optimal for slots of one size. For bundles of several sizes, and for a schedule that repeats after one pass, the
 optimum is hard to find and this is MIN's rule made to fit (see `replacement.py`); memory that this leaves over goes to

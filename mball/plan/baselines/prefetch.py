@@ -33,7 +33,7 @@ def plan_prefetch(
 ) -> Plan:
     """Returns the plan that keeps the first layers and reads the others `depth` layers ahead.
 
-    Room is reserved for `depth + 1` layers. Other arguments and errors are those of `make_plan`.
+    Room is reserved for `depth + 1` layers that follow each other. Other arguments and errors are those of `make_plan`.
 
     Raises:
         ConfigError: `depth` is less than 1, or as for `make_plan`.

@@ -1,9 +1,9 @@
 """A resident prefix with just-in-time reads: accelerate.
 
 Source: Hugging Face accelerate, `infer_auto_device_map` and `AlignDevicesHook` (big model inference). Modules are given
-to the device in their order until the next does not fit; room for the largest layer is reserved, so that any of the
-others can come. A module that is not on the device is loaded right before its forward and freed right after it;
-nothing is loaded ahead.
+to the device in their order until the next does not fit; room for the largest of the others is reserved, so that each
+can come. A module that is not on the device is loaded right before its forward and freed right after it; nothing is
+loaded ahead.
 
 Idealised: modules are taken in the order of first use instead of the order of their definition, reads run at the full
 speed of the link, and nothing is copied twice. In a pass that runs once the prefix is read before its first step.
@@ -46,20 +46,14 @@ def layered(problem: Problem) -> Iterator[Layers]:
 
 
 def draft_prefix(problem: Problem, layers: Layers, reserved: int, lead: Lead) -> Draft | None:
-    """Returns the draft with the longest prefix that leaves room for the largest layer, `reserved` times over.
-
-    None where not even the shortest prefix fits.
+    """Returns the draft with the longest prefix that leaves room for the others, None where none fits.
 
     Args:
-        reserved: how many layers are there at one time.
+        reserved: how many of the others are there at one time.
         lead: of what is not in the prefix.
     """
-    sizes, partition = layers.sizes, layers.partition
-    whole = np.cumsum(sizes)
-    room = problem.arena_bytes
-    if len(sizes) and whole[-1] > room:
-        room -= reserved * int(sizes.max())
-    for length in shorter(int(np.searchsorted(whole, room, side="right"))):
+    partition = layers.partition
+    for length in shorter(_longest(layers.sizes, reserved, problem.arena_bytes)):
         prefix = np.arange(length)
         keep = layers.of_layers(prefix) | layers.within
 
@@ -73,3 +67,15 @@ def draft_prefix(problem: Problem, layers: Layers, reserved: int, lead: Lead) ->
         if draft is not None:
             return draft
     return None
+
+
+def _longest(sizes: Ints, reserved: int, arena_bytes: int) -> int:
+    """Returns the length of the longest prefix beside which `reserved` others fit that follow each other."""
+    for length in range(len(sizes), 0, -1):
+        others = sizes[length:]
+        around = np.concatenate((others, others[: reserved - 1])) if len(others) > reserved else others
+        sums = np.cumsum(np.concatenate(([0], around)))
+        most = min(reserved, len(others))
+        if int(sizes[:length].sum() + (sums[most:] - sums[: len(sums) - most]).max()) <= arena_bytes:
+            return length
+    return 0
