@@ -7,9 +7,9 @@ zig-zag over a block of batches, so that a load serves the whole block. A trace 
 here is one batch, and the pass goes through the layers in order.
 
 The percentage is the largest that fits beside two layers' other weights (its linear program for percentages is not
-needed, where caches and activations do not move). A weight stays if its middle lies within the share of its layer; what
-rounding leaves over, less than half a weight, is handed on to the next layer, so that layers of a single weight take
-turns.
+needed, where caches and activations do not move). Weights are gone through in order, and one stays while at least half
+of it is still owed to its layer: equal layers keep the same weights. What rounding leaves over of a layer of a single
+weight is handed on to the next one of these, so that they take turns.
 """
 
 from __future__ import annotations
@@ -40,8 +40,12 @@ def plan_flexgen(
 
 
 def _drafts(problem: Problem) -> Iterator[Draft | None]:
-    for level in levels(problem.trace):
-        yield _draft(problem, level)
+    *layers, modules = levels(problem.trace)
+    found = [draft for level in layers if (draft := _draft(problem, level)) is not None]
+    # Of a module with one weight a share is all or nothing, so modules are for where layers do not fit.
+    if not found:
+        yield _draft(problem, modules)
+    yield from found
 
 
 def _draft(problem: Problem, weights: list[list[int]]) -> Draft | None:
@@ -85,10 +89,12 @@ def divide(problem: Problem, weights: list[list[int]], percent: int) -> Divided:
     trace = problem.trace
     layers: list[list[list[int]]] = []
     stays: list[bool] = []
-    owed = 0.0  # bytes that should stay and do not, or the other way round
+    owed_single = 0.0
     for layer in weights:
-        half = max(trace.tensors[index].size_bytes for index in layer) / 2
-        owed = min(max(owed, -half), half)
+        is_single = len(layer) == 1
+        half = trace.tensors[layer[0]].size_bytes / 2
+        # Bytes that should stay and do not, or the other way round.
+        owed = min(max(owed_single, -half), half) if is_single else 0.0
         kept: list[int] = []
         rest: list[int] = []
         for index in layer:
@@ -99,6 +105,8 @@ def divide(problem: Problem, weights: list[list[int]], percent: int) -> Divided:
                 owed -= size
             else:
                 rest.append(index)
+        if is_single:
+            owed_single = owed
         parts = {True: kept, False: rest}
         layers.append([part for part in parts.values() if part])
         stays += [is_kept for is_kept, part in parts.items() if part]

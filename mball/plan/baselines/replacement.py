@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mball.plan.baselines.layers import just_in_time_plan
+from mball.plan.baselines.layers import just_in_time_plan, shorter
 from mball.plan.draft import Draft, Lead, draft_plan
 from mball.plan.partition import Partition
 from mball.plan.problem import Problem
@@ -57,22 +57,36 @@ def draft_replacing(problem: Problem, candidates: Iterable[Partition], eviction:
         lead: how early reads begin.
     """
     for partition in candidates:
-        uses = partition.uses
         tried: list[bytes] = []
         for share in SHARES:
             keep = replaced(partition, int(share * problem.arena_bytes), eviction)
             if keep is None:
                 break
-            # Where stays over a part of the pass leave the others no place, those go.
-            residents = uses.residents(keep)
-            calm = (np.isin(uses.bundle, residents) & uses.may_stay) | uses.stretches(partition.demand, residents)
-            for stays in (keep, calm):
+            for stays in _simpler(partition, keep):
                 if stays.tobytes() not in tried:
                     tried.append(stays.tobytes())
                     draft = draft_plan(partition, stays, problem.arena_bytes, lead=lead)
                     if draft is not None:
                         return draft
     return just_in_time_plan(problem)
+
+
+def _simpler(partition: Partition, keep: Bools) -> Iterator[Bools]:
+    """Yields these stays and, where they leave the others no place, less of them.
+
+    Stays over the end of the pass go first, the longest first: without them equal slots always have places. Then all
+    but residents go.
+    """
+    uses = partition.uses
+    residents = uses.residents(keep)
+    is_resident = np.isin(uses.bundle, residents)
+    over_end = np.flatnonzero(keep & ~is_resident & (uses.reaches >= uses.num_steps))
+    over_end = over_end[np.argsort((uses.step - uses.reaches)[over_end], kind="stable")]
+    for kept in shorter(len(over_end)):
+        stays = keep.copy()
+        stays[over_end[: len(over_end) - kept]] = False
+        yield stays
+    yield (is_resident & uses.may_stay) | uses.stretches(partition.demand, residents)
 
 
 def bundled(problem: Problem) -> Iterator[Partition]:
