@@ -1,0 +1,1 @@
+"""How good mball's plans are, and what they take to make."""

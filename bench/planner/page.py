@@ -1,0 +1,88 @@
+"""Writes `PLANNER.md`, how good plans are and what they take to make: `python -m bench.planner.page`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bench.planner.gap import Gap, percentile, read_gaps
+from bench.planner.growth import NUM_BUNDLES
+from bench.results import RESULTS, Result, read_results
+from bench.speed.table import Figures
+from mball.errors import SchemaError
+
+PAGE = Path(__file__).parents[2] / "PLANNER.md"
+_HEAD = """# The planner
+
+Written by `python -m bench.planner.page`, from what `python -m bench.planner.gap` and `make bench` found."""
+_GAPS = """## Against the optimum
+
+Small random passes (3 to 9 weights, up to 11 uses) under random budgets; every other one on a link with 0.1 ms of
+latency, one in four running only once. The optimum is that of all choices of what stays over which gap between two
+uses, each replayed without addresses, weights coming in the order in which they are needed (`tests/plan/exact.py`). The
+gap is by how much the predicted pass of mball's plan is longer, in %. The last column is the median gap to
+max(compute, reads of what the budget cannot hold): that bound is known for passes of any size, and no plan reaches it
+where a wait cannot be helped."""
+_GROWTH = """## Growth
+
+CPU seconds to plan a chain of steps that read a weight each, with uneven sizes (32 to 96 MiB) and times, under a budget of
+25 % of the weights; and to plan it again, from that plan, for 5 % more budget."""
+
+
+def page(found: Mapping[str, Sequence[Gap]], results: Sequence[Result]) -> str:
+    """Returns the page."""
+    return "\n\n".join([_HEAD, _GAPS, gap_table(found), *_growth(results)]) + "\n"
+
+
+def gap_table(found: Mapping[str, Sequence[Gap]]) -> str:
+    """Returns the table of gaps: a line a class, and one for all."""
+    rows = [_gap_row(title, each) for title, each in found.items()]
+    rows.append(_gap_row("**all**", [gap for each in found.values() for gap in each]))
+    return _markdown(["passes", "instances", "optimal", "median", "95th percentile", "worst", "to the roofline"], rows)
+
+
+def _gap_row(title: str, each: Sequence[Gap]) -> list[str]:
+    percents = [gap.percent for gap in each]
+    optimal = sum(percent <= 0.01 for percent in percents)
+    bound = statistics.median(gap.bound_percent for gap in each)
+    figures = [statistics.median(percents), percentile(percents, 95), max(percents)]
+    return [title, str(len(each)), str(optimal), *(f"{figure:.2f}" for figure in figures), f"{bound:.2f}"]
+
+
+def _growth(results: Sequence[Result]) -> list[str]:
+    figures = Figures(results, "planner")
+    rows = [
+        [f"{count:,}", figures.show(f"first_{count}"), figures.show(f"again_{count}"), figures.show(f"gap_{count}")]
+        for count in NUM_BUNDLES
+        if figures.has(f"first_{count}")
+    ]
+    head = ["bundles", "first plan", "planned again", "÷ bound"]
+    return [_GROWTH, figures.source(), *([_markdown(head, rows)] if rows else [])]
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def update(path: Path = PAGE, directory: Path = RESULTS) -> bool:
+    """Rewrites the page from the files; returns whether it changed. Raises SchemaError for a malformed file."""
+    text = page(read_gaps(), read_results(directory))
+    changed = not path.is_file() or path.read_text(encoding="utf-8") != text
+    if changed:
+        path.write_text(text, encoding="utf-8")
+    return changed
+
+
+def main() -> None:
+    """Rewrites this checkout's page."""
+    try:
+        changed = update()
+    except SchemaError as error:
+        raise SystemExit(f"{PAGE.name} was left as it was: {error}") from error
+    print(f"{PAGE.name} {'was rewritten' if changed else 'is up to date'}")
+
+
+if __name__ == "__main__":
+    main()
