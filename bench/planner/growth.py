@@ -27,16 +27,12 @@ def chain(num_bundles: int) -> Trace:
     tensors, steps, offset = [], [], 0
     for number, size in enumerate(sizes):
         tensors.append(
-            Tensor.weight(
-                f"w{number}", dtype="uint8", shape=(size,), size_bytes=size, file="f", offset_bytes=offset
-            )
+            Tensor.weight(f"w{number}", dtype="uint8", shape=(size,), size_bytes=size, file="f", offset_bytes=offset)
         )
         offset += size
         # The link takes 1.6 to 4.8 ms for a weight; three quarters of them come each pass.
         time_s = chance.uniform(5e-4, 4e-3)
-        steps.append(
-            Step(name=f"s{number}", graph="g", reads=(number,), scratch_bytes=0, flops=0, time_s=time_s)
-        )
+        steps.append(Step(name=f"s{number}", graph="g", reads=(number,), scratch_bytes=0, flops=0, time_s=time_s))
     return Trace(name=f"chain of {num_bundles}", tensors=tuple(tensors), steps=tuple(steps))
 
 

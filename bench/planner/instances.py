@@ -74,9 +74,7 @@ def _instance(kind: Kind, number: int) -> Instance:
     tensors, offset = [], 0
     for weight, size in enumerate(sizes):
         tensors.append(
-            Tensor.weight(
-                f"w{weight}", dtype="uint8", shape=(size,), size_bytes=size, file="f", offset_bytes=offset
-            )
+            Tensor.weight(f"w{weight}", dtype="uint8", shape=(size,), size_bytes=size, file="f", offset_bytes=offset)
         )
         offset += size + PAGE_BYTES * chance.choice([0, 25])
     steps = [

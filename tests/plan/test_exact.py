@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import islice
 
 import pytest
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from bench.planner.gap import GAPS, Gap, percentile, read_gaps
 from bench.planner.instances import BUDGETS, INSTANCES_PER_CLASS, KINDS, MOST_USES, MOST_WEIGHTS, Kind, instances
-from mball.plan import make_plan
+from mball.plan import lay_out_bundle, make_plan, simulate, validate
 from mball.plan.simulate import run_passes
-from mball.schema import Machine, Plan, Tensor, Trace, Transfer
+from mball.schema import Machine, Placement, Plan, PlanStep, Tensor, Trace, Transfer
 from mball.units import round_down
 from tests.plan.exact import Exact, Replay
 from tests.plan.traces import PAGE_BYTES, make_machine, make_step
@@ -119,7 +119,7 @@ def test_a_choice_takes_as_long_as_simulate_says_of_the_same_transfers(
         keep = tuple(kept and gap not in ends for gap, kept in enumerate(keep))
     _, stays = exact.stays(keep)
     replay = exact.replay(stays, instance.budget_bytes)
-    if replay is not None:
+    if replay is not None and replay.is_steady:
         simulated = simulated_s(instance.trace, instance.machine, transfers_of(replay))
         assert replay.pass_s == pytest.approx(simulated, rel=1e-6)
 
@@ -140,14 +140,48 @@ def test_addresses_make_no_choice_faster(kind: Kind, number: int) -> None:
     assert optimum.pass_s <= replay.pass_s * (1 + 1e-9)
 
 
-def test_even_chains_are_planned_as_well_as_can_be() -> None:
-    # With equal slots, addresses cost nothing.
-    for count, slots in ((3, 2), (5, 2), (6, 3), (8, 4)):
-        steps = tuple(make_step(f"s{number}", number) for number in range(count))
-        trace = Trace(name="t", tensors=aligned([250] * count), steps=steps)
-        budget = slots * 250 * PAGE_BYTES
-        assert (optimum := Exact(trace, make_machine()).optimum(budget)) is not None
-        assert make_plan(trace, make_machine(), budget).prediction.pass_s == pytest.approx(optimum.pass_s)
+def test_three_equal_weights_do_not_take_turns_in_two_slots() -> None:
+    # Without addresses the link never rests. With them one weight keeps a slot, or two share one.
+    steps = tuple(make_step(f"s{number}", number) for number in range(3))
+    trace = Trace(name="t", tensors=aligned([250] * 3), steps=steps)
+    exact = Exact(trace, make_machine(latency_s=0.0))
+    budget = 2 * 250 * PAGE_BYTES
+    assert (relaxed := exact.optimum(budget)) is not None
+    plan = make_plan(trace, make_machine(latency_s=0.0), budget)
+    placed = exact.placed(budget, 1.0, 10_000)
+    assert placed.is_complete
+    assert relaxed.pass_s < placed.pass_s == pytest.approx(plan.prediction.pass_s)
+
+
+@few
+@given(kind=kinds, number=numbers)
+def test_a_plan_with_the_places_of_the_optimum_is_as_fast(kind: Kind, number: int) -> None:
+    instance = next(islice(instances(kind), number, None))
+    trace, machine = instance.trace, instance.machine
+    exact = Exact(trace, machine)
+    placed = exact.placed(instance.budget_bytes, 1.0, 300)
+    if placed.replay is None:
+        return
+    bundles = tuple(lay_out_bundle([weight], trace, machine) for weight, _ in enumerate(trace.tensors))
+    residents, at = [], 0
+    for weight in placed.residents:
+        residents.append(Placement(bundle=weight, offset_bytes=at))
+        at += bundles[weight].size_bytes
+    transfers = [
+        replace(transfer, offset_bytes=at + offset)
+        for transfer, offset in zip(transfers_of(placed.replay), placed.offsets_bytes, strict=True)
+    ]
+    plan = replace(
+        make_plan(trace, machine, instance.budget_bytes),
+        arena_bytes=instance.budget_bytes,
+        bundles=bundles,
+        steps=tuple(PlanStep(first=n, end=n + 1, reads=step.reads) for n, step in enumerate(trace.steps)),
+        residents=tuple(residents),
+        transfers=tuple(sorted(transfers, key=lambda each: (each.after, each.needed_by))),
+    )
+    validate(trace, plan, machine)
+    if placed.replay.is_steady:
+        assert simulate(trace, plan, machine).pass_s == pytest.approx(placed.pass_s, rel=1e-6)
 
 
 def test_instances_are_small_and_of_every_kind() -> None:
@@ -173,9 +207,9 @@ def test_plans_of_small_passes_are_close_to_the_optimum_and_the_file_says_so() -
     for kind in KINDS:
         for number, instance in enumerate(islice(instances(kind), PER_CLASS)):
             gap, before = Gap.of(instance), recorded[kind.title()][number]
-            assert (gap.planned_s, gap.optimal_s, gap.bound_s) == pytest.approx(
-                (before.planned_s, before.optimal_s, before.bound_s), rel=DIGITS
-            ), f"{instance.name}: run `python -m bench.planner.gap`; {GAPS.name} is of other plans"
+            assert astuple(gap) == pytest.approx(astuple(before), rel=DIGITS), (
+                f"{instance.name}: run `python -m bench.planner.gap`; {GAPS.name} is of other plans"
+            )
             percents.append(gap.percent)
     assert len(percents) >= 140
     assert min(percents) >= -DIGITS
