@@ -11,7 +11,7 @@ from mball.errors import PlanError
 from mball.plan.bundles import home_of
 from mball.plan.demand import bundle_reads
 from mball.plan.simulate import occupied_steps
-from mball.schema import Bundle, Machine, Plan, Trace, Transfer
+from mball.schema import Bundle, Machine, Plan, Tier, Trace, Transfer
 from mball.units import format_bytes
 
 
@@ -20,7 +20,8 @@ def validate(trace: Trace, plan: Plan, machine: Machine | None = None) -> None:
 
     Checked: bundles partition the weights and their layout is right; steps cover the trace in order; every
     read is resident or covered by a transfer; no slot is overwritten while in use, also across the end of the
-    pass; all bytes are within the arena and the budget. With `machine`, pages and alignment too.
+    pass; where there is only one pass, nothing comes from another; all bytes are within the arena and the budget. With
+    `machine`, pages and alignment too.
 
     Raises:
         PlanError: an invariant is broken; the message says which, where, and by how much.
@@ -30,7 +31,10 @@ def validate(trace: Trace, plan: Plan, machine: Machine | None = None) -> None:
     for number, bundle in enumerate(plan.bundles):
         _check_layout(trace, number, bundle, machine)
     _check_steps(trace, plan)
+    _check_tiers(plan)
     _check_transfers(plan)
+    if not trace.cyclic:
+        _check_only_pass(plan)
     _check_reads(plan)
     _check_writes(trace, plan)
     _check_bounds(trace, plan, machine)
@@ -117,6 +121,18 @@ def _check_steps(trace: Trace, plan: Plan) -> None:
         _fail(f"the steps end at trace step {expected} of {len(trace.steps)}")
 
 
+def _check_tiers(plan: Plan) -> None:
+    for transfer in plan.transfers:
+        if (transfer.source, transfer.target) != (Tier.DISK, Tier.DEVICE):
+            _fail(
+                f"transfer of bundle {transfer.bundle} goes from {transfer.source.value} to {transfer.target.value}; "
+                "bundles come from disk to the device"
+            )
+    for placement in plan.residents:
+        if placement.tier is not Tier.DEVICE:
+            _fail(f"bundle {placement.bundle} is resident in {placement.tier.value}, which no transfer comes from")
+
+
 def _check_transfers(plan: Plan) -> None:
     num_steps = len(plan.steps)
     for transfer in plan.transfers:
@@ -134,6 +150,18 @@ def _check_transfers(plan: Plan) -> None:
     order = [(transfer.after, transfer.needed_by) for transfer in plan.transfers]
     if order != sorted(order):
         _fail("transfers are not sorted by (after, needed_by)")
+
+
+def _check_only_pass(plan: Plan) -> None:
+    """Checks that nothing comes from a pass before, nor stays for one after: there is none."""
+    for placement in plan.residents:
+        _fail(f"bundle {placement.bundle} is resident, and nothing brings it before the only pass")
+    for transfer in plan.transfers:
+        if transfer.after < -1 or transfer.last_use >= len(plan.steps):
+            _fail(
+                f"transfer of bundle {transfer.bundle}: after {transfer.after} and last use {transfer.last_use} are "
+                f"not within the only pass, of {len(plan.steps)} steps"
+            )
 
 
 def _check_reads(plan: Plan) -> None:
@@ -202,6 +230,8 @@ def _check_bounds(trace: Trace, plan: Plan, machine: Machine | None) -> None:
     activation = max(trace.activation_bytes(), default=0)
     if plan.activation_bytes < activation:
         _fail(f"activations need {activation} B; the plan leaves {plan.activation_bytes} B")
+    if min(plan.fixed_bytes, plan.arena_bytes) < 0:
+        _fail(f"fixed memory has {plan.fixed_bytes} B and the arena {plan.arena_bytes} B; neither can be negative")
     used = plan.fixed_bytes + plan.activation_bytes + plan.arena_bytes
     if used > plan.budget_bytes:
         _fail(

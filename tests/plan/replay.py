@@ -63,6 +63,7 @@ class _Arena:
         self._pages: list[Page] = [_POISON] * (plan.arena_bytes // self._page)
         # Who may read which pages: until it has left, nobody else may touch them.
         self._held: dict[int, str] = {}
+        self._pages_of: dict[str, range] = {}
 
     def run(self) -> None:
         """Follows the passes."""
@@ -76,10 +77,10 @@ class _Arena:
         for transfer in self._plan.transfers:
             self._check(transfer)
         present: dict[tuple[int, int], tuple[int, int]] = {}
-        for step in range(-self._count, PASSES * self._count):
+        for step in range(-2 * self._count, (PASSES if self._trace.cyclic else 1) * self._count):
             for number, start in list(self._starting(step)):
                 transfer = self._plan.transfers[number]
-                self._fill(transfer, f"transfer {number} of pass {start}", start)
+                self._write(transfer.bundle, transfer.offset_bytes, f"transfer {number} of pass {start}")
                 present[start, number] = (
                     start * self._count + transfer.needed_by,
                     start * self._count + transfer.last_use,
@@ -110,15 +111,14 @@ class _Arena:
                 if start * self._count + transfer.after + 1 == step:
                     yield number, start
 
-    def _fill(self, transfer: Transfer, name: str, start: int) -> None:
-        self._write(transfer.bundle, transfer.offset_bytes, name)
-
     def _write(self, number: int, offset: int, name: str) -> None:
+        _require(0 <= number < len(self._plan.bundles), "a bundle that is not there")
         bundle = self._plan.bundles[number]
         _require(bundle.size_bytes >= 0 and bundle.size_bytes % self._page == 0, "a slot is no whole pages")
         _require(offset >= 0 and offset % self._page == 0, "a slot begins within a page")
         first, end = offset // self._page, (offset + bundle.size_bytes) // self._page
         _require(offset + bundle.size_bytes <= self._plan.arena_bytes, "a slot ends outside the arena")
+        self._pages_of[name] = range(first, end)
         for page in range(first, end):
             _require(page not in self._held, f"{name} overwrites {self._held.get(page)}")
             self._held[page] = name
@@ -161,10 +161,12 @@ class _Arena:
         bundle = self._plan.bundles[number]
         _require(len(bundle.tensors) == len(bundle.offsets_bytes), "a weight without an offset")
         for index, within in zip(bundle.tensors, bundle.offsets_bytes, strict=True):
+            _require(0 <= index < len(self._trace.tensors), "a weight that is not there")
             tensor = self._trace.tensors[index]
-            assert tensor.home is not None
+            if tensor.home is None:
+                raise BrokenPlanError(f"{tensor.name} has no home")
             at, end, source = within, within + tensor.size_bytes, tensor.home.offset_bytes
-            _require(0 <= at and (end <= bundle.size_bytes), "a weight is outside its slot")
+            _require(at >= 0 and (end <= bundle.size_bytes), "a weight is outside its slot")
             while at < end:
                 page, inside = divmod(offset + at, self._page)
                 length = min(self._page - inside, end - at)
@@ -177,6 +179,6 @@ class _Arena:
         for key, (_, last) in list(present.items()):
             if last == step:
                 start, number = key
-                name = f"transfer {number} of pass {start}"
-                self._held = {page: holder for page, holder in self._held.items() if holder != name}
+                for page in self._pages_of.pop(f"transfer {number} of pass {start}"):
+                    del self._held[page]
                 del present[key]

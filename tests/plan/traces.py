@@ -65,7 +65,11 @@ machines = st.builds(
 
 @st.composite
 def traces(draw: st.DrawFn, *, max_steps: int = 14) -> Trace:
-    """Any trace: tiny, large and empty weights, shared and unread ones, several files, graphs and eager steps."""
+    """Any trace: tiny, large and empty weights, shared and unread ones, several files, graphs and eager steps.
+
+    Most passes repeat; some run once.
+    """
+    cyclic = draw(st.sampled_from([True, True, True, False]))
     size = st.one_of(st.just(0), st.integers(1, 2_000), st.integers(60_000, 70_000), st.integers(100_000, 900_000))
     sizes = draw(st.lists(size, max_size=12))
     weights, offsets = [], {"a": 0, "b": 8}
@@ -110,4 +114,4 @@ def traces(draw: st.DrawFn, *, max_steps: int = 14) -> Trace:
             first = draw(st.integers(0, num_steps - 1))
             live = LiveRange(first=first, end=draw(st.integers(first + 1, num_steps)))
             activations.append(Tensor.activation(f"a{number}", size_bytes=draw(st.integers(0, 99_999)), live=live))
-    return Trace(name="any", tensors=(*weights, *activations), steps=tuple(steps))
+    return Trace(name="any", tensors=(*weights, *activations), steps=tuple(steps), cyclic=cyclic)

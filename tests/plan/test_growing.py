@@ -1,0 +1,29 @@
+"""A budget that grows step by step, each plan made from the one before."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mball.plan import make_plan, smallest_budget, validate
+from mball.schema import Machine, Trace
+from tests.plan.traces import machines, traces
+
+few = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Plans are compared by four digits.
+DIGITS = 1e-3
+
+
+@few
+@given(trace=traces(), machine=machines, shares=st.lists(st.floats(0, 1.1), min_size=2, max_size=4))
+def test_growing_a_budget_never_predicts_a_slower_pass(trace: Trace, machine: Machine, shares: list[float]) -> None:
+    smallest = smallest_budget(trace, machine).size_bytes
+    total = sum(tensor.size_bytes for _, tensor in trace.homed())
+    plans = []
+    for share in sorted(shares):
+        plans.append(make_plan(trace, machine, smallest + int(share * total), previous=plans[-1] if plans else None))
+        validate(trace, plans[-1], machine)
+    for one, other in pairwise(plans):
+        assert other.prediction.pass_s <= one.prediction.pass_s * (1 + DIGITS)
