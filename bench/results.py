@@ -45,6 +45,7 @@ class Topic(Enum):
     EQUALITY = "equality"
     MEMORY_CAP = "memory-cap"
     WRITES = "writes"
+    PLANNER = "planner"
     SPEED = "speed"
     PEERS = "peers"
     START = "start"

@@ -15,6 +15,7 @@ _ROWS = {
     Topic.EQUALITY: "streamed equals unwrapped",
     Topic.MEMORY_CAP: "memory under a cgroup cap",
     Topic.WRITES: "cost of noticing writes",
+    Topic.PLANNER: "planning time",
     Topic.SPEED: "speed against the roofline",
     Topic.PEERS: "speed against peers",
     Topic.START: "cold start",
