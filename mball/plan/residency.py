@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -139,6 +140,13 @@ class Residency:
                     return found[1:]
         return found[1:]
 
+    def alternatives(self, choice: Choice, arena_bytes: int, limit: int) -> Iterator[Choice]:
+        """Yields at most `limit` choices that are one exchange away, fast or slow."""
+        for keep in islice(self._exchanges(choice.keep, arena_bytes), limit):
+            rated = self.rate(keep, arena_bytes)
+            if rated is not None:
+                yield rated
+
     def _exchanges(self, keep: Bools, arena_bytes: int) -> Iterator[Bools]:
         """Yields what may stay instead: one more or one less, one for another, one for many, and many for one."""
         gaps = np.flatnonzero(self._uses.may_stay & (self._sizes > 0)).tolist()
@@ -151,14 +159,14 @@ class Residency:
             for order in (by_size, by_size[::-1]):
                 changed = keep.copy()
                 changed[gap] = not keep[gap]
-                if not keep[gap]:  # whoever is in the way goes
+                if not keep[gap]:  # whoever is in the way goes, and more of them
+                    fits = None
                     for other in order:
-                        if (
-                            self._resident_bytes(changed) <= arena_bytes
-                            and self._time(changed, arena_bytes) is not None
-                        ):
-                            break
+                        if self._time(changed, arena_bytes) is not None:
+                            yield changed.copy()
+                            fits = changed.copy() if fits is None else fits
                         changed[other] = other == gap
+                    changed = changed if fits is None else fits
                 for other in order:  # whoever finds room now stays
                     if not changed[other] and other != gap:
                         changed[other] = True

@@ -37,7 +37,7 @@ FEW_USES = 64
 EXCHANGED_VISITS = 3000
 MOVED_VISITS = 1500
 MOST_DRAFTS = 12
-TRY_S = 2e-5
+TRY_S = 6e-5
 
 
 def partitions(trace: Trace, machine: Machine, arena_bytes: int) -> Iterator[Partition]:
@@ -104,6 +104,13 @@ def _best_of(partition: Partition, arena_bytes: int, stayed: Ints | None) -> Dra
         draft = _draft(partition, choice, arena_bytes, moves=moves if rank < 2 else 0)
         if draft is not None and (best is None or draft.cost() < best.cost()):
             best = draft
+    if moves and best is not None and found[0].pass_s * _ALIKE < best.prediction.pass_s:
+        # Addresses cost time: something else may lie better that is as fast without them.
+        for choice in residency.alternatives(found[0], arena_bytes, moves // 2):
+            if choice.pass_s * _ALIKE < best.prediction.pass_s:
+                draft = _draft(partition, choice, arena_bytes, moves=0)
+                if draft is not None and draft.cost() < best.cost():
+                    best = draft
     return best
 
 

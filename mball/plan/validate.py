@@ -11,7 +11,7 @@ from mball.errors import PlanError
 from mball.plan.bundles import home_of
 from mball.plan.demand import bundle_reads
 from mball.plan.simulate import occupied_steps
-from mball.schema import Bundle, Machine, Plan, Tier, Trace, Transfer
+from mball.schema import Bundle, Machine, Plan, Trace, Transfer
 from mball.units import format_bytes
 
 
@@ -31,7 +31,6 @@ def validate(trace: Trace, plan: Plan, machine: Machine | None = None) -> None:
     for number, bundle in enumerate(plan.bundles):
         _check_layout(trace, number, bundle, machine)
     _check_steps(trace, plan)
-    _check_tiers(plan)
     _check_transfers(plan)
     if not trace.cyclic:
         _check_only_pass(plan)
@@ -119,18 +118,6 @@ def _check_steps(trace: Trace, plan: Plan) -> None:
             _fail(f"step {number} reads bundles {sorted(step.reads)}; its trace steps read {sorted(wanted)}")
     if expected != len(trace.steps):
         _fail(f"the steps end at trace step {expected} of {len(trace.steps)}")
-
-
-def _check_tiers(plan: Plan) -> None:
-    for transfer in plan.transfers:
-        if (transfer.source, transfer.target) != (Tier.DISK, Tier.DEVICE):
-            _fail(
-                f"transfer of bundle {transfer.bundle} goes from {transfer.source.value} to {transfer.target.value}; "
-                "bundles come from disk to the device"
-            )
-    for placement in plan.residents:
-        if placement.tier is not Tier.DEVICE:
-            _fail(f"bundle {placement.bundle} is resident in {placement.tier.value}, which no transfer comes from")
 
 
 def _check_transfers(plan: Plan) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mball.schema import Machine, Plan, Tier, Trace, Transfer
+from mball.schema import Machine, Plan, Trace, Transfer
 
 PASSES = 3
 # A page that is being filled, or that nothing was read into.
@@ -91,11 +91,9 @@ class _Arena:
 
     def _residents(self) -> None:
         for placement in self._plan.residents:
-            _require(placement.tier is Tier.DEVICE, "a resident is elsewhere")
             self._write(placement.bundle, placement.offset_bytes, f"resident {placement.bundle}")
 
     def _check(self, transfer: Transfer) -> None:
-        _require((transfer.source, transfer.target) == (Tier.DISK, Tier.DEVICE), "not a way from disk to the device")
         _require(0 <= transfer.needed_by < self._count, "needed in a step that is not there")
         _require(transfer.after < transfer.needed_by <= transfer.last_use, "ends before it begins")
         _require(transfer.after >= -self._count, "starts more than a pass ahead")
@@ -145,7 +143,7 @@ class _Arena:
         homes = {index: n for n, bundle in enumerate(self._plan.bundles) for index in bundle.tensors}
         wanted: set[int] = set()
         for trace_step in range(plan_step.first, plan_step.end):
-            for index in self._trace.steps[trace_step].reads:
+            for index in self._trace.needs()[trace_step]:
                 _require(index in homes, "a weight is in no bundle")
                 wanted.add(homes[index])
         _require(wanted == set(plan_step.reads), "a step reads other bundles than its weights are in")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mball.errors import PlanError, SchemaError
 from mball.plan import make_plan, smallest_budget, validate
-from mball.schema import Bundle, Extent, Machine, Placement, Plan, PlanStep, Tier, Trace, Transfer
+from mball.schema import Bundle, Extent, Machine, Placement, Plan, PlanStep, Trace, Transfer
 from mball.units import KIB, MIB
 from tests.plan.replay import BrokenPlanError, replay
 from tests.plan.traces import PAGE_BYTES, machines, make_chain, make_machine, make_step, make_tied, make_weights, traces
@@ -64,8 +64,6 @@ def change_transfer(chance: Chance, plan: Plan) -> Plan:
         lambda: replace(one, offset_bytes=beside(chance, one.offset_bytes, other.offset_bytes, step=PAGE_BYTES)),
         lambda: replace(one, offset_bytes=beside(chance, one.offset_bytes, step=512)),
         lambda: replace(one, bundle=chance.randrange(-1, len(plan.bundles) + 1)),
-        lambda: replace(one, source=chance.choice([Tier.HOST, Tier.DEVICE])),
-        lambda: replace(one, target=chance.choice([Tier.HOST, Tier.DISK])),
         lambda: replace(one, after=one.after + 1, needed_by=one.needed_by + 1, last_use=one.last_use + 1),
         lambda: replace(one, after=one.after - count, needed_by=one.needed_by - count, last_use=one.last_use - count),
     ])()  # fmt: skip
@@ -95,7 +93,6 @@ def change_resident(chance: Chance, plan: Plan) -> Plan:
         (replace(one, offset_bytes=beside(chance, one.offset_bytes, other.offset_bytes, step=PAGE_BYTES)),),
         (replace(one, bundle=chance.randrange(len(plan.bundles))),),
         (one, replace(one, bundle=chance.randrange(len(plan.bundles)))),
-        (replace(one, tier=Tier.HOST),),
     ])  # fmt: skip
     return replace(plan, residents=exchange(plan.residents, at, *new))
 
