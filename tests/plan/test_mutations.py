@@ -17,7 +17,7 @@ from mball.plan import make_plan, smallest_budget, validate
 from mball.schema import Bundle, Extent, Machine, Placement, Plan, PlanStep, Trace, Transfer
 from mball.units import KIB, MIB
 from tests.plan.replay import BrokenPlanError, replay
-from tests.plan.traces import PAGE_BYTES, machines, make_chain, make_machine, make_step, make_tied, make_weights, traces
+from tests.plan.traces import PAGE_BYTES, machines, make_chain, make_machine, make_tied, traces
 
 few = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -249,14 +249,7 @@ SIZE = 128 * KIB
 SHAPES: dict[str, tuple[Trace, int]] = {
     "chain": (make_chain(9, SIZE), 4 * SIZE),
     "tied": (make_tied(6, SIZE, 2 * SIZE), 5 * SIZE),
-    "over the end": (
-        Trace(
-            name="over the end",
-            tensors=make_weights([100_000] * 3),
-            steps=tuple(make_step(f"s{n}", weight, time_s=6e-5) for n, weight in enumerate([0, 1, 2, 0, 2])),
-        ),
-        240_000,
-    ),
+    "over the end": (make_tied(6, SIZE, 2 * SIZE), 3 * SIZE + 10 * PAGE_BYTES),
     "once": (replace(make_chain(9, SIZE), cyclic=False), 4 * SIZE),
 }
 

@@ -107,7 +107,7 @@ def test_everything_is_resident_when_it_fits(trace: Trace, machine: Machine) -> 
         + len(list(trace.homed())) * 3 * machine.page_bytes
         + max(trace.activation_bytes(), default=0)
     )
-    trace = replace(trace, steps=tuple(replace(step, writes=()) for step in trace.steps))
+    trace = replace(trace, steps=tuple(replace(step, writes=()) for step in trace.steps), cyclic=True)
     plan = make_plan(trace, machine, budget)
     validate(trace, plan, machine)
     assert plan.transfers == ()

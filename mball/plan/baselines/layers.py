@@ -99,7 +99,7 @@ class Layers:
 def levels(trace: Trace) -> Iterator[list[list[int]]]:
     """Yields the weights by layer, coarse to fine; layers in the order of first use, weights that are not read last."""
     uses = weight_uses(trace)
-    first_used = list(dict.fromkeys(index for step in trace.steps for index in step.reads))
+    first_used = list(dict.fromkeys(index for needs in trace.needs() for index in needs))
     unread = [[index] for index, _ in trace.homed() if not uses[index]]
     found: list[list[list[int]]] = []
     for depth in count(1):
