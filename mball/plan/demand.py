@@ -15,7 +15,7 @@ class Demand:
 
     Attributes:
         bundles: a partition of all weights.
-        pooled: bundles of tiny weights, which must be resident.
+        pooled: bundles of tiny weights, which are resident where a pass repeats and nothing writes them.
         reads: for each trace step the bundles it reads, in order of first use.
         uses: for each bundle the trace steps that read it, ascending.
         moved_bytes: for each bundle the bytes that one transfer reads.

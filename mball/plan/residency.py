@@ -207,7 +207,10 @@ class Residency:
             return np.zeros(len(self._uses), dtype=bool)
         stays = np.zeros(len(sizes), dtype=bool)
         stays[sizes == 0] = True
+        changes = np.zeros(len(sizes), dtype=bool)
+        changes[self._uses.bundle[~self._uses.may_stay]] = True
         stays[list(demand.pooled)] = True
+        stays &= ~changes  # what is written cannot stay, however small it is
         for number in np.flatnonzero(self._step_bytes > pool_bytes).tolist():
             streamed = [bundle for bundle in demand.reads[number] if not stays[bundle]]
             need = demand.slot_bytes(streamed)

@@ -16,7 +16,7 @@ from mball.schema import Bundle, Machine, Trace
 from mball.units import MIB
 
 LARGEST_TARGET_BYTES = 32 * MIB
-# Bundles of the second part of the arena leave room for a few in flight beside the residents.
+# Bundles of an eighth of the arena leave room for a few in flight beside the residents.
 TARGETS_PER_ARENA = (32, 8, 128)
 # So much of the typical bundle, or of the largest, is tried for the pool.
 POOL_DEPTHS = (1, 2, 3, 4, 6, 8, 16)
@@ -37,6 +37,7 @@ FEW_USES = 64
 EXCHANGED_VISITS = 3000
 MOVED_VISITS = 1500
 MOST_DRAFTS = 12
+# One exchange or move is tried for so much of the predicted pass: planning must not take many passes.
 TRY_S = 6e-5
 
 
@@ -98,7 +99,7 @@ def _best_of(partition: Partition, arena_bytes: int, stayed: Ints | None) -> Dra
     best: Draft | None = None
     distinct = {choice.keep.tobytes(): choice for choice in reversed(found)}
     for rank, choice in enumerate([*distinct.values()][: -drafts - 1 : -1]):
-        # Addresses cost the rest nothing to speak of.
+        # No choice that follows can be faster, even without addresses.
         if best is not None and choice.pass_s * _ALIKE >= best.prediction.pass_s:
             break
         draft = _draft(partition, choice, arena_bytes, moves=moves if rank < 2 else 0)
@@ -118,7 +119,7 @@ def _choices(partition: Partition, residency: Residency, arena_bytes: int, staye
     """Returns choices for several sizes of the pool, the fastest first.
 
     A pool that is too small cannot keep the link busy, one that is too large leaves too little for residents: every
-    other size is tried, then those beside the best.
+    third size is tried, then those beside the best.
     """
     pools = list(_pool_sizes(partition, arena_bytes))
     affordable = TIMED_VISITS // max(len(partition.uses), 1)

@@ -79,7 +79,8 @@ def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
 def trace_times(trace: Trace) -> list[float]:
     """Returns for each trace step its measured seconds, or an estimate from the bytes it reads."""
     return [
-        sum(trace.tensors[index].size_bytes for index in step.reads) / UNMEASURED_BYTES_PER_S
+        (sum(trace.tensors[index].size_bytes for index in step.reads) + sum(each.size_bytes for each in step.gathers))
+        / UNMEASURED_BYTES_PER_S
         if step.time_s is None
         else step.time_s
         for step in trace.steps

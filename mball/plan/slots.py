@@ -13,6 +13,7 @@ import statistics
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -226,14 +227,13 @@ class Pool:
                 starts[number] = max(last[begin:stop])
                 edges[begin:stop] = [low]
                 last[begin:stop] = [end - 1 + shift]
+        if self._cyclic:
+            # A slot without bytes has no user before it, and must still not be held for more than a pass.
+            starts = [max(s, end - 1 - self._num_steps) for s, (_, end) in zip(starts, self._spans, strict=True)]
+        if self._floor:
+            starts = [max(start, floor) for start, floor in zip(starts, self._floor, strict=True)]
         latest = max(starts, default=0) - self._num_steps if self._cyclic else -1
-        for number, start in enumerate(starts):
-            if self._cyclic:
-                # A slot without bytes has no user before it, and must still not be held for more than a pass.
-                start = max(start, self._spans[number][1] - 1 - self._num_steps)
-            latest = max(latest, start, self._floor[number] if self._floor else start)
-            starts[number] = latest
-        return starts
+        return list(accumulate(starts, max, initial=latest))[1:]
 
     @property
     def _nobody(self) -> int:

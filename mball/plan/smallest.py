@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mball.errors import ConfigError, SchemaError
 from mball.plan.bundles import finest_bundles
 from mball.plan.demand import Demand
-from mball.schema import Lane, Machine, Trace
+from mball.schema import Lane, Machine, Trace, Treatment
 from mball.units import format_bytes
 
 
@@ -44,6 +44,13 @@ def check_problem(trace: Trace, machine: Machine, fixed_bytes: int) -> None:
             raise SchemaError(
                 f"step {step.name!r} of trace {trace.name!r} runs on the {step.lane.value} lane; this mball plans "
                 f"{Lane.COMPUTE.value} steps only"
+            )
+    for tensor in trace.tensors:
+        wanted = {Treatment.STAY} if tensor.home is None else {Treatment.STAY, Treatment.STREAM}
+        if not wanted.issubset(tensor.may):
+            raise SchemaError(
+                f"tensor {tensor.name!r} may {' and '.join(sorted(tensor.may))}; this mball plans tensors that may "
+                f"{' and '.join(sorted(wanted))}"
             )
     for _, tensor in trace.homed():
         if tensor.home is not None and tensor.home.tier is not machine.link.source:

@@ -48,8 +48,10 @@ def _check_partition(trace: Trace, plan: Plan) -> None:
     seen = [0] * len(trace.tensors)
     for number, bundle in enumerate(plan.bundles):
         for index in bundle.tensors:
-            if not 0 <= index < len(seen):
-                _fail(f"bundle {number} holds weight {index}; the trace has {len(seen)} weights")
+            if not 0 <= index < len(seen) or trace.tensors[index].home is None:
+                _fail(
+                    f"bundle {number} holds tensor {index}; the trace has {len(seen)} tensors, and bundles hold homes"
+                )
             seen[index] += 1
     for index, _ in trace.homed():
         if (count := seen[index]) != 1:
@@ -110,8 +112,8 @@ def _check_steps(trace: Trace, plan: Plan) -> None:
         if step.first != expected or not step.first < step.end <= len(trace.steps):
             _fail(f"step {number} runs trace steps [{step.first}, {step.end}) instead of beginning at {expected}")
         expected = step.end
-        graphs = {trace.steps[index].graph for index in range(step.first, step.end)}
-        if len(graphs) > 1 or (None in graphs and step.end - step.first > 1):
+        graphs = {(trace.steps[index].graph, trace.steps[index].lane) for index in range(step.first, step.end)}
+        if len(graphs) > 1 or (None in dict(graphs) and step.end - step.first > 1):
             _fail(f"step {number} merges trace steps [{step.first}, {step.end}) that are not of one graph")
         wanted = {bundle for index in range(step.first, step.end) for bundle in reads[index]}
         if len(set(step.reads)) != len(step.reads) or set(step.reads) != wanted:

@@ -284,14 +284,14 @@ class Execution:
         assert self.plan is not None
         count = len(self.plan.steps)
         wanted: list[tuple[int, int, int]] = []
+        uses = self._first_uses(step)
         if self._cursor == -1:
-            uses = self._first_uses(step)
             wanted += [(uses.get(bundle, 2 * count), bundle, offset) for bundle, offset in self._resident.items()]
         for transfer in self.plan.transfers:
             if transfer.after < step <= transfer.last_use:
                 wanted.append((max(transfer.needed_by - step, 0), transfer.bundle, transfer.offset_bytes))
             elif step + count <= transfer.last_use:  # it stays over the end of the pass before
-                wanted.append((0, transfer.bundle, transfer.offset_bytes))
+                wanted.append((uses[transfer.bundle], transfer.bundle, transfer.offset_bytes))
             elif transfer.after + count < step:
                 wanted.append((transfer.needed_by + count - step, transfer.bundle, transfer.offset_bytes))
         for bundle in {bundle for _, bundle, _ in wanted} & self._occupants.keys():

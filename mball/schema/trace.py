@@ -120,11 +120,6 @@ class Tensor:
         live = self.live and LiveRange(first=self.live.first + first, end=self.live.end + first)
         return replace(self, name=name, live=live)
 
-    @property
-    def is_movable(self) -> bool:
-        """Whether a plan may do anything but leave it where it is made."""
-        return any(treatment is not Treatment.STAY for treatment in self.may)
-
     def check(self) -> None:
         """Raises SchemaError when the tensor contradicts itself."""
         if self.size_bytes < 0 or min(self.shape, default=0) < 0 or (self.home and self.home.offset_bytes < 0):
@@ -168,7 +163,7 @@ class Step:
         name: for people, such as ``graph0/12 linear``.
         graph: the captured graph it belongs to; consecutive steps of one graph may be merged by a
             plan. None for an operator that ran outside any graph.
-        reads: indices of the movable tensors it reads as a whole, in order of first use.
+        reads: indices of the tensors it reads as a whole, in order of first use; those that only stay may be left out.
         gathers: those of which it reads rows.
         writes: indices of tensors with a home that it changes. Copies that were brought before are void then.
         scratch_bytes: peak of the tensors born and dying within the step.

@@ -385,3 +385,10 @@ def test_layers_of_a_single_weight_take_turns() -> None:
     # Never are two streamed that follow each other, so one slot is enough for what comes.
     assert len(kept) == 13
     assert {weight - 1 for weight in range(1, 24) if weight not in kept} <= kept
+
+
+def test_a_depth_beyond_the_pass_is_a_pass() -> None:
+    trace, machine = make_chain(8, MIB), make_machine()
+    budget = 5 * MIB
+    leads_of = {depth: leads(plan_prefetch(trace, machine, budget, depth=depth)) for depth in (1, 8, 9, 40)}
+    assert sum(leads_of[1]) < sum(leads_of[8]) == sum(leads_of[9]) == sum(leads_of[40])

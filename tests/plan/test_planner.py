@@ -19,7 +19,8 @@ from mball.plan import make_plan, simulate, smallest_budget, validate
 from mball.plan.bundles import finest_bundles, home_of
 from mball.plan.draft import draft_plan
 from mball.plan.partition import Partition
-from mball.schema import Home, Lane, Machine, Plan, Step, Tier, Trace
+from mball.plan.search import best_draft, partitions
+from mball.schema import Home, Lane, Machine, Plan, Step, Tier, Trace, Treatment
 from mball.units import MIB, round_up
 from tests.plan.traces import (
     PAGE_BYTES,
@@ -233,11 +234,26 @@ def test_what_a_step_writes_is_brought_after_that() -> None:
         validate(trace, replace(plan, transfers=(early, *plan.transfers[1:])), machine)
 
 
+def test_a_small_weight_that_is_written_spoils_no_bundles() -> None:
+    """Norms and biases share a bundle that stays. With one that a step writes it comes anew; the rest is as ever."""
+    steps = [make_step(f"s{number}", number, number + 12) for number in range(12)]
+    steps[-1] = replace(steps[-1], writes=(12,))
+    trace = Trace(name="small", tensors=make_weights([MIB] * 12 + [1000] * 12), steps=tuple(steps))
+    machine = make_machine()
+    candidates = list(partitions(trace, machine, 8 * MIB))
+    assert all(partition.demand.pooled for partition in candidates)
+    assert best_draft(candidates, 8 * MIB) is not None
+    validate(trace, make_plan(trace, machine, 8 * MIB), machine)
+
+
 def test_steps_beside_the_device_and_homes_elsewhere_are_refused() -> None:
     trace, machine = make_chain(3, MIB), make_machine()
     beside = replace(trace.steps[1], lane=Lane.HOST)
     with pytest.raises(SchemaError, match=r"'layer1'.*host lane"):
         make_plan(replace(trace, steps=(trace.steps[0], beside, trace.steps[2])), machine, 8 * MIB)
+    stuck = replace(trace.tensors[0], may=(Treatment.STAY,))
+    with pytest.raises(SchemaError, match="'w0' may stay; this mball plans tensors that may stay and stream"):
+        make_plan(replace(trace, tensors=(stuck, *trace.tensors[1:])), machine, 8 * MIB)
     pinned = replace(trace.tensors[0], home=Home(tier=Tier.HOST, file="f", offset_bytes=0))
     with pytest.raises(SchemaError, match=r"home on tier host; the link .* begins at disk"):
         make_plan(replace(trace, tensors=(pinned, *trace.tensors[1:])), machine, 8 * MIB)

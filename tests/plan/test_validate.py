@@ -77,6 +77,10 @@ BROKEN: dict[str, tuple[Callable[[], Plan], str]] = {
     "slot too small": (lambda: change_bundle(size_bytes=MIB), "fills"),
     "slot no multiple of a page": (lambda: change_bundle(size_bytes=MIB + 8191), "no multiple"),
     "a weight lost": (lambda: change_bundle(tensors=(), offsets_bytes=()), "0 bundles"),
+    "a tensor without a home": (
+        lambda: change_bundle(tensors=(len(TRACE.tensors),)),
+        "bundles hold homes",
+    ),
     "a weight twice": (
         lambda: replace(PLAN, bundles=(*PLAN.bundles, PLAN.bundles[0])),
         "2 bundles",

@@ -60,12 +60,9 @@ def ahead(depth: int, num_steps: int, *, cyclic: bool) -> Lead:
         firsts, place = np.unique(visits.first, return_inverse=True)
         if not len(firsts):
             return visits.first - 1
-        passes, earlier = np.divmod(place - depth, len(firsts))
-        if cyclic:
-            # No sooner than a pass ahead: a visit is not begun before the one of the pass before has begun.
-            found = firsts[earlier] + np.maximum(passes, -1) * num_steps - 1
-        else:
-            found = np.where(passes < 0, 0, firsts[earlier]) - 1
+        # No sooner than a pass ahead: a visit is not begun before the one of the pass before has begun.
+        passes, earlier = np.divmod(place - (min(depth, len(firsts)) if cyclic else depth), len(firsts))
+        found = firsts[earlier] + passes * num_steps - 1 if cyclic else np.where(passes < 0, 0, firsts[earlier]) - 1
         return np.asarray(found, dtype=np.int64)
 
     return lead
