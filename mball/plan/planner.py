@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from mball.errors import PlanError
 from mball.plan.draft import Draft
 from mball.plan.partition import Partition
 from mball.plan.problem import Problem
 from mball.plan.search import MANY_USES, best_draft, fastest_s, partitions
+from mball.plan.simulate import simulate
+from mball.plan.validate import validate
 from mball.schema import Machine, Plan, Trace
 
 # A plan with other bundles than those in the arena takes over when it is faster by this factor: all that is there is
@@ -25,7 +30,8 @@ def make_plan(
     Args:
         fixed_bytes: device memory that never moves (buffers); part of the budget.
         previous: the plan whose residents are in the arena now. Its bundles are kept while no others are faster by
-            more than 2 %, and so are the places of its residents where they leave room for the others.
+            more than 2 %, and so are the places of its residents where they leave room for the others. Where it still
+            fits, no plan is returned that is predicted to be slower than it is now.
 
     Raises:
         BudgetError: the budget is below the smallest that works, which the error names.
@@ -46,7 +52,7 @@ def _best_draft(problem: Problem) -> Draft:
         for placement in previous.residents:
             size_bytes = previous.bundles[placement.bundle].size_bytes
             stayed[placement.bundle] = placement.offset_bytes + size_bytes
-        kept = best_draft([same], arena_bytes, stayed)
+        kept = _faster(best_draft([same], arena_bytes, stayed), _as_before(problem, same, previous))
         if kept is not None and kept.prediction.pass_s <= WORTH_OTHER_BUNDLES * fastest_s(same, arena_bytes):
             return kept
     best = best_draft(partitions(trace, machine, arena_bytes), arena_bytes)
@@ -61,3 +67,35 @@ def _best_draft(problem: Problem) -> Draft:
         best = kept
     assert best is not None, "the finest bundles, nothing resident and no bridging fit every budget that is allowed"
     return best
+
+
+def _as_before(problem: Problem, partition: Partition, previous: Plan) -> Draft | None:
+    """Returns the plan before as it is, timed anew; None where it does not fit any more."""
+    there = replace(
+        previous,
+        budget_bytes=problem.budget_bytes,
+        fixed_bytes=problem.fixed_bytes,
+        activation_bytes=problem.activation_bytes,
+    )
+    try:
+        validate(problem.trace, there, problem.machine)
+    except PlanError:  # or it is of another pass over the same weights
+        return None
+    # In a draft residents lie one behind the other and slots follow; where they lie is said when the plan is made.
+    sizes = [previous.bundles[placement.bundle].size_bytes for placement in previous.residents]
+    ends = [placement.offset_bytes + size for placement, size in zip(previous.residents, sizes, strict=True)]
+    apart_bytes = max(ends, default=0) - sum(sizes)
+    return Draft(
+        partition=partition,
+        steps=previous.steps,
+        residents=previous.residents,
+        transfers=tuple(replace(each, offset_bytes=each.offset_bytes - apart_bytes) for each in previous.transfers),
+        arena_bytes=previous.arena_bytes - apart_bytes,
+        prediction=simulate(problem.trace, there, problem.machine).prediction,
+    )
+
+
+def _faster(one: Draft | None, other: Draft | None) -> Draft | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return other if other.cost() < one.cost() else one

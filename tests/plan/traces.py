@@ -22,9 +22,9 @@ def make_machine(
     )
 
 
-def make_weights(sizes: list[int], *, gap_bytes: int = 0) -> tuple[Tensor, ...]:
+def make_weights(sizes: list[int], *, start_bytes: int = 1234, gap_bytes: int = 0) -> tuple[Tensor, ...]:
     """Weights one after another in one file, from an odd offset on."""
-    offset = 1234
+    offset = start_bytes
     weights = []
     for number, size in enumerate(sizes):
         weights.append(
