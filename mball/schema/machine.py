@@ -49,13 +49,18 @@ class Machine(Document):
     Attributes:
         page_bytes: granularity of the arena; every slot starts and ends on it.
         alignment_bytes: file offsets and lengths of reads are multiples of it; divides `page_bytes`.
-        link: from the tier of the homes to the arena.
+        link: to the arena, from the tier of the homes or, with `disk_link`, from host memory.
+        write_link: from the arena to where tensors are offloaded; None where they go the way of `link`, so that reads
+            and writes take turns.
+        disk_link: from disk to host memory, where homes on disk come through host memory.
     """
 
     name: str
     page_bytes: int
     alignment_bytes: int
     link: Link
+    write_link: Link | None = None
+    disk_link: Link | None = None
     version: int = MACHINE_VERSION
 
     def check(self) -> None:
@@ -66,14 +71,32 @@ class Machine(Document):
             raise SchemaError(
                 f"machine {self.name!r}: alignment {self.alignment_bytes} B must divide the page, {self.page_bytes} B"
             )
-        link = self.link
-        if link.target is not Tier.DEVICE or link.source is Tier.DEVICE:
+        self._check_link("link", self.link, Tier.DEVICE)
+        if self.link.source is Tier.DEVICE:
+            raise SchemaError(f"machine {self.name!r}: its link begins in the device; it must begin below it")
+        if self.write_link is not None:
+            self._check_link("write_link", self.write_link, self.link.source)
+            if self.write_link.source is not Tier.DEVICE:
+                raise SchemaError(
+                    f"machine {self.name!r}: its write_link begins at {self.write_link.source.value}; it must begin in "
+                    "the device"
+                )
+        if self.disk_link is not None:
+            self._check_link("disk_link", self.disk_link, Tier.HOST)
+            if self.disk_link.source is not Tier.DISK or self.link.source is not Tier.HOST:
+                raise SchemaError(
+                    f"machine {self.name!r}: its disk_link begins at {self.disk_link.source.value} and its link at "
+                    f"{self.link.source.value}; they must begin at disk and at host"
+                )
+
+    def _check_link(self, name: str, link: Link, target: Tier) -> None:
+        if link.target is not target:
             raise SchemaError(
-                f"machine {self.name!r}: its link goes from {link.source.value} to {link.target.value}; it must end in "
-                "the device and begin below it"
+                f"machine {self.name!r}: its {name} goes from {link.source.value} to {link.target.value}; it must end "
+                f"in {target.value}"
             )
         if not link.bandwidth_bytes_per_s > 0 or not link.latency_s >= 0 or link.window_bytes < 0:
             raise SchemaError(
-                f"machine {self.name!r}: bandwidth {link.bandwidth_bytes_per_s} B/s must be positive, "
+                f"machine {self.name!r}, {name}: bandwidth {link.bandwidth_bytes_per_s} B/s must be positive, "
                 f"latency {link.latency_s} s and window {link.window_bytes} B not negative"
             )

@@ -32,9 +32,9 @@ class Bundle:
     """Tensors that are used together and move together.
 
     Attributes:
-        tensors: indices of trace tensors, which have a home.
+        tensors: indices of trace tensors: those with a home, or one that is born in the pass.
         offsets_bytes: where in the slot each of those tensors begins.
-        extents: the reads that fill the slot.
+        extents: the reads that fill the slot; none for a tensor that is born in the pass.
         size_bytes: the slot's size, a multiple of the page.
     """
 
@@ -42,6 +42,11 @@ class Bundle:
     offsets_bytes: tuple[int, ...]
     extents: tuple[Extent, ...]
     size_bytes: int
+
+    @property
+    def moved_bytes(self) -> int:
+        """What one transfer moves: what is read, or the slot of a tensor that was offloaded."""
+        return sum(extent.size_bytes for extent in self.extents) if self.extents else self.size_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +84,56 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """The place in the arena of a tensor that is made there: in the step that bears it, or anew in one that reads it.
+
+    It is there from step `step` to step `last_use`, both inclusive and of one pass.
+    """
+
+    bundle: int
+    offset_bytes: int
+    step: int
+    last_use: int
+    is_anew: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offload:
+    """Writes a tensor that is born in the pass to the tier below, from which a transfer brings it back.
+
+    It may start once step `after` has been left, and step `until` is left only when it is done. The slot is held until
+    then; both steps are of one pass.
+    """
+
+    bundle: int
+    offset_bytes: int
+    after: int
+    until: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPlan:
+    """What host memory holds of bundles whose home is below it, on disk.
+
+    A transfer of the plan copies from host memory to the device. A bundle that comes from disk is brought to host
+    memory before: for good, if it is among `residents`, or in each pass by one of `transfers`, at most one for each
+    transfer to the device, which may start once the bundle is there.
+
+    Attributes:
+        budget_bytes: the cap of host memory.
+        arena_bytes: bytes of it that slots use.
+        residents: bundles that stay in host memory.
+        transfers: from disk to an offset of the host arena. `needed_by` is the first step that the transfer to the
+            device may run beside, `last_use` the last one: its slot in host memory is held until that has been left.
+    """
+
+    budget_bytes: int
+    arena_bytes: int
+    residents: tuple[Placement, ...]
+    transfers: tuple[Transfer, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """What `simulate` says of one steady pass, or of the only one.
 
@@ -101,10 +156,14 @@ class Plan(Document):
     Attributes:
         budget_bytes: the cap: `fixed_bytes + activation_bytes + arena_bytes <= budget_bytes`.
         fixed_bytes: device memory that never moves (buffers).
-        activation_bytes: the largest need of any step for what is born in the pass.
+        activation_bytes: the largest need of any step for what is born in the pass and has no bundle.
         arena_bytes: bytes of the arena that slots use.
-        bundles: a partition of the tensors with a home, used in this pass or not.
+        bundles: a partition of the tensors with a home, used in this pass or not; then those born in the pass that the
+            plan finds places for, each its own.
         transfers: in the order they are issued; sorted by (after, needed_by).
+        made: where tensors born in the pass are made.
+        offloads: in the order they are issued; sorted by (after, until).
+        host: what host memory holds, if homes are below it; None if bundles come to the device from their homes.
     """
 
     trace_name: str
@@ -117,6 +176,9 @@ class Plan(Document):
     residents: tuple[Placement, ...]
     transfers: tuple[Transfer, ...]
     prediction: Prediction
+    made: tuple[Made, ...] = ()
+    offloads: tuple[Offload, ...] = ()
+    host: HostPlan | None = None
     version: int = PLAN_VERSION
 
     def check(self) -> None:
@@ -128,6 +190,9 @@ class Plan(Document):
         used = [read for step in self.steps for read in step.reads]
         used += [placement.bundle for placement in self.residents]
         used += [transfer.bundle for transfer in self.transfers]
+        used += [each.bundle for each in (*self.made, *self.offloads)]
+        if self.host is not None:
+            used += [each.bundle for each in (*self.host.residents, *self.host.transfers)]
         for bundle in used:
             if not 0 <= bundle < len(self.bundles):
                 raise SchemaError(f"plan for {self.trace_name!r} names bundle {bundle} of {len(self.bundles)}")

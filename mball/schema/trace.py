@@ -80,8 +80,9 @@ class Tensor:
         home: None if it is born in the pass and dies in it.
         live: of a tensor without a home: the steps from the one that makes it to the last one that reads it; an input
             of the pass is born in step 0. None for a tensor with a home.
-        may: what may be done to it. One that may only stay is no part of a plan but for its bytes.
-        recompute_s: seconds of compute that make it again, if it may be recomputed.
+        may: what may be done to it. One without a home that may only stay is no part of a plan but for its bytes.
+        recompute_s: if it may be recomputed, the seconds of compute that make it again, in a step that reads it, from
+            what that step reads besides.
         dtype, shape: for people and executors.
     """
 
