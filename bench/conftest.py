@@ -19,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--prefill-rounds", type=int, default=3, help="rounds of the long prefill in the speed bench, 0 for none"
     )
+    group.addoption(
+        "--before", default="", help="another checkout of mball to run beside this one, in the bench of plans"
+    )
     group.addoption("--note", default="", help="what a reader of the results has to know about this run")
 
 

@@ -33,6 +33,7 @@ class Contender:
         num_threads: that compute.
         group: a control group to run in; the caller removes it.
         environment: variables on top of this process's own.
+        checkout: of the mball that it runs.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Contender:
         num_threads: int = NUM_THREADS,
         group: MemoryGroup | None = None,
         environment: dict[str, str] | None = None,
+        checkout: Path = CHECKOUT,
     ) -> None:
         self.name = name
         self._group = group
@@ -52,8 +54,8 @@ class Contender:
             command = ["sh", "-c", _JOIN, str(group.members), *command]
         threads = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self._process = subprocess.Popen(
-            command, cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **threads, **(environment or {})},
+            command, cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            env={**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1", **threads, **(environment or {})},
         )  # fmt: skip
 
     def __enter__(self) -> Self:

@@ -21,6 +21,7 @@ class Scale:
         percents: budgets, of the weights' bytes.
         step_bytes: of what streams compiled steps, under every budget the same: equal cuts compute equal bits.
         rounds, bursts: for each workload that is run.
+        settling: steps before anything is timed where predictions are held against measurements.
         pairs: rounds of mball against plain where the model fits; 0 takes the rounds of all contenders for it.
         peer_kinds: what peers are compared in.
         with_fio: whether fio is asked as well; it cannot time reads of a few milliseconds.
@@ -33,6 +34,7 @@ class Scale:
     step_bytes: int
     rounds: dict[Kind, int]
     bursts: dict[Kind, Burst]
+    settling: int
     pairs: dict[Kind, int]
     peer_kinds: tuple[Kind, ...]
     with_fio: bool
@@ -62,6 +64,7 @@ def full(checkpoint: Path, kin: Path, *, prefill_rounds: int = 3) -> Scale:
         step_bytes=32 * MIB,
         rounds={Kind.DECODE: 10} | ({Kind.PREFILL: prefill_rounds} if prefill_rounds else {}),
         bursts={Kind.DECODE: Burst(warm=1, timed=3), Kind.PREFILL: Burst(warm=0, timed=1)},
+        settling=8,
         pairs={Kind.DECODE: 30} | ({Kind.PREFILL: 0} if prefill_rounds else {}),
         peer_kinds=(Kind.DECODE,),
         with_fio=True,
@@ -78,6 +81,7 @@ def smoke(checkpoint: Path) -> Scale:
         step_bytes=MIB // 2,
         rounds={Kind.DECODE: 2},
         bursts={Kind.DECODE: Burst(warm=1, timed=2)},
+        settling=8,
         pairs={Kind.DECODE: 0},
         peer_kinds=(Kind.DECODE,),
         with_fio=False,
