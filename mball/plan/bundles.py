@@ -170,6 +170,19 @@ def finest_bundles(trace: Trace, machine: Machine) -> list[Bundle]:
     return bundles
 
 
+def born_bundles(trace: Trace, machine: Machine) -> list[Bundle]:
+    """Returns a bundle for each tensor that is born in the pass and may leave the device before it dies."""
+    return [
+        Bundle(
+            tensors=(index,),
+            offsets_bytes=(0,),
+            extents=(),
+            size_bytes=round_up(tensor.size_bytes, machine.page_bytes),
+        )
+        for index, tensor in trace.movable()
+    ]
+
+
 def _aligned_reads(weights: Iterable[Tensor], alignment_bytes: int) -> list[tuple[str, int, int]]:
     reads: list[tuple[str, int, int]] = []
     for weight in weights:

@@ -14,16 +14,18 @@ class Demand:
     """The reads of a trace in terms of bundles.
 
     Attributes:
-        bundles: a partition of all weights.
+        bundles: a partition of all weights, and a bundle for each tensor born in the pass that is given places.
         pooled: bundles of tiny weights, which are resident where a pass repeats and nothing writes them.
-        reads: for each trace step the bundles it reads, in order of first use.
-        uses: for each bundle the trace steps that read it, ascending.
-        moved_bytes: for each bundle the bytes that one transfer reads.
+        born: for each bundle whether it is of a tensor that is born in the pass.
+        reads: for each trace step the bundles it reads, in order of first use, and those that it bears.
+        uses: for each bundle the trace steps that read or bear it, ascending.
+        moved_bytes: for each bundle the bytes that one transfer moves.
         read_bytes_before: element i is the sum of slot sizes over all reads of steps [0, i).
     """
 
     bundles: tuple[Bundle, ...]
     pooled: frozenset[int]
+    born: tuple[bool, ...]
     reads: tuple[tuple[int, ...], ...]
     uses: tuple[tuple[int, ...], ...]
     moved_bytes: tuple[int, ...]
@@ -42,9 +44,10 @@ class Demand:
         return cls(
             bundles=tuple(bundles),
             pooled=pooled,
+            born=tuple(any(trace.tensors[index].home is None for index in bundle.tensors) for bundle in bundles),
             reads=tuple(reads),
             uses=tuple(tuple(steps) for steps in uses),
-            moved_bytes=tuple(sum(extent.size_bytes for extent in bundle.extents) for bundle in bundles),
+            moved_bytes=tuple(bundle.moved_bytes for bundle in bundles),
             read_bytes_before=tuple(before),
         )
 
@@ -58,6 +61,14 @@ class Demand:
 
 
 def bundle_reads(trace: Trace, bundles: Sequence[Bundle]) -> list[tuple[int, ...]]:
-    """Returns for each trace step the bundles it reads, in order of first use."""
+    """Returns for each trace step the bundles it reads, in order of first use, and those that it bears."""
     home = {index: number for number, bundle in enumerate(bundles) for index in bundle.tensors}
-    return [tuple(dict.fromkeys(home[index] for index in needs)) for needs in trace.needs()]
+    reads = [dict.fromkeys(home[index] for index in needs) for needs in trace.needs()]
+    born = {index: tensor for index, tensor in trace.movable() if index in home}
+    if born:
+        for number, step in enumerate(trace.steps):
+            reads[number].update((home[index], None) for index in step.reads if index in born)
+        for index, tensor in born.items():
+            assert tensor.live is not None
+            reads[tensor.live.first][home[index]] = None
+    return [tuple(step) for step in reads]

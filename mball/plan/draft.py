@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
 
@@ -13,10 +14,10 @@ from mball.plan.demand import Demand
 from mball.plan.flow import Flow
 from mball.plan.partition import Partition
 from mball.plan.placement import stack
-from mball.plan.simulate import predict, run_passes, step_times
+from mball.plan.simulate import run_plan
 from mball.plan.slots import Layout, Pool
 from mball.plan.uses import Bools, Ints, Visits
-from mball.schema import Placement, PlanStep, Prediction, Trace, Transfer
+from mball.schema import Bundle, Made, Offload, Placement, PlanStep, Prediction, Trace, Transfer
 
 _WORTHWHILE = 1e-6
 
@@ -29,6 +30,8 @@ class Draft:
     steps: tuple[PlanStep, ...]
     residents: tuple[Placement, ...]
     transfers: tuple[Transfer, ...]
+    made: tuple[Made, ...] = ()
+    offloads: tuple[Offload, ...] = ()
     arena_bytes: int
     prediction: Prediction
 
@@ -77,17 +80,17 @@ def draft_plan(
     if moves:
         best = _refined(flow, visits, pool, best, moves)
     steps, step_of = _merge(trace, demand, visits, () if earliest is None else earliest.tolist())
-    compute = step_times(trace, steps)
-    transfers = _transfers(visits, best, resident_bytes, step_of, len(steps))
-    moved = [demand.moved_bytes[transfer.bundle] for transfer in transfers]
-    timings = run_passes(compute, transfers, moved, partition.machine.link, cyclic=trace.cyclic)
+    movement = _Movement.of(demand.bundles, steps, visits, best, resident_bytes, step_of)
+    _, prediction = run_plan(trace, partition.machine, movement, demand.moved_bytes)
     return Draft(
         partition=partition,
         steps=steps,
         residents=placements,
-        transfers=transfers,
+        transfers=movement.transfers,
+        made=movement.made,
+        offloads=movement.offloads,
         arena_bytes=resident_bytes + int((best.offsets + sizes).max(initial=0)),
-        prediction=predict(compute, timings, sum(moved), partition.machine.link),
+        prediction=prediction,
     )
 
 
@@ -123,6 +126,8 @@ def _merge(
         cuts.update((visits.first % num_steps).tolist())
         cuts.update((visits.end % num_steps).tolist())
         cuts.update((start + 1) % num_steps for start in earliest if start >= -num_steps)
+        if visits.written is not None:
+            cuts.update((visits.written[visits.written >= 0] + 1).tolist())
     for number, (one, other) in enumerate(pairwise(trace.steps), start=1):
         if other.graph is None or other.graph != one.graph or other.lane is not one.lane:
             cuts.add(number)
@@ -136,29 +141,67 @@ def _merge(
     return tuple(steps), step_of
 
 
-def _transfers(visits: Visits, layout: Layout, base: int, step_of: list[int], num_steps: int) -> tuple[Transfer, ...]:
-    count = len(step_of)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Movement:
+    """What happens in a pass, as `simulate.Movement` has it."""
 
-    def step(number: int) -> int:
-        """Returns the plan step of a trace step of this pass or one beside it."""
-        passes, within = divmod(number, count)
-        return step_of[within] + passes * num_steps
+    bundles: tuple[Bundle, ...]
+    steps: tuple[PlanStep, ...]
+    transfers: tuple[Transfer, ...]
+    made: tuple[Made, ...]
+    offloads: tuple[Offload, ...]
 
-    transfers = [
-        Transfer(
-            bundle=bundle,
-            offset_bytes=base + offset,
-            after=step(after),
-            needed_by=step(first),
-            last_use=step(end - 1),
-        )
-        for bundle, first, end, offset, after in zip(
+    @classmethod
+    def of(
+        cls,
+        bundles: tuple[Bundle, ...],
+        steps: tuple[PlanStep, ...],
+        visits: Visits,
+        layout: Layout,
+        base: int,
+        step_of: list[int],
+    ) -> Self:
+        count, num_steps = len(step_of), len(steps)
+
+        def step(number: int) -> int:
+            """Returns the plan step of a trace step of this pass or one beside it."""
+            passes, within = divmod(number, count)
+            return step_of[within] + passes * num_steps
+
+        transfers: list[Transfer] = []
+        made: list[Made] = []
+        offloads: list[Offload] = []
+        nobody, nothing = [False] * len(visits), [-1] * len(visits)
+        born = nobody if visits.born is None else visits.born.tolist()
+        anew = nobody if visits.anew is None else visits.anew.tolist()
+        written = nothing if visits.written is None else visits.written.tolist()
+        for bundle, first, end, within, after, is_born, is_anew, leaves in zip(
             visits.bundle.tolist(),
             visits.first.tolist(),
             visits.end.tolist(),
             layout.offsets.tolist(),
             layout.after.tolist(),
+            born,
+            anew,
+            written,
             strict=True,
+        ):
+            offset, last = base + within, step(end - 1)
+            if leaves >= 0:
+                offloads.append(Offload(bundle=bundle, offset_bytes=offset, after=step(leaves), until=last))
+                last = step(leaves)
+            if is_born or is_anew:
+                made.append(Made(bundle=bundle, offset_bytes=offset, step=step(first), last_use=last, is_anew=is_anew))
+            else:
+                transfers.append(
+                    Transfer(
+                        bundle=bundle, offset_bytes=offset, after=step(after), needed_by=step(first), last_use=last
+                    )
+                )
+        return cls(
+            bundles=bundles,
+            steps=steps,
+            transfers=tuple(sorted(transfers, key=lambda each: (each.after, each.needed_by, each.bundle))),
+            made=tuple(made),
+            offloads=tuple(sorted(offloads, key=lambda each: (each.after, each.until, each.bundle))),
         )
-    ]
-    return tuple(sorted(transfers, key=lambda transfer: (transfer.after, transfer.needed_by, transfer.bundle)))

@@ -53,6 +53,8 @@ class Explanation:
         resident, streamed: the weights, by the order of first use.
         resident_bytes, streamed_bytes: of those.
         unread_bytes: weights that no step reads take no memory.
+        offloaded: tensors born in the pass that are written below and brought back.
+        anew: those that are dropped and made anew.
         slots: transfers of a pass.
         stalls: the steps that wait, the longest first.
         memory: of each plan step.
@@ -65,6 +67,8 @@ class Explanation:
     resident_bytes: int
     streamed_bytes: int
     unread_bytes: int
+    offloaded: tuple[str, ...]
+    anew: tuple[str, ...]
     slots: int
     stalls: tuple[Stall, ...]
     memory: tuple[MemoryUse, ...]
@@ -91,12 +95,19 @@ def explain(trace: Trace, plan: Plan, machine: Machine) -> Explanation:
         resident_bytes=sum(trace.tensors[weight].size_bytes for weight in resident),
         streamed_bytes=sum(trace.tensors[weight].size_bytes for weight in streamed),
         unread_bytes=sum(tensor.size_bytes for n, tensor in trace.homed() if n not in first_used),
+        offloaded=tuple(_name(trace, plan, offload.bundle) for offload in plan.offloads),
+        anew=tuple(dict.fromkeys(_name(trace, plan, made.bundle) for made in plan.made if made.is_anew)),
         slots=len(plan.transfers),
         stalls=tuple(_stalls(trace, plan, simulation)),
         memory=tuple(_memory(trace, plan)),
         simulation=simulation,
         gap=simulation.pass_s / roofline_s if roofline_s else 1.0,
     )
+
+
+def _name(trace: Trace, plan: Plan, bundle: int) -> str:
+    """Returns the name of a tensor that has a bundle of its own."""
+    return trace.tensors[plan.bundles[bundle].tensors[0]].name
 
 
 def _stalls(trace: Trace, plan: Plan, simulation: Simulation) -> list[Stall]:
@@ -121,7 +132,7 @@ def _stalls(trace: Trace, plan: Plan, simulation: Simulation) -> list[Stall]:
                 step=format_names([each.name for each in trace.steps[step.first : step.end]]),
                 stall_s=timing.stall_s,
                 weights=tuple(trace.tensors[weight].name for weight in weights),
-                size_bytes=sum(extent.size_bytes for t in came for extent in plan.bundles[t.bundle].extents),
+                size_bytes=sum(plan.bundles[transfer.bundle].moved_bytes for transfer in came),
                 lead_s=ready_s - freed_s,
             )
         )
@@ -130,7 +141,7 @@ def _stalls(trace: Trace, plan: Plan, simulation: Simulation) -> list[Stall]:
 
 def _memory(trace: Trace, plan: Plan) -> list[MemoryUse]:
     resident = sum(plan.bundles[placement.bundle].size_bytes for placement in plan.residents)
-    activations = trace.activation_bytes()
+    activations = trace.activation_bytes({index for bundle in plan.bundles for index in bundle.tensors})
     found = []
     for step, slots in zip(plan.steps, slot_bytes(plan), strict=True):
         found.append(

@@ -11,12 +11,14 @@ against the pool.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 
 from mball.plan.demand import Demand
+from mball.plan.leaving import Ways
 from mball.plan.uses import Floats, Ints, Visits, prefix_sums
-from mball.schema import Link
+from mball.schema import Machine
 
 MAX_PASSES = 8
 # Of many small requests in one window so many are looked at.
@@ -45,14 +47,26 @@ class Flow:
     Args:
         demand: the bundles.
         compute_s: of each trace step.
-        link: brings bundles.
+        machine: its link brings bundles.
         cyclic: whether the pass repeats.
         floor: see `Uses.floor`.
+        ways: how tensors born in the pass leave; None if there are none.
+
+    Attributes:
+        cost_s: of each bundle, what it costs on a link or in compute to leave and come again.
     """
 
     def __init__(
-        self, demand: Demand, compute_s: list[float], link: Link, *, cyclic: bool, floor: Ints | None = None
+        self,
+        demand: Demand,
+        compute_s: list[float],
+        machine: Machine,
+        *,
+        cyclic: bool,
+        floor: Ints | None = None,
+        ways: Ways | None = None,
     ) -> None:
+        link = machine.link
         self.sizes: Ints = np.array([bundle.size_bytes for bundle in demand.bundles], dtype=np.int64)
         self.link_s: Floats = np.array(demand.moved_bytes, dtype=np.float64) / link.bandwidth_bytes_per_s
         self.before_s = prefix_sums(compute_s)
@@ -60,6 +74,13 @@ class Flow:
         self.num_steps = len(compute_s)
         self.cyclic = cyclic
         self.floor = floor
+        self.cost_s = self.link_s
+        self._ways = ways
+        self._write_latency_s: float | None = None
+        if ways is not None:
+            self.cost_s = np.where(ways.is_anew, ways.anew_s, self.link_s + ways.write_s)
+            if machine.write_link is not None:
+                self._write_latency_s = machine.write_link.latency_s
         self._latency_s = link.latency_s
         self._window_s = link.window_bytes / link.bandwidth_bytes_per_s
 
@@ -102,6 +123,8 @@ class Flow:
         count, num = self.num_steps, len(visits)
         if not num:
             return Timing(self.compute_s, np.empty(0), np.empty(0, dtype=np.int64))
+        if visits.born is not None:
+            return self._time_moves(visits, after)
         is_ahead = after < 0
         within = after + np.where(is_ahead, count, 0) if self.cyclic else after
         # How many visits began up to the step that is left: their stalls delay it.
@@ -142,6 +165,73 @@ class Flow:
         period[begins] = 1
         return Timing(whole, np.diff(np.array(late)), np.cumsum(period))
 
+    def _time_moves(self, visits: Visits, after: Ints) -> Timing:
+        """Does the same where steps make some of the visits and others are written below.
+
+        A write delays the step after the one that is left when it is done; making a tensor anew delays the pass by what
+        it takes. A wait for a write counts as one for the visit that brings the tensor back. Windows are left out.
+        """
+        count, num = self.num_steps, len(visits)
+        events = _events(visits)
+        steps = np.array([step for step, _, _ in events], dtype=np.int64)
+        is_ahead = after < 0
+        left = after + np.where(is_ahead, count, 0)  # never ahead in the only pass
+        known = np.searchsorted(steps, left, side="right").tolist()
+        free_s = (self.before_s[np.clip(left + 1, 0, count)] + self._latency_s).tolist()
+        need_s = self.before_s[visits.first].tolist()
+        link_s = self.link_s[visits.bundle].tolist()
+        own_latency_s = self._write_latency_s
+        out_latency_s = self._latency_s if own_latency_s is None else own_latency_s
+        ways = self._ways
+        assert ways is not None
+        assert visits.written is not None
+        anew_s = ways.anew_s[visits.bundle].tolist()
+        write_s = (ways.write_s[visits.bundle] - out_latency_s).tolist()
+        written = visits.written
+        write_known = np.searchsorted(steps, written, side="right").tolist()
+        write_free_s = (self.before_s[written + 1] + out_latency_s).tolist()
+        write_need_s = self.before_s[np.minimum(visits.end, count)].tolist()
+        link, out, whole = self._latency_s, out_latency_s, 0.0
+        late = [0.0] * (len(events) + 1)
+        begins: list[int] = []
+        for number in range(MAX_PASSES if self.cyclic else 1):
+            before, late = late, [0.0]
+            current, begins = 0.0, []
+            for _, kind, v in events:
+                if kind is _Event.ARRIVES:
+                    k, ready = known[v], 0.0
+                    if not is_ahead[v]:
+                        ready = free_s[v] + late[k]
+                    elif number:
+                        ready = free_s[v] + before[k] - whole
+                    if ready > link:
+                        link = ready
+                        begins.append(v)
+                    link += link_s[v]
+                    current = max(current, link - need_s[v])
+                elif kind is _Event.LEAVES:
+                    ready = write_free_s[v] + late[write_known[v]]
+                    if own_latency_s is None:
+                        out = link = max(link, ready) + write_s[v]
+                    else:
+                        out = max(out, ready) + write_s[v]
+                    current = max(current, out - write_need_s[v])
+                elif kind is _Event.ANEW:
+                    current += anew_s[v]
+                late.append(current)
+            last, whole = whole, self.compute_s + current
+            link -= whole
+            out -= whole
+            if abs(last - whole) <= _SAME * whole:
+                break
+        stall_s = np.zeros(num)
+        back = _brought_back(visits)
+        for (_, kind, v), delay_s in zip(events, np.diff(np.array(late)).tolist(), strict=True):
+            stall_s[back.get(v, v) if kind is _Event.LEAVES else v] += delay_s
+        period = np.zeros(num, dtype=np.int64)
+        period[begins] = 1
+        return Timing(whole, stall_s, np.cumsum(period))
+
     def _shared(
         self,
         visit: int,
@@ -162,3 +252,47 @@ class Flow:
                 break
             landed = min(landed + link_s[other], limit)
         return landed
+
+
+class _Event(IntEnum):
+    """What may delay a step, in the order in which it does: first waits, then work."""
+
+    ARRIVES = 0
+    LEAVES = 1
+    BORN = 2
+    ANEW = 3
+
+
+def _events(visits: Visits) -> list[tuple[int, _Event, int]]:
+    """Returns step, kind and visit of what may delay a pass, by step."""
+    assert visits.born is not None
+    assert visits.anew is not None
+    assert visits.written is not None
+    events = []
+    for v, (first, end, is_born, is_anew, written) in enumerate(
+        zip(
+            visits.first.tolist(),
+            visits.end.tolist(),
+            visits.born.tolist(),
+            visits.anew.tolist(),
+            visits.written.tolist(),
+            strict=True,
+        )
+    ):
+        events.append((first, _Event.BORN if is_born else _Event.ANEW if is_anew else _Event.ARRIVES, v))
+        if written >= 0:
+            events.append((end, _Event.LEAVES, v))
+    return sorted(events)
+
+
+def _brought_back(visits: Visits) -> dict[int, int]:
+    """Returns for each visit that is written below the next one of its bundle."""
+    assert visits.written is not None
+    back: dict[int, int] = {}
+    waiting: dict[int, int] = {}
+    for v, (bundle, written) in enumerate(zip(visits.bundle.tolist(), visits.written.tolist(), strict=True)):
+        if bundle in waiting:
+            back[waiting.pop(bundle)] = v
+        if written >= 0:
+            waiting[bundle] = v
+    return back

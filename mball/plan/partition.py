@@ -9,6 +9,7 @@ from functools import cached_property
 from mball.plan.bundles import TINY_WEIGHT_BYTES, even_bytes, lay_out_bundle
 from mball.plan.demand import Demand
 from mball.plan.flow import Flow
+from mball.plan.leaving import AT_ONCE, Leaving, Ways, ways_out
 from mball.plan.simulate import trace_times
 from mball.plan.uses import Uses
 from mball.schema import Bundle, Machine, Trace
@@ -22,25 +23,40 @@ class Partition:
         trace: the pass.
         machine: runs it.
         demand: of the trace under the bundles.
+        leaving: what becomes of tensors that are born in the pass, and how much time they have for it.
     """
 
     trace: Trace
     machine: Machine
     demand: Demand
+    leaving: Leaving
 
     @classmethod
     def of(
-        cls, trace: Trace, machine: Machine, bundles: Sequence[Bundle], pooled: frozenset[int] = frozenset()
+        cls,
+        trace: Trace,
+        machine: Machine,
+        bundles: Sequence[Bundle],
+        pooled: frozenset[int] = frozenset(),
+        leaving: Leaving = AT_ONCE,
     ) -> Partition:
         """Returns the partition into these bundles, of which `pooled` must stay."""
-        return cls(trace, machine, Demand.of(trace, bundles, pooled))
+        return cls(trace, machine, Demand.of(trace, bundles, pooled), leaving)
 
     @classmethod
-    def like(cls, trace: Trace, machine: Machine, bundles: Sequence[Bundle]) -> Partition | None:
-        """Returns the partition into bundles that were made for another plan, None if they are not of these weights."""
-        if sorted(index for bundle in bundles for index in bundle.tensors) != [index for index, _ in trace.homed()]:
+    def like(
+        cls, trace: Trace, machine: Machine, bundles: Sequence[Bundle], born: Sequence[Bundle] = ()
+    ) -> Partition | None:
+        """Returns the partition into bundles that were made for another plan.
+
+        None if they are not of these weights, or do not end with `born`, those of tensors born in the pass.
+        """
+        weights = bundles[: len(bundles) - len(born)]
+        if tuple(bundles[len(weights) :]) != tuple(born):
             return None
-        for bundle in bundles:
+        if sorted(index for bundle in weights for index in bundle.tensors) != [index for index, _ in trace.homed()]:
+            return None
+        for bundle in weights:
             here = lay_out_bundle(bundle.tensors, trace, machine)
             if (bundle.tensors, bundle.offsets_bytes, bundle.extents) != (
                 here.tensors,
@@ -52,21 +68,32 @@ class Partition:
         read = {index for needs in trace.needs() for index in needs}
         pooled = frozenset(
             number
-            for number, bundle in enumerate(bundles)
+            for number, bundle in enumerate(weights)
             if len(bundle.tensors) > 1 and tiny.issuperset(bundle.tensors) and not read.isdisjoint(bundle.tensors)
         )
-        return cls.of(trace, machine, bundles, pooled)
+        return cls.of(trace, machine, bundles, pooled, Leaving())
 
     @cached_property
     def uses(self) -> Uses:
         """When each bundle is used."""
-        return Uses(self.trace, self.demand)
+        return Uses(self.trace, self.demand, self.ways)
+
+    @cached_property
+    def ways(self) -> Ways | None:
+        """How tensors that are born in the pass leave and come again, None if there are none."""
+        return ways_out(self.trace, self.machine, self.demand, self.leaving) if any(self.demand.born) else None
 
     @cached_property
     def flow(self) -> Flow:
         """Times passes."""
-        times = trace_times(self.trace)
-        return Flow(self.demand, times, self.machine.link, cyclic=self.trace.cyclic, floor=self.uses.floor)
+        return Flow(
+            self.demand,
+            trace_times(self.trace),
+            self.machine,
+            cyclic=self.trace.cyclic,
+            floor=self.uses.floor,
+            ways=self.ways,
+        )
 
     @property
     def read_bytes(self) -> int:

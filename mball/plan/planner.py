@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mball.errors import PlanError
+from mball.errors import BudgetError, PlanError
 from mball.plan.draft import Draft
 from mball.plan.partition import Partition
 from mball.plan.problem import Problem
@@ -38,15 +38,28 @@ def make_plan(
         ConfigError: `fixed_bytes` is negative.
         SchemaError: trace or machine contradict themselves.
     """
-    problem = Problem.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
-    return problem.plan(_best_draft(problem))
+    problems: list[Problem] = []
+    errors: list[BudgetError] = []
+    for moves_born in (True, False) if any(trace.movable()) else (False,):
+        try:
+            problems.append(
+                Problem.of(
+                    trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous, moves_born=moves_born
+                )
+            )
+        except BudgetError as error:
+            errors.append(error)
+    if not problems:
+        raise min(errors, key=lambda error: error.smallest_bytes)
+    problem, draft = min(((each, _best_draft(each)) for each in problems), key=lambda found: found[1].cost())
+    return problem.plan(draft)
 
 
 def _best_draft(problem: Problem) -> Draft:
     trace, machine, finest = problem.trace, problem.machine, problem.finest
     arena_bytes, previous = problem.arena_bytes, problem.previous
     kept = None
-    same = None if previous is None else Partition.like(trace, machine, previous.bundles)
+    same = None if previous is None else Partition.like(trace, machine, previous.bundles, problem.born)
     if previous is not None and same is not None:
         stayed = np.full(len(previous.bundles), np.iinfo(np.int64).max)
         for placement in previous.residents:
@@ -55,7 +68,7 @@ def _best_draft(problem: Problem) -> Draft:
         kept = _faster(best_draft([same], arena_bytes, stayed), _as_before(problem, same, previous))
         if kept is not None and kept.prediction.pass_s <= WORTH_OTHER_BUNDLES * fastest_s(same, arena_bytes):
             return kept
-    best = best_draft(partitions(trace, machine, arena_bytes), arena_bytes)
+    best = best_draft(partitions(trace, machine, arena_bytes, problem.born), arena_bytes)
     is_close = best is not None and (
         len(finest.uses) > MANY_USES or best.prediction.pass_s <= WORTH_ODD_SIZES * fastest_s(finest, arena_bytes)
     )
@@ -90,6 +103,8 @@ def _as_before(problem: Problem, partition: Partition, previous: Plan) -> Draft 
         steps=previous.steps,
         residents=previous.residents,
         transfers=tuple(replace(each, offset_bytes=each.offset_bytes - apart_bytes) for each in previous.transfers),
+        made=tuple(replace(each, offset_bytes=each.offset_bytes - apart_bytes) for each in previous.made),
+        offloads=tuple(replace(each, offset_bytes=each.offset_bytes - apart_bytes) for each in previous.offloads),
         arena_bytes=previous.arena_bytes - apart_bytes,
         prediction=simulate(problem.trace, there, problem.machine).prediction,
     )

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from mball.errors import BudgetError
-from mball.plan.bundles import finest_bundles
+from mball.plan.bundles import born_bundles, finest_bundles
 from mball.plan.draft import Draft
 from mball.plan.partition import Partition
 from mball.plan.placement import keep_in_place
 from mball.plan.smallest import check_problem, smallest_for
-from mball.schema import Machine, Plan, Trace
+from mball.schema import Bundle, Machine, Plan, Trace
 from mball.units import format_bytes, round_down
 
 
@@ -26,6 +26,7 @@ class Problem:
         fixed_bytes: of it, device memory that never moves.
         activation_bytes: of it, what the pass needs for what is born in it.
         arena_bytes: what is left for slots, in whole pages.
+        born: the bundles of tensors born in the pass that leave where that helps.
         previous: the plan whose residents are in the arena now.
     """
 
@@ -34,13 +35,21 @@ class Problem:
     fixed_bytes: int
     activation_bytes: int
     arena_bytes: int
+    born: tuple[Bundle, ...]
     previous: Plan | None
 
     @classmethod
     def of(
-        cls, trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int, previous: Plan | None = None
+        cls,
+        trace: Trace,
+        machine: Machine,
+        budget_bytes: int,
+        *,
+        fixed_bytes: int,
+        previous: Plan | None = None,
+        moves_born: bool = False,
     ) -> Self:
-        """Returns the problem.
+        """Returns the problem. Tensors born in the pass leave the device with `moves_born` if they may; else they stay.
 
         Raises:
             BudgetError: the budget is below the smallest that works, which the error names.
@@ -48,7 +57,8 @@ class Problem:
             SchemaError: trace or machine contradict themselves.
         """
         check_problem(trace, machine, fixed_bytes)
-        finest = Partition.of(trace, machine, finest_bundles(trace, machine))
+        born = born_bundles(trace, machine) if moves_born else []
+        finest = Partition.of(trace, machine, [*finest_bundles(trace, machine), *born])
         smallest = smallest_for(trace, finest.demand, fixed_bytes)
         if budget_bytes < smallest.size_bytes:
             raise BudgetError(
@@ -65,6 +75,7 @@ class Problem:
             fixed_bytes=fixed_bytes,
             activation_bytes=smallest.activation_bytes,
             arena_bytes=round_down(budget_bytes - fixed_bytes - smallest.activation_bytes, machine.page_bytes),
+            born=tuple(born),
             previous=previous,
         )
 
@@ -80,11 +91,14 @@ class Problem:
 
     def plan(self, draft: Draft) -> Plan:
         """Returns the plan; what is resident stays where `previous` had it, where places allow."""
-        residents, transfers, moved_bytes = draft.residents, draft.transfers, 0
+        residents, transfers, made, offloads = draft.residents, draft.transfers, draft.made, draft.offloads
+        moved_bytes = 0
         if self.previous is not None:
             spare_bytes = self.arena_bytes - draft.arena_bytes
             residents, moved_bytes = keep_in_place(draft.partition.demand, residents, self.previous, spare_bytes)
             transfers = tuple(replace(each, offset_bytes=each.offset_bytes + moved_bytes) for each in transfers)
+            made = tuple(replace(each, offset_bytes=each.offset_bytes + moved_bytes) for each in made)
+            offloads = tuple(replace(each, offset_bytes=each.offset_bytes + moved_bytes) for each in offloads)
         return Plan(
             trace_name=self.trace.name,
             budget_bytes=self.budget_bytes,
@@ -96,4 +110,6 @@ class Problem:
             residents=residents,
             transfers=transfers,
             prediction=draft.prediction,
+            made=made,
+            offloads=offloads,
         )

@@ -62,7 +62,7 @@ class Residency:
         self._sizes: Ints = flow.sizes[uses.bundle]
         spans = uses.reaches - uses.step - 1
         self._span: Ints = np.maximum(spans, 0)
-        moved_s = flow.link_s[uses.bundle]
+        moved_s = flow.cost_s[uses.bundle]
         with np.errstate(divide="ignore", invalid="ignore"):
             value = moved_s / (self._sizes * np.maximum(self._span, 1))
         self._value = np.where(self._sizes > 0, value, 0.0)
@@ -214,7 +214,8 @@ class Residency:
         for number in np.flatnonzero(self._step_bytes > pool_bytes).tolist():
             streamed = [bundle for bundle in demand.reads[number] if not stays[bundle]]
             need = demand.slot_bytes(streamed)
-            for bundle in sorted(streamed, key=lambda b: (-demand.bundles[b].size_bytes, b)):
+            lasting = [bundle for bundle in streamed if not demand.born[bundle]]  # what dies cannot stay
+            for bundle in sorted(lasting, key=lambda b: (-demand.bundles[b].size_bytes, b)):
                 if need <= pool_bytes:
                     break
                 stays[bundle] = True
@@ -235,9 +236,9 @@ class Residency:
         stalling = np.flatnonzero(timing.stall_s > 0)
         last[period[stalling]] = stalling
         hot = (waits[period] > 0) & (np.arange(len(visits)) <= last[period])
-        link_s = self._flow.link_s[visits.bundle]
+        cost_s = self._flow.cost_s[visits.bundle]
         sizes = self._flow.sizes[visits.bundle]
-        served = np.bincount(period, weights=np.where(hot, link_s, 0.0), minlength=len(waits))
+        served = np.bincount(period, weights=np.where(hot, cost_s, 0.0), minlength=len(waits))
         held = np.bincount(period, weights=np.where(hot, sizes, 0), minlength=len(waits))
         part = np.divide(waits, served, out=np.zeros_like(waits), where=served > 0)
         return visits.gap[hot], float((np.minimum(part, 1.0) * held).sum())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from mball.plan.bundles import group_weights
 from mball.plan.draft import Draft, draft_plan
+from mball.plan.leaving import WAYS
 from mball.plan.partition import Partition
 from mball.plan.residency import Choice, Residency
 from mball.plan.uses import Ints
@@ -41,14 +42,15 @@ MOST_DRAFTS = 12
 TRY_S = 6e-5
 
 
-def partitions(trace: Trace, machine: Machine, arena_bytes: int) -> Iterator[Partition]:
-    """Yields partitions of the weights, the one first that is mostly good enough."""
+def partitions(trace: Trace, machine: Machine, arena_bytes: int, born: Sequence[Bundle] = ()) -> Iterator[Partition]:
+    """Yields partitions of the weights, the one first that is mostly good enough; `born` are in bundles already."""
     found: list[tuple[Bundle, ...]] = []
     for share in TARGETS_PER_ARENA:
         bundles, pooled = group_weights(trace, machine, min(LARGEST_TARGET_BYTES, arena_bytes // share))
         if tuple(bundles) not in found:
             found.append(tuple(bundles))
-            yield Partition.of(trace, machine, bundles, pooled)
+            for leaving in WAYS if born else WAYS[:1]:
+                yield Partition.of(trace, machine, [*bundles, *born], pooled, leaving)
 
 
 def best_draft(candidates: Iterable[Partition], arena_bytes: int, stayed: Ints | None = None) -> Draft | None:
@@ -72,8 +74,7 @@ def best_draft(candidates: Iterable[Partition], arena_bytes: int, stayed: Ints |
 def fastest_s(partition: Partition, arena_bytes: int) -> float:
     """Returns a time that no plan for this arena can beat: that of the steps, and of the bytes that cannot stay."""
     demand = partition.demand
-    read = demand.read_bundles()
-    comes = sum(demand.moved_bytes[bundle] for bundle in read)
+    comes = sum(demand.moved_bytes[bundle] for bundle in demand.read_bundles() if not demand.born[bundle])
     if partition.trace.cyclic:
         comes = max(comes - arena_bytes, 0)
     return max(partition.flow.compute_s, comes / partition.machine.link.bandwidth_bytes_per_s)

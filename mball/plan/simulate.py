@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
-from mball.schema import Link, Machine, Plan, PlanStep, Prediction, Trace, Transfer
+from mball.schema import Bundle, Link, Machine, Made, Offload, Plan, PlanStep, Prediction, Trace, Transfer
 
 # What a step that was never measured is taken to cost: one read of its weights at this speed.
 UNMEASURED_BYTES_PER_S = 20e9
@@ -16,7 +17,10 @@ _SAME = 1e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTiming:
-    """When a plan step ran, in seconds from the start of its pass, and how long it had waited for bundles."""
+    """When a plan step ran, in seconds from the start of its pass, and how long it had waited.
+
+    For bundles before it began, and for writes before it was left.
+    """
 
     start_s: float
     end_s: float
@@ -41,6 +45,7 @@ class Simulation:
     Attributes:
         steps: the timing of each plan step.
         transfers: the timing of each transfer, in the order of the plan.
+        offloads: the timing of each offload, likewise.
         pass_s: seconds from the end of one pass to the end of the next.
         peak_arena_bytes: the most bytes in slots at one time.
         prediction: the same in the plan's terms.
@@ -48,6 +53,7 @@ class Simulation:
 
     steps: tuple[StepTiming, ...]
     transfers: tuple[TransferTiming, ...]
+    offloads: tuple[TransferTiming, ...]
     pass_s: float
     peak_arena_bytes: int
     prediction: Prediction
@@ -60,16 +66,14 @@ def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
     ``latency`` after it was issued; those within the link's window share it. The first pass starts cold; passes
     repeat until two are alike.
     """
-    compute = step_times(trace, plan.steps)
-    moved = [sum(extent.size_bytes for extent in bundle.extents) for bundle in plan.bundles]
-    sizes = [moved[transfer.bundle] for transfer in plan.transfers]
+    moved = [bundle.moved_bytes for bundle in plan.bundles]
     served: list[tuple[float, float]] = []
-    timings = run_passes(compute, plan.transfers, sizes, machine.link, served, cyclic=trace.cyclic)
-    streamed = sum(moved[transfer.bundle] for transfer in plan.transfers)
-    prediction = predict(compute, timings, streamed, machine.link)
+    timings, prediction = run_plan(trace, machine, plan, moved, served)
+    transfers = tuple(TransferTiming(start_s=start_s, end_s=end_s) for start_s, end_s in served)
     return Simulation(
         steps=tuple(timings),
-        transfers=tuple(TransferTiming(start_s=start_s, end_s=end_s) for start_s, end_s in served),
+        transfers=transfers[: len(plan.transfers)],
+        offloads=transfers[len(plan.transfers) :],
         pass_s=prediction.pass_s,
         peak_arena_bytes=_peak(plan),
         prediction=prediction,
@@ -93,17 +97,73 @@ def step_times(trace: Trace, steps: Sequence[PlanStep]) -> list[float]:
     return [sum(costs[step.first : step.end]) for step in steps]
 
 
-def predict(compute_s: Sequence[float], timings: Sequence[StepTiming], streamed_bytes: int, link: Link) -> Prediction:
-    """Returns the prediction for a steady pass with these timings."""
-    total = sum(compute_s)
-    stall = sum(timing.stall_s for timing in timings)
-    return Prediction(
-        pass_s=total + stall,
-        compute_s=total,
+class Movement(Protocol):
+    """What happens in a pass, of a plan or of a draft of one."""
+
+    @property
+    def bundles(self) -> tuple[Bundle, ...]: ...
+    @property
+    def steps(self) -> tuple[PlanStep, ...]: ...
+    @property
+    def transfers(self) -> tuple[Transfer, ...]: ...
+    @property
+    def made(self) -> tuple[Made, ...]: ...
+    @property
+    def offloads(self) -> tuple[Offload, ...]: ...
+
+
+def run_plan(
+    trace: Trace,
+    machine: Machine,
+    plan: Movement,
+    moved_bytes: Sequence[int],
+    served: list[tuple[float, float]] | None = None,
+) -> tuple[list[StepTiming], Prediction]:
+    """Returns the timings of the steady pass and the prediction for it.
+
+    Args:
+        moved_bytes: of each bundle, what one transfer moves.
+        served: see `run_passes`.
+    """
+    compute_s = step_times(trace, plan.steps)
+    for made in plan.made:
+        if made.is_anew:
+            compute_s[made.step] += trace.tensors[plan.bundles[made.bundle].tensors[0]].recompute_s or 0.0
+    read = [moved_bytes[transfer.bundle] for transfer in plan.transfers]
+    written = [moved_bytes[offload.bundle] for offload in plan.offloads]
+    writes = Writes(plan.offloads, written, machine.write_link)
+    timings = run_passes(compute_s, plan.transfers, read, machine.link, served, cyclic=trace.cyclic, writes=writes)
+    compute, stall = sum(compute_s), sum(timing.stall_s for timing in timings)
+    link_s, write_s = sum(read) / machine.link.bandwidth_bytes_per_s, 0.0
+    if machine.write_link is None:
+        link_s += sum(written) / machine.link.bandwidth_bytes_per_s
+    else:
+        write_s = sum(written) / machine.write_link.bandwidth_bytes_per_s
+    return timings, Prediction(
+        pass_s=compute + stall,
+        compute_s=compute,
         stall_s=stall,
-        streamed_bytes=streamed_bytes,
-        roofline_s=max(total, streamed_bytes / link.bandwidth_bytes_per_s),
+        streamed_bytes=sum(read),
+        roofline_s=max(compute, link_s, write_s),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Writes:
+    """What leaves the device in a pass.
+
+    Attributes:
+        offloads: in the order of the plan.
+        written_bytes: of each.
+        link: where they go; None if they take turns with transfers.
+    """
+
+    offloads: Sequence[Offload] = ()
+    written_bytes: Sequence[int] = ()
+    link: Link | None = None
+
+
+_NOTHING = Writes()
 
 
 def run_passes(
@@ -114,6 +174,7 @@ def run_passes(
     served: list[tuple[float, float]] | None = None,
     *,
     cyclic: bool = True,
+    writes: Writes = _NOTHING,
 ) -> list[StepTiming]:
     """Returns the timings of the steady pass.
 
@@ -121,8 +182,10 @@ def run_passes(
         compute_s: seconds of each plan step.
         transfers: in the order of the plan.
         moved_bytes: the bytes that each transfer reads.
-        served: if given, start and end of each transfer are added, from the start of the pass that asked for it.
+        served: if given, start and end of each transfer, then of each write, are added, from the start of the pass that
+            asked for it.
         cyclic: whether the pass repeats; the only pass has the first timing.
+        writes: what leaves the device.
     """
     num_steps = len(compute_s)
     seconds = [size / link.bandwidth_bytes_per_s for size in moved_bytes]
@@ -137,8 +200,16 @@ def run_passes(
         else:
             ahead[transfer.after + num_steps].append(number)
             early.append(number)
-    landed = [0.0] * len(transfers)
+    out = writes.link or link
+    seconds += [size / out.bandwidth_bytes_per_s for size in writes.written_bytes]
+    leaving: list[list[int]] = [[] for _ in range(num_steps)]
+    awaited: list[list[int]] = [[] for _ in range(num_steps)]
+    for number, offload in enumerate(writes.offloads, start=len(transfers)):
+        leaving[offload.after].append(number)
+        awaited[offload.until].append(number)
+    landed = [0.0] * len(seconds)
     queue = _Queue(landed, seconds, link)
+    write_queue = queue if writes.link is None else _Queue(landed, seconds, writes.link)
     now = 0.0
     for number in early:
         queue.add(number, now)
@@ -154,14 +225,20 @@ def run_passes(
                 if landed[number] > start:
                     start = landed[number]
             end = start + compute_s[step]
-            times.append((start - pass_start, end - pass_start, start - now))
+            stall = start - now
             now = end
+            for number in leaving[step]:
+                write_queue.add(number, now)
+            for number in awaited[step]:
+                now = max(now, landed[number])
+            times.append((start - pass_start, end - pass_start, stall + now - end))
             for number in issued[step]:
                 queue.add(number, now)
             for number in ahead[step] if cyclic else ():
                 queue.add(number, now)
         # A transfer ahead was used in this pass before its slot was free for the next.
-        before, state = state, [now - pass_start, max(queue.free_s - now, 0.0), *(landed[n] - now for n in early)]
+        busy = max(queue.free_s - now, 0.0), max(write_queue.free_s - now, 0.0)
+        before, state = state, [now - pass_start, *busy, *(landed[n] - now for n in early)]
         scale = max(now - pass_start, 1e-12) * _SAME
         if len(before) == len(state) and all(abs(a - b) <= scale for a, b in zip(before, state, strict=True)):
             break
@@ -198,15 +275,25 @@ class _Queue:
 
 
 def slot_bytes(plan: Plan) -> list[int]:
-    """Returns for each plan step the bytes of slots that transfers hold."""
+    """Returns for each plan step the bytes of slots that are held by what does not stay."""
     num_steps = len(plan.steps)
     deltas = [0] * (num_steps + 1)
-    for transfer in plan.transfers:
-        size = plan.bundles[transfer.bundle].size_bytes
-        for first, end in occupied_steps(transfer, num_steps):
-            deltas[first] += size
-            deltas[end] -= size
+    for bundle, _, first, end in slots_held(plan):
+        deltas[first] += plan.bundles[bundle].size_bytes
+        deltas[end] -= plan.bundles[bundle].size_bytes
     return list(accumulate(deltas[:num_steps]))
+
+
+def slots_held(plan: Plan) -> Iterator[tuple[int, int, int, int]]:
+    """Yields bundle, offset and the half-open range of steps of each slot that is held by what does not stay."""
+    num_steps = len(plan.steps)
+    for transfer in plan.transfers:
+        for first, end in occupied_steps(transfer, num_steps):
+            yield transfer.bundle, transfer.offset_bytes, first, end
+    leaves = {(offload.bundle, offload.after): offload.until for offload in plan.offloads}
+    for made in plan.made:
+        last = max(made.last_use, leaves.get((made.bundle, made.last_use), -1))
+        yield made.bundle, made.offset_bytes, made.step, last + 1
 
 
 def _peak(plan: Plan) -> int:

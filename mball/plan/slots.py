@@ -76,6 +76,9 @@ class Pool:
         )
         self._sizes: list[int] = sizes_bytes[self._order].tolist()
         self._floor = None if earliest is None else (earliest - self._turned)[self._order].tolist()
+        made = None if visits.born is None or visits.anew is None else visits.born | visits.anew
+        # Who a step makes: it takes its place when that step begins, and delays nobody on the link.
+        self._made: list[bool] | None = None if made is None else made[self._order].tolist()
         self._pool_bytes = pool_bytes
         self._num_steps = num_steps
         self._cyclic = cyclic
@@ -232,8 +235,15 @@ class Pool:
             starts = [max(s, end - 1 - self._num_steps) for s, (_, end) in zip(starts, self._spans, strict=True)]
         if self._floor:
             starts = [max(start, floor) for start, floor in zip(starts, self._floor, strict=True)]
-        latest = max(starts, default=0) - self._num_steps if self._cyclic else -1
-        return list(accumulate(starts, max, initial=latest))[1:]
+        if self._made is None:
+            latest = max(starts, default=0) - self._num_steps if self._cyclic else -1
+            return list(accumulate(starts, max, initial=latest))[1:]
+        comes = [start for start, is_made in zip(starts, self._made, strict=True) if not is_made]
+        latest = max(comes, default=0) - self._num_steps if self._cyclic else -1
+        for number, is_made in enumerate(self._made):
+            if not is_made:
+                starts[number] = latest = max(latest, starts[number])
+        return starts
 
     @property
     def _nobody(self) -> int:

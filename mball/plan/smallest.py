@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mball.errors import ConfigError, SchemaError
-from mball.plan.bundles import finest_bundles
+from mball.plan.bundles import born_bundles, finest_bundles
 from mball.plan.demand import Demand
 from mball.schema import Lane, Machine, Trace, Treatment
 from mball.units import format_bytes
@@ -66,15 +66,23 @@ def smallest_budget(trace: Trace, machine: Machine, *, fixed_bytes: int = 0) -> 
     """Returns the smallest budget under which `trace` can be planned.
 
     There nothing is resident and each step waits for its own weights: the slots of the hungriest step, the
-    largest activations of the pass and `fixed_bytes` must fit together.
+    largest activations of the pass and `fixed_bytes` must fit together. What is born in the pass and may leave is in
+    slots, or with the other activations, whatever takes less.
     """
-    demand = Demand.of(trace, finest_bundles(trace, machine))
-    return smallest_for(trace, demand, fixed_bytes)
+    born = born_bundles(trace, machine)
+    return min(
+        (
+            smallest_for(trace, Demand.of(trace, [*finest_bundles(trace, machine), *leaves]), fixed_bytes)
+            for leaves in ([born, []] if born else [[]])
+        ),
+        key=lambda smallest: smallest.size_bytes,
+    )
 
 
 def smallest_for(trace: Trace, demand: Demand, fixed_bytes: int) -> SmallestBudget:
     """Returns the smallest budget for the finest partition of the weights, given as its demand."""
-    activation = max(trace.activation_bytes(), default=0)
+    apart = {index for bundle in demand.bundles for index in bundle.tensors}
+    activation = max(trace.activation_bytes(apart), default=0)
     needs = [demand.slot_bytes(reads) for reads in demand.reads]
     slots = max(needs, default=0)
     limited_by = "no step reads a weight"

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mball.plan.demand import Demand
+from mball.plan.leaving import Ways
 from mball.schema import Trace
 
 Ints = NDArray[np.int64]
@@ -29,12 +30,19 @@ class Visits:
         first: the step of its first use, within the pass.
         end: the step after its last use; past the end of the pass where it stays over it.
         gap: the gap that the visit ends: were it kept, the visit would be no visit of its own.
+        born: whether a step bears it; None if the link brings all.
+        anew: whether a step makes it anew; None likewise.
+        written: the step of its last use, if it is written below after that: `end` is then the step after the one that
+            is left only when that is done. -1 for others; None likewise.
     """
 
     bundle: Ints
     first: Ints
     end: Ints
     gap: Ints
+    born: Bools | None = None
+    anew: Bools | None = None
+    written: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.bundle)
@@ -48,12 +56,12 @@ class Uses:
         step: of each use.
         reaches: the step of the bundle's next use, counted on into the next pass.
         may_stay: whether the bundle can be kept over the gap: not where something writes it, nor past the end of a pass
-            that is the only one.
+            that is the only one, nor where it is dead.
         floor: of each gap the step that must have been left before the visit that ends it may begin, counted from the
             pass of that visit: the bytes are not written before. None if nothing is written.
     """
 
-    def __init__(self, trace: Trace, demand: Demand) -> None:
+    def __init__(self, trace: Trace, demand: Demand, ways: Ways | None = None) -> None:
         counts = np.array([len(steps) for steps in demand.uses], dtype=np.int64)
         self.num_steps = len(trace.steps)
         self._is_used: Bools = counts > 0
@@ -67,7 +75,7 @@ class Uses:
         following[is_last] = self._begin[is_last]
         self._following: Ints = following
         self.reaches: Ints = self.step[following] + np.where(is_last, self.num_steps, 0)
-        self._each_once = bool((counts <= 1).all())
+        self._each_once = bool((counts <= 1).all()) and ways is None
         self._by_step: Ints = np.lexsort((self.bundle, self.step))
         self.may_stay: Bools = np.ones(len(self.step), dtype=bool)
         if not trace.cyclic:
@@ -78,6 +86,16 @@ class Uses:
                 self.floor = np.full(len(self), -2 * self.num_steps, dtype=np.int64)
             self.may_stay[gap] = False
             self.floor[gap] = max(int(self.floor[gap]), step)
+        self._ways = ways
+        if ways is not None:
+            # From its last use to its birth in the next pass there is nothing to keep.
+            self._is_dead: Bools = is_last & ways.is_born[self.bundle]
+            self.may_stay[self._is_dead] = False
+            self._until: Ints = np.where(self._is_dead, self.step, ways.until(self.bundle, self.step, self.reaches))
+            lives = ways.is_born[self.bundle] & ~self._is_dead
+            if self.floor is None:
+                self.floor = np.full(len(self), -2 * self.num_steps, dtype=np.int64)
+            self.floor[lives] = self._until[lives]
 
     def __len__(self) -> int:
         return len(self.step)
@@ -126,7 +144,14 @@ class Uses:
         first = self.step[starts]
         end = self.step[ends] + 1 + np.where(wraps, self.num_steps, 0)
         order = np.lexsort((self.bundle[starts], first))
-        return Visits(self.bundle[starts][order], first[order], end[order], dropped[order])
+        bundle = self.bundle[starts]
+        if self._ways is None:
+            return Visits(bundle[order], first[order], end[order], dropped[order])
+        born, is_anew = self._is_dead[dropped], self._ways.is_anew[bundle]
+        written = np.where(born & ~is_anew & ~self._is_dead[ends], self.step[ends], -1)
+        end = np.where(written >= 0, self._until[ends] + 1, end)
+        anew = is_anew & ~born
+        return Visits(bundle[order], first[order], end[order], dropped[order], born[order], anew[order], written[order])
 
 
 def _written_gaps(trace: Trace, demand: Demand, uses: Uses) -> list[tuple[int, int]]:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import replace
 from itertools import pairwise
 from typing import NoReturn
 
 from mball.errors import PlanError
-from mball.plan.bundles import home_of
 from mball.plan.demand import bundle_reads
-from mball.plan.simulate import occupied_steps
-from mball.schema import Bundle, Machine, Plan, Trace, Transfer
+from mball.plan.simulate import slots_held
+from mball.schema import Bundle, Machine, Made, Offload, Plan, Tensor, Trace, Treatment
 from mball.units import format_bytes
 
 
 def validate(trace: Trace, plan: Plan, machine: Machine | None = None) -> None:
     """Returns when every read of `plan` finds its bytes and nothing exceeds the budget.
 
-    Checked: bundles partition the weights and their layout is right; steps cover the trace in order; every
-    read is resident or covered by a transfer; no slot is overwritten while in use, also across the end of the
-    pass; where there is only one pass, nothing comes from another; all bytes are within the arena and the budget. With
-    `machine`, pages and alignment too.
+    Checked: bundles partition the weights and their layout is right; steps cover the trace in order; every read is
+    resident or covered by a transfer, or by the step that makes it; what is born in the pass comes from where it was
+    written; no slot is overwritten while in use, also across the end of the pass; where there is only one pass, nothing
+    comes from another; all bytes are within the arena and the budget. With `machine`, pages and alignment too.
 
     Raises:
         PlanError: an invariant is broken; the message says which, where, and by how much.
@@ -35,6 +33,7 @@ def validate(trace: Trace, plan: Plan, machine: Machine | None = None) -> None:
     if not trace.cyclic:
         _check_only_pass(plan)
     _check_reads(plan)
+    _check_born(trace, plan)
     _check_writes(trace, plan)
     _check_bounds(trace, plan, machine)
     _check_overlap(plan)
@@ -46,16 +45,26 @@ def _fail(message: str) -> NoReturn:
 
 def _check_partition(trace: Trace, plan: Plan) -> None:
     seen = [0] * len(trace.tensors)
+    movable = {index for index, _ in trace.movable()}
     for number, bundle in enumerate(plan.bundles):
         for index in bundle.tensors:
-            if not 0 <= index < len(seen) or trace.tensors[index].home is None:
+            if not 0 <= index < len(seen) or (trace.tensors[index].home is None and index not in movable):
                 _fail(
-                    f"bundle {number} holds tensor {index}; the trace has {len(seen)} tensors, and bundles hold homes"
+                    f"bundle {number} holds tensor {index}; the trace has {len(seen)} tensors, and bundles hold those "
+                    "that have a home or may leave"
                 )
             seen[index] += 1
+        if not movable.isdisjoint(bundle.tensors) and (len(bundle.tensors) > 1 or bundle.extents):
+            _fail(
+                f"bundle {number} holds {len(bundle.tensors)} tensors and reads {len(bundle.extents)} extents; one "
+                "that is born in the pass is alone and read from nowhere"
+            )
     for index, _ in trace.homed():
         if (count := seen[index]) != 1:
             _fail(f"weight {trace.tensors[index].name!r} is in {count} bundles instead of one")
+    for index in movable:
+        if seen[index] > 1:
+            _fail(f"tensor {trace.tensors[index].name!r} is in {seen[index]} bundles instead of one")
 
 
 def _check_layout(trace: Trace, number: int, bundle: Bundle, machine: Machine | None) -> None:
@@ -71,9 +80,17 @@ def _check_layout(trace: Trace, number: int, bundle: Bundle, machine: Machine | 
     if filled > bundle.size_bytes or bundle.size_bytes < 0:
         _fail(f"bundle {number} fills {filled} B of a slot of {bundle.size_bytes} B")
     for index, offset in zip(bundle.tensors, bundle.offsets_bytes, strict=True):
-        weight, home = trace.tensors[index], home_of(trace.tensors[index])
+        weight = trace.tensors[index]
         if weight.size_bytes == 0 and offset == 0:
             continue
+        if weight.home is None:
+            if offset < 0 or offset + weight.size_bytes > bundle.size_bytes:
+                _fail(
+                    f"bundle {number} has {bundle.size_bytes} B for tensor {weight.name!r}, of {weight.size_bytes} B "
+                    f"at {offset} B"
+                )
+            continue
+        home = weight.home
         for extent in bundle.extents:
             within = home.offset_bytes - extent.offset_bytes
             if (
@@ -158,27 +175,90 @@ def _check_reads(plan: Plan) -> None:
     if len(set(kept)) != len(kept):
         _fail("a bundle is resident twice")
     resident = set(kept)
-    windows: dict[int, list[Transfer]] = {}
+    windows: dict[int, list[tuple[int, int]]] = {}
     for transfer in plan.transfers:
         if transfer.bundle in resident:
             _fail(f"bundle {transfer.bundle} is resident and transferred")
-        windows.setdefault(transfer.bundle, []).append(transfer)
-    for bundle, transfers in windows.items():
-        transfers.sort(key=lambda transfer: transfer.needed_by)
-        again = replace(transfers[0], needed_by=transfers[0].needed_by + len(plan.steps))
-        for one, other in pairwise((*transfers, again)):
-            if other.needed_by <= one.last_use:
-                _fail(f"step {other.needed_by % len(plan.steps)} finds bundle {bundle} in two slots")
+        windows.setdefault(transfer.bundle, []).append((transfer.needed_by, transfer.last_use))
+    for made in plan.made:
+        if not 0 <= made.step <= made.last_use < len(plan.steps):
+            _fail(
+                f"bundle {made.bundle} is made in step {made.step} and last used in {made.last_use}, in a pass of "
+                f"{len(plan.steps)} steps"
+            )
+        windows.setdefault(made.bundle, []).append((made.step, made.last_use))
+    for bundle, stays in windows.items():
+        stays.sort()
+        for (_, last_use), (needed_by, _) in pairwise((*stays, (stays[0][0] + len(plan.steps), 0))):
+            if needed_by <= last_use:
+                _fail(f"step {needed_by % len(plan.steps)} finds bundle {bundle} in two slots")
     for number, step in enumerate(plan.steps):
         for bundle in step.reads:
             if bundle in resident:
                 continue
-            transfers = windows.get(bundle, [])
-            at = bisect_left(transfers, number + 1, key=lambda transfer: transfer.needed_by) - 1
+            stays = windows.get(bundle, [])
+            at = bisect_left(stays, (number + 1,)) - 1
             # Before the first of this pass there is the last one of the pass before.
             at_step = number if at >= 0 else number + len(plan.steps)
-            if not transfers or transfers[at].last_use < at_step:
-                _fail(f"step {number} reads bundle {bundle}, which is neither resident nor transferred for it")
+            if not stays or stays[at][1] < at_step:
+                _fail(f"step {number} reads bundle {bundle}, which is neither resident nor transferred nor made for it")
+
+
+def _check_born(trace: Trace, plan: Plan) -> None:
+    """Checks that what is born in the pass is there after its birth only, and comes only from where it was written."""
+    for placement in plan.residents:
+        if any(trace.tensors[index].home is None for index in plan.bundles[placement.bundle].tensors):
+            _fail(f"bundle {placement.bundle} is resident, and its tensor dies in the pass")
+    step_of = [number for number, step in enumerate(plan.steps) for _ in range(step.first, step.end)]
+    births: dict[int, Made] = {}
+    for made in plan.made:
+        tensor = _born(trace, plan, made.bundle)
+        birth = step_of[tensor.live.first] if tensor.live is not None else -1
+        if made.is_anew:
+            if Treatment.RECOMPUTE not in tensor.may or made.step <= birth:
+                _fail(f"step {made.step} makes tensor {tensor.name!r} anew, which is born in step {birth}")
+            if made.bundle not in plan.steps[made.step].reads:
+                _fail(f"step {made.step} makes tensor {tensor.name!r} anew and does not read it")
+        elif made.step != birth or made.bundle in births:
+            _fail(f"step {made.step} bears tensor {tensor.name!r}, which is born once, in step {birth}")
+        else:
+            births[made.bundle] = made
+    written: dict[int, Offload] = {}
+    for offload in plan.offloads:
+        tensor = _born(trace, plan, offload.bundle)
+        born = births.get(offload.bundle)
+        if Treatment.OFFLOAD not in tensor.may or offload.bundle in written or born is None:
+            _fail(f"tensor {tensor.name!r} is written below more often than it may be, or before it is born")
+        if (offload.after, offload.offset_bytes) != (born.last_use, born.offset_bytes):
+            _fail(
+                f"tensor {tensor.name!r} is written after step {offload.after} from {offload.offset_bytes} B; it is at "
+                f"{born.offset_bytes} B to step {born.last_use}"
+            )
+        if not offload.after <= offload.until < len(plan.steps):
+            _fail(
+                f"the write of tensor {tensor.name!r} after step {offload.after} is waited for in step "
+                f"{offload.until}, in a pass of {len(plan.steps)} steps"
+            )
+        written[offload.bundle] = offload
+    for transfer in plan.transfers:
+        if any(trace.tensors[index].home is None for index in plan.bundles[transfer.bundle].tensors):
+            there = written.get(transfer.bundle)
+            if there is None or transfer.after < there.until or transfer.last_use >= len(plan.steps):
+                _fail(
+                    f"the transfer of bundle {transfer.bundle} may begin after step {transfer.after}; nothing is "
+                    "written below for it by then"
+                )
+    order = [(offload.after, offload.until) for offload in plan.offloads]
+    if order != sorted(order):
+        _fail("offloads are not sorted by (after, until)")
+
+
+def _born(trace: Trace, plan: Plan, bundle: int) -> Tensor:
+    """Returns the tensor of a bundle that is born in the pass."""
+    tensors = [trace.tensors[index] for index in plan.bundles[bundle].tensors]
+    if len(tensors) != 1 or tensors[0].home is not None:
+        _fail(f"bundle {bundle} has a home; steps neither make it nor write it below")
+    return tensors[0]
 
 
 def _check_writes(trace: Trace, plan: Plan) -> None:
@@ -216,7 +296,7 @@ def _check_writes(trace: Trace, plan: Plan) -> None:
 
 
 def _check_bounds(trace: Trace, plan: Plan, machine: Machine | None) -> None:
-    activation = max(trace.activation_bytes(), default=0)
+    activation = max(trace.activation_bytes({index for bundle in plan.bundles for index in bundle.tensors}), default=0)
     if plan.activation_bytes < activation:
         _fail(f"activations need {activation} B; the plan leaves {plan.activation_bytes} B")
     if min(plan.fixed_bytes, plan.arena_bytes) < 0:
@@ -227,9 +307,10 @@ def _check_bounds(trace: Trace, plan: Plan, machine: Machine | None) -> None:
             f"fixed {format_bytes(plan.fixed_bytes)}, activations {format_bytes(plan.activation_bytes)} and arena "
             f"{format_bytes(plan.arena_bytes)} exceed the budget by {used - plan.budget_bytes} B"
         )
-    for bundle, offset in [(p.bundle, p.offset_bytes) for p in plan.residents] + [
-        (t.bundle, t.offset_bytes) for t in plan.transfers
-    ]:
+    places = [(placement.bundle, placement.offset_bytes) for placement in plan.residents]
+    places += [(transfer.bundle, transfer.offset_bytes) for transfer in plan.transfers]
+    places += [(made.bundle, made.offset_bytes) for made in plan.made]
+    for bundle, offset in places:
         if offset < 0 or offset + plan.bundles[bundle].size_bytes > plan.arena_bytes:
             _fail(f"bundle {bundle} at {offset} B ends outside the arena of {plan.arena_bytes} B")
         if machine is not None and offset % machine.page_bytes:
@@ -242,10 +323,7 @@ def _check_overlap(plan: Plan) -> None:
     taken: list[list[tuple[int, int, int]]] = [[] for _ in range(num_steps)]
     given: list[list[tuple[int, int, int]]] = [[] for _ in range(num_steps + 1)]
     ranges = [(p.bundle, p.offset_bytes, 0, num_steps) for p in plan.residents]
-    for transfer in plan.transfers:
-        ranges += [
-            (transfer.bundle, transfer.offset_bytes, first, end) for first, end in occupied_steps(transfer, num_steps)
-        ]
+    ranges += slots_held(plan)
     for bundle, offset, first, end in ranges:
         size = plan.bundles[bundle].size_bytes
         if size and first < end:

@@ -190,9 +190,10 @@ class Plan(Document):
         used = [read for step in self.steps for read in step.reads]
         used += [placement.bundle for placement in self.residents]
         used += [transfer.bundle for transfer in self.transfers]
-        used += [each.bundle for each in (*self.made, *self.offloads)]
+        used += [made.bundle for made in self.made] + [offload.bundle for offload in self.offloads]
         if self.host is not None:
-            used += [each.bundle for each in (*self.host.residents, *self.host.transfers)]
+            used += [placement.bundle for placement in self.host.residents]
+            used += [transfer.bundle for transfer in self.host.transfers]
         for bundle in used:
             if not 0 <= bundle < len(self.bundles):
                 raise SchemaError(f"plan for {self.trace_name!r} names bundle {bundle} of {len(self.bundles)}")

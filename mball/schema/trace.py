@@ -7,7 +7,7 @@ is not installed. Steps are numbered 0, 1, …; every range is half-open.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import accumulate
@@ -204,6 +204,15 @@ class Trace(Document):
         """Yields index and tensor of those that have a home."""
         return ((index, tensor) for index, tensor in enumerate(self.tensors) if tensor.home is not None)
 
+    def movable(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields index and tensor of those born in the pass that may be offloaded or recomputed."""
+        leaves = {Treatment.OFFLOAD, Treatment.RECOMPUTE}
+        return (
+            (index, tensor)
+            for index, tensor in enumerate(self.tensors)
+            if tensor.live is not None and not leaves.isdisjoint(tensor.may)
+        )
+
     def needs(self) -> list[tuple[int, ...]]:
         """Returns for each step the tensors with a home that it reads, whole or in rows, in order of first use."""
         homed = [tensor.home is not None for tensor in self.tensors]
@@ -212,11 +221,14 @@ class Trace(Document):
             for step in self.steps
         ]
 
-    def activation_bytes(self) -> list[int]:
-        """Returns for each step the bytes of what is born in the pass if it all stays, plus the step's own scratch."""
+    def activation_bytes(self, apart: Collection[int] = ()) -> list[int]:
+        """Returns for each step the bytes of what is born in the pass if it all stays, plus the step's own scratch.
+
+        The tensors `apart`, by index, are left out: they have places of their own.
+        """
         deltas = [0] * (len(self.steps) + 1)
-        for tensor in self.tensors:
-            if tensor.live is not None:
+        for index, tensor in enumerate(self.tensors):
+            if tensor.live is not None and index not in apart:
                 deltas[tensor.live.first] += tensor.size_bytes
                 deltas[tensor.live.end] -= tensor.size_bytes
         return [live + step.scratch_bytes for live, step in zip(accumulate(deltas), self.steps, strict=False)]

@@ -1,7 +1,8 @@
 """A plan followed byte by byte: slow, and without any of `validate`'s reasoning.
 
-Every page of the arena remembers which bytes of which file were read into it. A transfer overwrites its pages as soon
-as it may start, and they can be read from the step on that waits for it; whatever has left may be overwritten. Three
+Every page of the arena remembers which bytes of which file were read into it, or which pass made it. A transfer
+overwrites its pages as soon as it may start, and they can be read from the step on that waits for it; whatever has left
+may be overwritten. A write reads its pages to the last step that it may take. Three
 passes are followed: what two of them do to each other is seen in the second, and again in the third.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mball.schema import Machine, Plan, Trace, Transfer
+from mball.schema import Machine, Plan, Tensor, Trace, Transfer, Treatment
 
 PASSES = 3
 # A page that is being filled, or that nothing was read into.
@@ -54,7 +55,8 @@ class _Arena:
         self._trace, self._plan, self._machine = trace, plan, machine
         self._page = machine.page_bytes
         self._count = len(plan.steps)
-        need = max(trace.activation_bytes(), default=0)
+        apart = {index for bundle in plan.bundles for index in bundle.tensors}
+        need = max(trace.activation_bytes(apart), default=0)
         _require(plan.activation_bytes >= need, "too little room for activations")
         _require(min(plan.fixed_bytes, plan.arena_bytes) >= 0, "negative bytes")
         _require(
@@ -64,6 +66,10 @@ class _Arena:
         # Who may read which pages: until it has left, nobody else may touch them.
         self._held: dict[int, str] = {}
         self._pages_of: dict[str, range] = {}
+        # Who is there to be read: bundle, offset, first and last step, and the step in which its pages become free.
+        self._present: dict[str, tuple[int, int, int, int, int]] = {}
+        # Bundles of tensors born in the pass, by pass, that have been written below.
+        self._below: set[tuple[int, int]] = set()
 
     def run(self) -> None:
         """Follows the passes."""
@@ -76,18 +82,55 @@ class _Arena:
         _require(order == sorted(order), "transfers are not in the order in which they are issued")
         for transfer in self._plan.transfers:
             self._check(transfer)
-        present: dict[tuple[int, int], tuple[int, int]] = {}
         for step in range(-2 * self._count, (PASSES if self._trace.cyclic else 1) * self._count):
             for number, start in list(self._starting(step)):
-                transfer = self._plan.transfers[number]
-                self._write(transfer.bundle, transfer.offset_bytes, f"transfer {number} of pass {start}")
-                present[start, number] = (
-                    start * self._count + transfer.needed_by,
-                    start * self._count + transfer.last_use,
-                )
+                transfer, name = self._plan.transfers[number], f"transfer {number} of pass {start}"
+                self._write(transfer.bundle, transfer.offset_bytes, name)
+                if self._tensor(transfer.bundle).home is None:
+                    _require(start < 0 or (transfer.bundle, start) in self._below, f"{name} brings what nobody wrote")
+                    self._make(transfer.bundle, transfer.offset_bytes, start)
+                first, last = start * self._count + transfer.needed_by, start * self._count + transfer.last_use
+                self._present[name] = (transfer.bundle, transfer.offset_bytes, first, last, last)
             if step >= 0:
-                self._read(step, present)
-            self._leave(step, present)
+                self._bear(*divmod(step, self._count))
+                self._read(step)
+            self._leave(step)
+
+    def _tensor(self, bundle: int) -> Tensor:
+        """The first tensor of a bundle; all of them have a home, or it is the only one and has none."""
+        _require(0 <= bundle < len(self._plan.bundles), "a bundle that is not there")
+        tensors = self._plan.bundles[bundle].tensors
+        _require(bool(tensors) and all(0 <= index < len(self._trace.tensors) for index in tensors), "an odd bundle")
+        return self._trace.tensors[tensors[0]]
+
+    def _bear(self, start: int, number: int) -> None:
+        """What the step makes takes its place."""
+        for made in self._plan.made:
+            tensor = self._tensor(made.bundle)
+            _require(0 <= made.step <= made.last_use < self._count, "made and used in no order")
+            if made.step != number:
+                continue
+            _require(tensor.live is not None and len(self._plan.bundles[made.bundle].tensors) == 1, "cannot be made")
+            assert tensor.live is not None
+            step = self._plan.steps[number]
+            if made.is_anew:
+                _require(Treatment.RECOMPUTE in tensor.may, f"{tensor.name} cannot be made anew")
+                _require(step.first > tensor.live.first and made.bundle in step.reads, "made anew for nobody")
+            else:
+                _require(step.first <= tensor.live.first < step.end, f"{tensor.name} is not born here")
+            name = f"bundle {made.bundle} made in step {number} of pass {start}"
+            self._write(made.bundle, made.offset_bytes, name)
+            self._make(made.bundle, made.offset_bytes, start)
+            untils = [o.until for o in self._plan.offloads if (o.bundle, o.after) == (made.bundle, made.last_use)]
+            last = start * self._count + made.last_use
+            until = start * self._count + max([made.last_use, *untils])
+            self._present[name] = (made.bundle, made.offset_bytes, start * self._count + number, last, until)
+
+    def _make(self, number: int, offset: int, start: int) -> None:
+        bundle = self._plan.bundles[number]
+        _require(not bundle.extents, "what is born in a pass is read from nowhere")
+        for at in range(0, bundle.size_bytes, self._page):
+            self._pages[(offset + at) // self._page] = (f"made in pass {start} for {number}", at, self._page)
 
     def _residents(self) -> None:
         for placement in self._plan.residents:
@@ -135,7 +178,7 @@ class _Arena:
                 right = min(self._page, extent.size_bytes - at)
                 self._pages[page] = (extent.file, extent.offset_bytes + at, right)
 
-    def _read(self, step: int, present: dict[tuple[int, int], tuple[int, int]]) -> None:
+    def _read(self, step: int) -> None:
         """What the step's weights lie in has been waited for, and holds their bytes."""
         number = step % self._count
         plan_step = self._plan.steps[number]
@@ -146,37 +189,51 @@ class _Arena:
             for index in self._trace.needs()[trace_step]:
                 _require(index in homes, "a weight is in no bundle")
                 wanted.add(homes[index])
+            for index, tensor in self._trace.movable():
+                used = index in self._trace.steps[trace_step].reads
+                if index in homes and tensor.live is not None and (used or tensor.live.first == trace_step):
+                    wanted.add(homes[index])
         _require(wanted == set(plan_step.reads), "a step reads other bundles than its weights are in")
         for bundle in plan_step.reads:
             offsets = [place.offset_bytes for place in self._plan.residents if place.bundle == bundle]
-            for (_, transfer), (first, last) in present.items():
-                if first <= step <= last and self._plan.transfers[transfer].bundle == bundle:
-                    offsets.append(self._plan.transfers[transfer].offset_bytes)
+            for other, offset, first, last, _ in self._present.values():
+                if first <= step <= last and other == bundle:
+                    offsets.append(offset)
             _require(len(offsets) == 1, f"step {number} finds bundle {bundle} in {len(offsets)} places")
-            self._check_bytes(bundle, offsets[0])
+            self._check_bytes(bundle, offsets[0], step // self._count)
 
-    def _check_bytes(self, number: int, offset: int) -> None:
+    def _check_bytes(self, number: int, offset: int, start: int) -> None:
         bundle = self._plan.bundles[number]
         _require(len(bundle.tensors) == len(bundle.offsets_bytes), "a weight without an offset")
         for index, within in zip(bundle.tensors, bundle.offsets_bytes, strict=True):
             _require(0 <= index < len(self._trace.tensors), "a weight that is not there")
             tensor = self._trace.tensors[index]
-            if tensor.home is None:
-                raise BrokenPlanError(f"{tensor.name} has no home")
-            at, end, source = within, within + tensor.size_bytes, tensor.home.offset_bytes
+            at, end = within, within + tensor.size_bytes
+            file, source = f"made in pass {start} for {number}", at
+            if tensor.home is not None:
+                file, source = tensor.home.file, tensor.home.offset_bytes
             _require(at >= 0 and (end <= bundle.size_bytes), "a weight is outside its slot")
             while at < end:
                 page, inside = divmod(offset + at, self._page)
                 length = min(self._page - inside, end - at)
                 found = self._pages[page]
-                is_right = found is not None and (found[0], found[1] + inside) == (tensor.home.file, source)
+                is_right = found is not None and (found[0], found[1] + inside) == (file, source)
                 _require(is_right and found is not None and inside + length <= found[2], f"{tensor.name} is not there")
                 at, source = at + length, source + length
 
-    def _leave(self, step: int, present: dict[tuple[int, int], tuple[int, int]]) -> None:
-        for key, (_, last) in list(present.items()):
-            if last == step:
-                start, number = key
-                for page in self._pages_of.pop(f"transfer {number} of pass {start}"):
+    def _leave(self, step: int) -> None:
+        start, number = divmod(step, self._count)
+        for offload in self._plan.offloads:
+            _require(0 <= offload.after <= offload.until < self._count, "written in no order")
+            if step >= 0 and offload.after == number:
+                _require(Treatment.OFFLOAD in self._tensor(offload.bundle).may, "cannot be written below")
+                self._check_bytes(offload.bundle, offload.offset_bytes, start)
+                _require((offload.bundle, start) not in self._below, "written twice")
+            if step >= 0 and offload.until == number:
+                self._check_bytes(offload.bundle, offload.offset_bytes, start)
+                self._below.add((offload.bundle, start))
+        for name, (_, _, _, _, until) in list(self._present.items()):
+            if until == step:
+                for page in self._pages_of.pop(name):
                     del self._held[page]
-                del present[key]
+                del self._present[name]

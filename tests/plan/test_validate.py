@@ -79,7 +79,7 @@ BROKEN: dict[str, tuple[Callable[[], Plan], str]] = {
     "a weight lost": (lambda: change_bundle(tensors=(), offsets_bytes=()), "0 bundles"),
     "a tensor without a home": (
         lambda: change_bundle(tensors=(len(TRACE.tensors),)),
-        "bundles hold homes",
+        "bundles hold those that have a home or may leave",
     ),
     "a weight twice": (
         lambda: replace(PLAN, bundles=(*PLAN.bundles, PLAN.bundles[0])),

@@ -6,19 +6,30 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from mball.schema import Gather, Link, LiveRange, Machine, Step, Tensor, Trace
+from mball.schema import Gather, Link, LiveRange, Machine, Step, Tensor, Tier, Trace, Treatment
 
 PAGE_BYTES = 4096
+LEAVES = (Treatment.OFFLOAD, Treatment.RECOMPUTE)
 
 
 def make_machine(
-    *, page_bytes: int = PAGE_BYTES, bandwidth: float = 1e9, latency_s: float = 1e-5, window_bytes: int = 0
+    *,
+    page_bytes: int = PAGE_BYTES,
+    bandwidth: float = 1e9,
+    latency_s: float = 1e-5,
+    window_bytes: int = 0,
+    write_bandwidth: float | None = None,
 ) -> Machine:
+    """`write_bandwidth` is of a link of its own for what leaves the device; None: it shares the other one."""
+    out = None
+    if write_bandwidth is not None:
+        out = Link(bandwidth_bytes_per_s=write_bandwidth, latency_s=latency_s, source=Tier.DEVICE, target=Tier.DISK)
     return Machine(
         name="test",
         page_bytes=page_bytes,
         alignment_bytes=512,
         link=Link(bandwidth_bytes_per_s=bandwidth, latency_s=latency_s, window_bytes=window_bytes),
+        write_link=out,
     )
 
 
@@ -55,12 +66,59 @@ def make_tied(num_layers: int, size_bytes: int, embedding_bytes: int) -> Trace:
     return Trace(name="tied", tensors=make_weights(sizes), steps=(*steps, make_step("head", 0)))
 
 
+def make_training(
+    num_layers: int,
+    weight_bytes: int,
+    activation_bytes: int,
+    *,
+    time_s: float = 1e-3,
+    may: tuple[Treatment, ...] = (Treatment.STAY, Treatment.OFFLOAD),
+    recompute_s: float | None = None,
+) -> Trace:
+    """A step a layer forward and another, twice as long, backward; what a layer bears is read when it is next."""
+    born = [
+        replace(
+            Tensor.activation(
+                f"a{layer}", size_bytes=activation_bytes, live=LiveRange(first=layer, end=2 * num_layers - layer)
+            ),
+            may=may,
+            recompute_s=recompute_s,
+        )
+        for layer in range(num_layers)
+    ]
+    steps = [make_step(f"forward{layer}", layer, time_s=time_s) for layer in range(num_layers)]
+    steps += [
+        make_step(f"backward{layer}", layer, num_layers + layer, time_s=2 * time_s)
+        for layer in reversed(range(num_layers))
+    ]
+    tensors = (*make_weights([weight_bytes] * num_layers), *born)
+    return Trace(name="training", tensors=tensors, steps=tuple(steps))
+
+
 machines = st.builds(
     make_machine,
     page_bytes=st.sampled_from([512, 4096, 65536]),
     bandwidth=st.sampled_from([1e7, 1e9]),
     latency_s=st.sampled_from([0.0, 1e-4]),
+    write_bandwidth=st.sampled_from([None, None, 1e8]),
 )
+
+
+@st.composite
+def movable(draw: st.DrawFn, name: str, index: int, steps: list[Step]) -> tuple[Tensor, list[Step]]:
+    """A tensor that is born in the pass and may leave the device, and the steps, some of which read it."""
+    first = draw(st.integers(0, len(steps) - 1))
+    live = LiveRange(first=first, end=draw(st.integers(first + 1, len(steps))))
+    leaves = draw(st.sampled_from([(Treatment.OFFLOAD,), (Treatment.RECOMPUTE,), tuple(LEAVES)]))
+    tensor = replace(
+        Tensor.activation(name, size_bytes=draw(st.one_of(st.just(0), st.integers(1, 300_000))), live=live),
+        may=(Treatment.STAY, *leaves),
+        recompute_s=draw(st.sampled_from([0.0, 1e-5, 2e-3])) if Treatment.RECOMPUTE in leaves else None,
+    )
+    readers = draw(st.sets(st.integers(live.first, live.end - 1)))
+    return tensor, [
+        replace(step, reads=(*step.reads, index)) if number in readers else step for number, step in enumerate(steps)
+    ]
 
 
 @st.composite
@@ -114,4 +172,7 @@ def traces(draw: st.DrawFn, *, max_steps: int = 14) -> Trace:
             first = draw(st.integers(0, num_steps - 1))
             live = LiveRange(first=first, end=draw(st.integers(first + 1, num_steps)))
             activations.append(Tensor.activation(f"a{number}", size_bytes=draw(st.integers(0, 99_999)), live=live))
+        for number in range(draw(st.sampled_from([0, 0, 1, 3]))):
+            tensor, steps = draw(movable(f"m{number}", len(sizes) + len(activations), steps))
+            activations.append(tensor)
     return Trace(name="any", tensors=(*weights, *activations), steps=tuple(steps), cyclic=cyclic)
