@@ -154,10 +154,30 @@ def _lines(
         f"{_named(explanation.resident)}",
         f"  streams  {format_bytes(explanation.streamed_bytes)} in {len(explanation.streamed)} weights"
         f"{_named(explanation.streamed)}, by {explanation.slots} transfers a pass",
+        *_leaving(trace, plan, explanation),
         f"     pass  {_ms(prediction.pass_s)} predicted: compute {_ms(prediction.compute_s)}, stall "
         f"{_ms(prediction.stall_s)}; at best {_ms(prediction.roofline_s)}, set by {bound} "
         f"({explanation.gap:.2f} times that)",
     ]
+
+
+def _leaving(trace: Trace, plan: Plan, explanation: Explanation) -> list[str]:
+    """Says what is born in the pass and leaves the device before it is read."""
+    lines = []
+    if explanation.offloaded:
+        size_bytes = sum(plan.bundles[offload.bundle].moved_bytes for offload in plan.offloads)
+        lines.append(
+            f" offloads  {format_bytes(size_bytes)} in {len(explanation.offloaded)} tensors"
+            f"{_named(explanation.offloaded)}"
+        )
+    if explanation.anew:
+        seconds = sum(
+            trace.tensors[plan.bundles[made.bundle].tensors[0]].recompute_s or 0.0 for made in plan.made if made.is_anew
+        )
+        lines.append(
+            f"     anew  {len(explanation.anew)} tensors{_named(explanation.anew)}, in {_ms(seconds)} of compute"
+        )
+    return lines
 
 
 def _named(names: Sequence[str]) -> str:

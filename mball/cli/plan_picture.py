@@ -21,6 +21,9 @@ def picture_of(trace: Trace, plan: Plan, explanation: Explanation, curve: Sequen
         if timing.stall_s > 0:
             began_s = timing.start_s - timing.stall_s
             spans.append(Span(lane=Lane.STALLS, name=name, start_s=began_s, end_s=timing.start_s, step=number))
+        if timing.write_s > 0:
+            left_s = timing.end_s + timing.write_s
+            spans.append(Span(lane=Lane.STALLS, name=name, start_s=timing.end_s, end_s=left_s, step=number))
     for transfer, served in zip(plan.transfers, simulation.transfers, strict=True):
         bundle = plan.bundles[transfer.bundle]
         spans.append(
@@ -29,8 +32,19 @@ def picture_of(trace: Trace, plan: Plan, explanation: Explanation, curve: Sequen
                 name=format_names([trace.tensors[weight].name for weight in bundle.tensors]),
                 start_s=served.start_s,
                 end_s=served.end_s,
-                size_bytes=sum(extent.size_bytes for extent in bundle.extents),
+                size_bytes=bundle.moved_bytes,
                 asked_s=0.0,
+            )
+        )
+    for offload, served in zip(plan.offloads, simulation.offloads, strict=True):
+        bundle = plan.bundles[offload.bundle]
+        spans.append(
+            Span(
+                lane=Lane.WRITES,
+                name=trace.tensors[bundle.tensors[0]].name,
+                start_s=served.start_s,
+                end_s=served.end_s,
+                size_bytes=bundle.moved_bytes,
             )
         )
     edges = [timing.start_s - timing.stall_s for timing in simulation.steps]

@@ -21,6 +21,7 @@ _COLORS = {
     Lane.COMPUTE: ("#3b6ea5", "#6d9bcb"),
     Lane.STALLS: ("#c8373a", "#e2696b"),
     Lane.READS: ("#3f8f4f", "#7bbd87"),
+    Lane.WRITES: ("#8a5fa8", "#b795cc"),
 }
 _MEMORY_COLORS = ("#8a8a8a", "#3b6ea5", "#7bbd87", "#d9a441")
 _BAND = 0.8  # of each lane's height of 1
@@ -129,7 +130,8 @@ def _tidy(axes: Axes) -> None:
 
 def _draw_lanes(axes: Axes, timeline: Timeline) -> None:
     pass_ms = timeline.pass_s * 1e3
-    for place, lane in enumerate(Lane):
+    lanes = timeline.lanes
+    for place, lane in enumerate(lanes):
         rows = timeline.rows(lane)
         height = _BAND / len(rows)
         for number, row in enumerate(rows):
@@ -143,11 +145,11 @@ def _draw_lanes(axes: Axes, timeline: Timeline) -> None:
     left = max(min(first_ms, -_MARGIN * pass_ms), -3 * _MARGIN * pass_ms)
     right = min(max(last_ms, (1 + _MARGIN) * pass_ms), (1 + 3 * _MARGIN) * pass_ms)
     axes.set_xlim(left, max(right, left + 1e-6))
-    axes.set_ylim(len(Lane) - 0.45, -0.55)
+    axes.set_ylim(len(lanes) - 0.45, -0.55)
     for edge_ms, outside_ms in ((0.0, left), (pass_ms, right)):
         axes.axvspan(min(edge_ms, outside_ms), max(edge_ms, outside_ms), color="#ececec", linewidth=0, zorder=0)
         axes.axvline(edge_ms, color="#444444", linewidth=0.8)
-    axes.set_yticks(range(len(Lane)), [_label(timeline, lane) for lane in Lane])
+    axes.set_yticks(range(len(lanes)), [_label(timeline, lane) for lane in lanes])
     axes.tick_params(axis="y", length=0)
     _tidy(axes)
     axes.spines["left"].set_visible(False)
@@ -162,7 +164,7 @@ def _draw_lanes(axes: Axes, timeline: Timeline) -> None:
 
 def _label(timeline: Timeline, lane: Lane) -> str:
     spans = timeline.of(lane)
-    if lane is Lane.READS:
+    if lane in (Lane.READS, Lane.WRITES):
         return f"{lane.value}\n{len(spans)} bundles, {format_bytes(sum(span.size_bytes or 0 for span in spans))}"
     noun = "steps" if lane is Lane.COMPUTE else "waits"
     return f"{lane.value}\n{len(spans)} {noun}, {sum(span.duration_s for span in spans) * 1e3:.1f} ms"

@@ -26,6 +26,7 @@ class Lane(Enum):
     COMPUTE = "compute"
     STALLS = "stalls"
     READS = "reads"
+    WRITES = "writes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class Span:
 
     Attributes:
         name: the step, or the weights that were read or waited for.
-        size_bytes: of a read.
+        size_bytes: of a read or a write.
         step: the plan step that computed or waited.
         asked_s: when a read was asked for; it may have waited for its turn until `start_s`.
     """
@@ -74,14 +75,20 @@ class Timeline:
         return tuple(sorted((s for s in self.spans if s.lane is lane), key=lambda span: (span.start_s, span.end_s)))
 
     @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """All lanes, but that of writes only where something was written."""
+        return tuple(lane for lane in Lane if lane is not Lane.WRITES or self.of(lane))
+
+    @property
     def stall_s(self) -> float:
-        """Seconds that steps waited for reads."""
+        """Seconds that steps waited for reads, and for writes."""
         return sum(span.duration_s for span in self.spans if span.lane is Lane.STALLS)
 
     @property
     def bytes_read(self) -> int:
         """Bytes that were asked for during the pass."""
-        return sum(span.size_bytes or 0 for span in self.spans if span.asked_s is not None and span.asked_s >= 0)
+        asked = (span for span in self.of(Lane.READS) if span.asked_s is not None and span.asked_s >= 0)
+        return sum(span.size_bytes or 0 for span in asked)
 
     def rows(self, lane: Lane) -> list[list[Span]]:
         """Returns the spans of `lane` in as few rows as hold them side by side; one row, maybe empty, at least."""
@@ -102,7 +109,7 @@ class Timeline:
             ts = _microseconds(time_s - origin_s)
             events.append({"ph": "i", "s": "p", "name": name, "ts": ts, "pid": _PROCESS, "tid": 1})
         thread = 0
-        for lane in Lane:
+        for lane in self.lanes:
             for number, row in enumerate(self.rows(lane), start=1):
                 thread += 1
                 name = lane.value if number == 1 else f"{lane.value} ({number})"

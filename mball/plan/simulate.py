@@ -17,14 +17,17 @@ _SAME = 1e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTiming:
-    """When a plan step ran, in seconds from the start of its pass, and how long it had waited.
+    """When a plan step ran, in seconds from the start of its pass, and what it waited for.
 
-    For bundles before it began, and for writes before it was left.
+    Attributes:
+        stall_s: how long it had waited for bundles before it began.
+        write_s: how long it waited for writes after it had ended.
     """
 
     start_s: float
     end_s: float
     stall_s: float
+    write_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +136,7 @@ def run_plan(
     written = [moved_bytes[offload.bundle] for offload in plan.offloads]
     writes = Writes(plan.offloads, written, machine.write_link)
     timings = run_passes(compute_s, plan.transfers, read, machine.link, served, cyclic=trace.cyclic, writes=writes)
-    compute, stall = sum(compute_s), sum(timing.stall_s for timing in timings)
+    compute, stall = sum(compute_s), sum(timing.stall_s + timing.write_s for timing in timings)
     link_s, write_s = sum(read) / machine.link.bandwidth_bytes_per_s, 0.0
     if machine.write_link is None:
         link_s += sum(written) / machine.link.bandwidth_bytes_per_s
@@ -215,7 +218,7 @@ def run_passes(
         queue.add(number, now)
     state: list[float] = []
     pass_start = 0.0
-    times: list[tuple[float, float, float]] = []
+    times: list[tuple[float, float, float, float]] = []
     for _ in range(MAX_PASSES if cyclic else 1):
         pass_start = now
         times = []
@@ -231,7 +234,7 @@ def run_passes(
                 write_queue.add(number, now)
             for number in awaited[step]:
                 now = max(now, landed[number])
-            times.append((start - pass_start, end - pass_start, stall + now - end))
+            times.append((start - pass_start, end - pass_start, stall, now - end))
             for number in issued[step]:
                 queue.add(number, now)
             for number in ahead[step] if cyclic else ():
@@ -244,7 +247,7 @@ def run_passes(
             break
     if served is not None:
         served += [(end - size - pass_start, end - pass_start) for end, size in zip(landed, seconds, strict=True)]
-    return [StepTiming(start_s=start, end_s=end, stall_s=stall) for start, end, stall in times]
+    return [StepTiming(start_s=start, end_s=end, stall_s=stall, write_s=write) for start, end, stall, write in times]
 
 
 class _Queue:

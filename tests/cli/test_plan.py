@@ -16,8 +16,10 @@ from mball.cli import main
 from mball.cli.checkpoint_trace import trace_of_checkpoint
 from mball.errors import ConfigError, StorageError, WrapError
 from mball.plan import validate
-from mball.schema import Link, Plan, Trace
+from mball.schema import Link, Plan, Trace, Treatment
+from mball.units import MIB
 from tests.calibrations import keep_calibration
+from tests.plan.traces import make_training
 from tests.run.harness import make, run
 from tests.run.zoo import Net, noise
 
@@ -122,6 +124,22 @@ def test_a_picture(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         sizes.append(int.from_bytes(content[20:24], "big"))
     assert sizes[1] > sizes[0], "the curve comes below"
     capsys.readouterr()
+
+
+def test_what_is_born_in_a_pass_and_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    may = (Treatment.STAY, Treatment.OFFLOAD)
+    path, pictures = tmp_path / "training.json", []
+    path.write_text(make_training(12, MIB, 2 * MIB, may=may).to_json())
+    for budget in ("64MiB", "12MiB"):
+        target = tmp_path / "plan.png"
+        arguments = [str(path), "--budget", budget, "--bandwidth", "4GB", "--picture", str(target)]
+        assert main(["plan", *arguments]) == 0
+        pictures.append(target.read_bytes())
+    said = capsys.readouterr().out
+    assert said.count("offloads") == 1, "only where memory is short"
+    assert "tensors (a0, a1, a2 + " in said
+    assert pictures[0] != pictures[1]
 
 
 @pytest.mark.parametrize(
