@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.pages import markdown_table, rewrite, run_update
 from bench.results import RESULTS, Device, Result, Topic, read_results
 from mball.errors import SchemaError
 
@@ -29,19 +30,17 @@ def table(results: Sequence[Result]) -> str:
     newest = {
         (result.topic, result.device): result for result in sorted(results, key=lambda result: result.machine.date)
     }
-    lines = [f"| what | {' | '.join(_COLUMNS.values())} |", "|---" * (1 + len(_COLUMNS)) + "|"]
-    for topic, title in _ROWS.items():
-        cells = [_cell(newest.get((topic.value, device.value))) for device in _COLUMNS]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        [title, *(_cell(newest.get((topic.value, device.value))) for device in _COLUMNS)]
+        for topic, title in _ROWS.items()
+    ]
+    return markdown_table(["what", *_COLUMNS.values()], rows)
 
 
 def _cell(result: Result | None) -> str:
     if result is None:
         return "not measured"
-    # A bar or a line break would end the cell.
-    text = " ".join(f"{result.day()}, {result.hardware()}: {result.summary()}".replace("|", r"\|").split())
-    return f"[{text}](bench/results/{result.file_name()})"
+    return f"[{result.day()}, {result.hardware()}: {result.summary()}](bench/results/{result.file_name()})"
 
 
 def block_of(text: str) -> str:
@@ -72,20 +71,12 @@ def update(readme: Path = README, directory: Path = RESULTS) -> bool:
     Raises:
         SchemaError: a result file is malformed, or the README lacks the marks; the README is as it was.
     """
-    text = readme.read_text(encoding="utf-8")
-    updated = with_block(text, table(read_results(directory)))
-    if updated != text:
-        readme.write_text(updated, encoding="utf-8")
-    return updated != text
+    return rewrite(readme, with_block(readme.read_text(encoding="utf-8"), table(read_results(directory))))
 
 
 def main() -> None:
     """Rewrites this checkout's README."""
-    try:
-        changed = update()
-    except SchemaError as error:
-        raise SystemExit(f"the status table was left as it was: {error}") from error
-    print(f"{README.name}: the status table {'was rewritten' if changed else 'is up to date'}")
+    run_update(f"the status table of {README.name}", update)
 
 
 if __name__ == "__main__":

@@ -124,10 +124,8 @@ def main() -> None:
         found = dict(zip([kind.title() for kind in KINDS], pool.map(gaps, KINDS), strict=True))
     write_gaps(found)
     percents = [gap.percent for each in found.values() for gap in each]
-    print(
-        f"{len(percents)} instances: median {statistics.median(percents):.2f} %, worst {max(percents):.2f} %; "
-        f"{page.PAGE.name} {'was rewritten' if page.update() else 'is up to date'}"
-    )
+    print(f"{len(percents)} instances: median {statistics.median(percents):.2f} %, worst {max(percents):.2f} %")
+    page.main()
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench.pages import markdown_table, rewrite, run_update
 from bench.planner.gap import Gap, percentile, read_gaps
 from bench.planner.growth import NUM_BUNDLES
 from bench.results import RESULTS, Result, read_results
 from bench.speed.table import Figures
-from mball.errors import SchemaError
 
 PAGE = Path(__file__).parents[2] / "PLANNER.md"
 # A plan this close to the optimum counts as optimal.
@@ -46,7 +46,7 @@ def gap_table(found: Mapping[str, Sequence[Gap]]) -> str:
     rows = [_gap_row(title, each) for title, each in found.items()]
     rows.append(_gap_row("**all**", [gap for each in found.values() for gap in each]))
     head = ["passes", "instances", "optimal", "median", "95th percentile", "worst"]
-    return _markdown([*head, "without addresses (worst)", "roofline (worst)"], rows)
+    return markdown_table([*head, "without addresses (worst)", "roofline (worst)"], rows)
 
 
 def _gap_row(title: str, each: Sequence[Gap]) -> list[str]:
@@ -73,30 +73,17 @@ def _growth(results: Sequence[Result]) -> list[str]:
         if figures.has(f"first_{count}")
     ]
     head = ["bundles", "first plan", "planned again", "÷ roofline"]
-    return [_GROWTH, figures.source(), *([_markdown(head, rows)] if rows else [])]
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return [_GROWTH, figures.source(), *([markdown_table(head, rows)] if rows else [])]
 
 
 def update(path: Path = PAGE, directory: Path = RESULTS) -> bool:
     """Rewrites the page from the files; returns whether it changed. Raises SchemaError for a malformed file."""
-    text = page(read_gaps(), read_results(directory))
-    changed = not path.is_file() or path.read_text(encoding="utf-8") != text
-    if changed:
-        path.write_text(text, encoding="utf-8")
-    return changed
+    return rewrite(path, page(read_gaps(), read_results(directory)))
 
 
 def main() -> None:
     """Rewrites this checkout's page."""
-    try:
-        changed = update()
-    except SchemaError as error:
-        raise SystemExit(f"{PAGE.name} was left as it was: {error}") from error
-    print(f"{PAGE.name} {'was rewritten' if changed else 'is up to date'}")
+    run_update(PAGE.name, update)
 
 
 if __name__ == "__main__":

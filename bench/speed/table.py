@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.pages import markdown_table, rewrite, run_update
 from bench.results import RESULTS, Result, read_results, show
 from bench.speed.ways import Mode
 from bench.speed.workload import Kind
-from mball.errors import SchemaError
 
 PAGE = RESULTS / "SPEED.md"
 PERCENTS = (25, 50, 75)
@@ -86,7 +86,7 @@ def _roofline(results: Sequence[Result]) -> list[str]:
     head = ["mode, step, budget", "measured", "resident", "without mball", "bare read", "stall", "÷ roofline"]
     head += ["÷ roofline of plain", "target"]
     text = "A step over max(compute with everything resident, bare read of what is streamed); medians ± IQR."
-    return ["## Streaming against the roofline", figures.source(), text, _markdown(head, rows)]
+    return ["## Streaming against the roofline", figures.source(), text, markdown_table(head, rows)]
 
 
 def _fits(results: Sequence[Result]) -> list[str]:
@@ -101,7 +101,7 @@ def _fits(results: Sequence[Result]) -> list[str]:
                     figures.interval(name), figures.show(f"{name}_read"), figures.verdict(f"{name}_high"),
                 ])  # fmt: skip
     head = ["mode, step", "mball", "without mball", "ratio", "bytes read meanwhile", "target, of the upper end"]
-    return ["## Where the model fits: a budget of 110 %", _markdown(head, rows)]
+    return ["## Where the model fits: a budget of 110 %", markdown_table(head, rows)]
 
 
 def _peers(results: Sequence[Result]) -> list[str]:
@@ -117,7 +117,7 @@ def _peers(results: Sequence[Result]) -> list[str]:
                         figures.show(f"{mode.value}_{way}_cap"), figures.interval(name), figures.verdict(name),
                     ])  # fmt: skip
     head = ["mode of mball, step", "way", "time", "cap", "times mball's", "target"]
-    return ["## Peers in half the memory", figures.source(), _markdown(head, rows)]
+    return ["## Peers in half the memory", figures.source(), markdown_table(head, rows)]
 
 
 def _start(results: Sequence[Result]) -> list[str]:
@@ -135,7 +135,7 @@ def _start(results: Sequence[Result]) -> list[str]:
                 ])  # fmt: skip
     head = ["mode, budget", "first token", "transformers", "ratio", "target", "read + pass + 0.5 s"]
     head += ["longest wait, tokens 2–6", "token 6", "imports, apart"]
-    parts = ["## Cold start", figures.source(), _markdown(head, rows)]
+    parts = ["## Cold start", figures.source(), markdown_table(head, rows)]
     if figures.has("warm_compile"):
         parts.append(
             f"Second process, compiled code on disk: first token after {figures.show('warm_compile_s')}, "
@@ -145,27 +145,14 @@ def _start(results: Sequence[Result]) -> list[str]:
     return parts
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-
-
 def update(page: Path = PAGE, directory: Path = RESULTS) -> bool:
     """Rewrites the page from the result files; returns whether it changed. Raises SchemaError for a malformed file."""
-    text = table(read_results(directory))
-    changed = not page.is_file() or page.read_text(encoding="utf-8") != text
-    if changed:
-        page.write_text(text, encoding="utf-8")
-    return changed
+    return rewrite(page, table(read_results(directory)))
 
 
 def main() -> None:
     """Rewrites this checkout's page."""
-    try:
-        changed = update()
-    except SchemaError as error:
-        raise SystemExit(f"{PAGE.name} was left as it was: {error}") from error
-    print(f"{PAGE.name} {'was rewritten' if changed else 'is up to date'}")
+    run_update(PAGE.name, update)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 
 from bench import traces
+from bench.pages import markdown_table, rewrite, run_update
 from bench.results import show
 from mball.errors import BudgetError
 from mball.plan import make_plan, simulate, smallest_budget, validate
@@ -185,12 +186,12 @@ def page(comparisons: Sequence[Comparison]) -> str:
     parts = [
         _HEAD,
         "## Traces",
-        _markdown(
+        markdown_table(
             ["trace", "steps", "weights read", "activations", "compute"], [_about(n) for n in _names(comparisons)]
         ),
         "## Margins",
         _MARGINS,
-        _markdown(["trace", "machine", "÷ bound", *planners], [line(each, planners) for each in comparisons]),
+        markdown_table(["trace", "machine", "÷ bound", *planners], [line(each, planners) for each in comparisons]),
         *_verdict(comparisons, planners),
     ]
     return "\n\n".join(parts) + "\n"
@@ -231,7 +232,7 @@ def _verdict(comparisons: Sequence[Comparison], planners: Sequence[str]) -> list
             for comparison, point, planner in lost
             if (margin := point.margin(planner)) is not None
         ]
-        parts.append(_markdown(["trace", "machine", "budget", "policy", "its time over mball's"], rows))
+        parts.append(markdown_table(["trace", "machine", "budget", "policy", "its time over mball's"], rows))
     return parts
 
 
@@ -250,11 +251,6 @@ def _about(name: str) -> list[str]:
     ]
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in each) + " |" for each in lines)
-
-
 def _compare_named(name: str, setting: Setting) -> Comparison:
     # Planners cross no process: each finds them itself.
     return compare(name, setting, baselines())
@@ -265,15 +261,12 @@ def update(path: Path = PAGE) -> bool:
     names, settings = zip(*product(traces.names(), SETTINGS), strict=True)
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         text = page(list(pool.map(_compare_named, names, settings)))
-    changed = not path.is_file() or path.read_text(encoding="utf-8") != text
-    if changed:
-        path.write_text(text, encoding="utf-8")
-    return changed
+    return rewrite(path, text)
 
 
 def main() -> None:
     """Rewrites this checkout's page."""
-    print(f"{PAGE.name} {'was rewritten' if update() else 'is up to date'}")
+    run_update(PAGE.name, update)
 
 
 if __name__ == "__main__":
