@@ -5,8 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
-
 from mball.plan.bundles import group_weights
 from mball.plan.draft import Draft, draft_plan
 from mball.plan.leaving import WAYS
@@ -154,13 +152,12 @@ def _choices(partition: Partition, residency: Residency, arena_bytes: int, staye
 
 
 def _draft(partition: Partition, choice: Choice, arena_bytes: int, *, moves: int) -> Draft | None:
-    uses = partition.uses
-    residents = uses.residents(choice.keep)
     draft = draft_plan(partition, choice.keep, arena_bytes, moves=moves)
     if draft is not None:
         return draft
-    calm = np.isin(uses.bundle, residents) | uses.stretches(partition.demand, residents)
-    return draft_plan(partition, calm, arena_bytes, moves=moves)
+    uses = partition.uses
+    keep = uses.placeable(partition.demand, uses.residents(choice.keep))
+    return draft_plan(partition, keep, arena_bytes, moves=moves)
 
 
 def _pool_sizes(partition: Partition, arena_bytes: int) -> Iterator[int]:

@@ -129,6 +129,10 @@ class Uses:
                 last = number, streamed
         return keep & self.may_stay
 
+    def placeable(self, demand: Demand, residents: Ints) -> Bools:
+        """Returns the gaps of these residents, and of others those that leave every visit a place: `stretches`."""
+        return (np.isin(self.bundle, residents) & self.may_stay) | self.stretches(demand, residents)
+
     def visits(self, keep: Bools) -> Visits:
         """Returns the visits of what is not resident."""
         if self._each_once:

@@ -136,14 +136,14 @@ def fastest_of(problem: Problem, found: Iterable[Draft | None]) -> Draft:
     for draft in found:
         if draft is not None and (best is None or draft.cost() < best.cost()):
             best = draft
-    return just_in_time_plan(problem) if best is None else best
+    return just_in_time_draft(problem) if best is None else best
 
 
-def just_in_time_plan(problem: Problem) -> Draft:
+def just_in_time_draft(problem: Problem) -> Draft:
     """Returns the draft with nothing resident and each of the finest bundles coming right before its step."""
     finest = problem.finest
-    stretches = finest.uses.stretches(finest.demand, np.empty(0, dtype=np.int64))
-    draft = draft_plan(finest, stretches, problem.arena_bytes, lead=just_in_time)
+    keep = finest.uses.placeable(finest.demand, np.empty(0, dtype=np.int64))
+    draft = draft_plan(finest, keep, problem.arena_bytes, lead=just_in_time)
     assert draft is not None, "the finest bundles fit every budget that is allowed, if nothing else is there"
     return draft
 

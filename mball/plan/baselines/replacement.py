@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mball.plan.baselines.layers import just_in_time_plan, shorter
+from mball.plan.baselines.layers import just_in_time_draft, shorter
 from mball.plan.draft import Draft, Lead, draft_plan
 from mball.plan.partition import Partition
 from mball.plan.problem import Problem
@@ -68,7 +68,7 @@ def draft_replacing(problem: Problem, candidates: Iterable[Partition], eviction:
                     draft = draft_plan(partition, stays, problem.arena_bytes, lead=lead)
                     if draft is not None:
                         return draft
-    return just_in_time_plan(problem)
+    return just_in_time_draft(problem)
 
 
 def _simpler(partition: Partition, keep: Bools) -> Iterator[Bools]:
@@ -86,7 +86,7 @@ def _simpler(partition: Partition, keep: Bools) -> Iterator[Bools]:
         stays = keep.copy()
         stays[over_end[: len(over_end) - kept]] = False
         yield stays
-    yield (is_resident & uses.may_stay) | uses.stretches(partition.demand, residents)
+    yield uses.placeable(partition.demand, residents)
 
 
 def bundled(problem: Problem) -> Iterator[Partition]:
