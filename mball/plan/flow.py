@@ -20,7 +20,8 @@ from mball.plan.leaving import Ways
 from mball.plan.uses import Floats, Ints, Visits, prefix_sums
 from mball.schema import Machine
 
-MAX_PASSES = 8
+# Fewer than `simulate` runs: a search asks thousands of times.
+MAX_TIMED_PASSES = 8
 # Of many small requests in one window so many are looked at.
 MOST_SHARING = 4
 _SAME = 1e-6
@@ -39,6 +40,23 @@ class Timing:
     pass_s: float
     stall_s: Floats
     period: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class _Requests:
+    """When visits may ask for the link, and for how long. Parallel lists, by visit.
+
+    Attributes:
+        known: how many visits have begun when the step is left after which this one may.
+        free_s: when that is if the pass is not late, latency included.
+        link_s: how long it takes the link.
+        num_ahead: so many, the first ones, ask in the pass before.
+    """
+
+    known: list[int]
+    free_s: list[float]
+    link_s: list[float]
+    num_ahead: int
 
 
 class Flow:
@@ -134,10 +152,11 @@ class Flow:
         link_s = self.link_s[visits.bundle].tolist()
         # Starts never overtake each other, so those ahead come first.
         num_ahead = int(is_ahead.sum())
+        requests = _Requests(known, free_s, link_s, num_ahead)
         link, whole = self._latency_s, 0.0
         late = [0.0] * (num + 1)  # how late the pass is after each visit's first step
         begins: list[int] = []
-        for number in range(MAX_PASSES if self.cyclic else 1):
+        for number in range(MAX_TIMED_PASSES if self.cyclic else 1):
             before, late = late, [0.0]
             current, begins = 0.0, []
             for v, (k, free, need, duration) in enumerate(zip(known, free_s, need_s, link_s, strict=True)):
@@ -153,7 +172,7 @@ class Flow:
                 link += duration
                 landed = link
                 if self._window_s:
-                    landed = self._shared(v, link, known, free_s, link_s, late, num_ahead)
+                    landed = self._shared(v, link, late, requests)
                 if landed - need > current:
                     current = landed - need
                 late.append(current)
@@ -194,7 +213,7 @@ class Flow:
         link, out, whole = self._latency_s, out_latency_s, 0.0
         late = [0.0] * (len(events) + 1)
         begins: list[int] = []
-        for number in range(MAX_PASSES if self.cyclic else 1):
+        for number in range(MAX_TIMED_PASSES if self.cyclic else 1):
             before, late = late, [0.0]
             current, begins = 0.0, []
             for _, kind, v in events:
@@ -232,25 +251,24 @@ class Flow:
         period[begins] = 1
         return Timing(whole, stall_s, np.cumsum(period))
 
-    def _shared(
-        self,
-        visit: int,
-        landed: float,
-        known: list[int],
-        free_s: list[float],
-        link_s: list[float],
-        late: list[float],
-        num_ahead: int,
-    ) -> float:
-        """Returns when a visit has landed that shares the link with those behind it within the window."""
+    def _shared(self, visit: int, landed: float, late: list[float], requests: _Requests) -> float:
+        """Returns when a visit has landed that shares the link with those behind it within the window.
+
+        Args:
+            visit: which.
+            landed: when it lands if it has the link to itself.
+            late: how late the pass is after the first step of each visit so far.
+            requests: of all visits.
+        """
+        known = requests.known
         limit = landed + self._window_s
         for other in range(visit + 1, min(visit + 1 + MOST_SHARING, len(known))):
             # One that begins after this visit's own step cannot be waited for.
-            if landed >= limit or other < num_ahead or known[other] > visit:
+            if landed >= limit or other < requests.num_ahead or known[other] > visit:
                 break
-            if free_s[other] + late[known[other]] >= landed:
+            if requests.free_s[other] + late[known[other]] >= landed:
                 break
-            landed = min(landed + link_s[other], limit)
+            landed = min(landed + requests.link_s[other], limit)
         return landed
 
 

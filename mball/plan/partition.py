@@ -96,6 +96,6 @@ class Partition:
         )
 
     @property
-    def read_bytes(self) -> int:
+    def read_slot_bytes(self) -> int:
         """The slots of all bundles that are read."""
         return self.demand.slot_bytes(self.demand.read_bundles())

@@ -92,19 +92,19 @@ class Problem:
     def plan(self, draft: Draft) -> Plan:
         """Returns the plan; what is resident stays where `previous` had it, where places allow."""
         residents, transfers, made, offloads = draft.residents, draft.transfers, draft.made, draft.offloads
-        moved_bytes = 0
+        shift_bytes = 0
         if self.previous is not None:
             spare_bytes = self.arena_bytes - draft.arena_bytes
-            residents, moved_bytes = keep_in_place(draft.partition.demand, residents, self.previous, spare_bytes)
-            transfers = tuple(replace(each, offset_bytes=each.offset_bytes + moved_bytes) for each in transfers)
-            made = tuple(replace(each, offset_bytes=each.offset_bytes + moved_bytes) for each in made)
-            offloads = tuple(replace(each, offset_bytes=each.offset_bytes + moved_bytes) for each in offloads)
+            residents, shift_bytes = keep_in_place(draft.partition.demand, residents, self.previous, spare_bytes)
+            transfers = tuple(replace(each, offset_bytes=each.offset_bytes + shift_bytes) for each in transfers)
+            made = tuple(replace(each, offset_bytes=each.offset_bytes + shift_bytes) for each in made)
+            offloads = tuple(replace(each, offset_bytes=each.offset_bytes + shift_bytes) for each in offloads)
         return Plan(
             trace_name=self.trace.name,
             budget_bytes=self.budget_bytes,
             fixed_bytes=self.fixed_bytes,
             activation_bytes=self.activation_bytes,
-            arena_bytes=draft.arena_bytes + moved_bytes,
+            arena_bytes=draft.arena_bytes + shift_bytes,
             bundles=draft.partition.demand.bundles,
             steps=draft.steps,
             residents=residents,

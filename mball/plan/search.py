@@ -80,7 +80,7 @@ def fastest_s(partition: Partition, arena_bytes: int) -> float:
 
 def _best_of(partition: Partition, arena_bytes: int, stayed: Ints | None) -> Draft | None:
     uses = partition.uses
-    if partition.read_bytes <= arena_bytes and bool(uses.may_stay.all()):
+    if partition.read_slot_bytes <= arena_bytes and bool(uses.may_stay.all()):
         draft = draft_plan(partition, uses.may_stay, arena_bytes)
         assert draft is not None, "residents alone are stacked"
         return draft

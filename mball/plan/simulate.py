@@ -11,7 +11,7 @@ from mball.schema import Bundle, Link, Machine, Made, Offload, Plan, PlanStep, P
 
 # What a step that was never measured is taken to cost: one read of its weights at this speed.
 UNMEASURED_BYTES_PER_S = 20e9
-MAX_PASSES = 16
+MAX_SIMULATED_PASSES = 16
 _SAME = 1e-9
 
 
@@ -219,7 +219,7 @@ def run_passes(
     state: list[float] = []
     pass_start = 0.0
     times: list[tuple[float, float, float, float]] = []
-    for _ in range(MAX_PASSES if cyclic else 1):
+    for _ in range(MAX_SIMULATED_PASSES if cyclic else 1):
         pass_start = now
         times = []
         for step in range(num_steps):

@@ -23,7 +23,8 @@ from mball.plan.problem import Problem
 from mball.plan.search import partitions
 from mball.plan.uses import Bools, Ints, Uses
 
-MAX_PASSES = 16
+# So many passes through the memory may differ before one of them has to repeat.
+MAX_REPLAYED_PASSES = 16
 # Addresses are fixed in a plan, so some bytes may lie where nothing fits: then the policy has so much of the memory.
 SHARES = (1.0, 15 / 16, 7 / 8, 3 / 4, 1 / 2)
 
@@ -97,18 +98,17 @@ def bundled(problem: Problem) -> Iterator[Partition]:
 
 def replaced(partition: Partition, capacity_bytes: int, eviction: Eviction) -> Bools | None:
     """Returns the gaps over which bundles stay under this policy; None where a step does not fit the memory."""
-    room = Room(partition, capacity_bytes)
-    if not room.fits:
+    if not Admission(partition, capacity_bytes).fits:
         return None
     uses, moved = partition.uses, partition.flow.link_s[partition.uses.bundle]
     order = eviction.order(uses)
     best: Bools | None = None
     for hits in _steady(partition, capacity_bytes, eviction):
-        room = Room(partition, capacity_bytes)
-        keep = room.admit(np.flatnonzero(hits)[np.argsort(order[hits], kind="stable")])
+        admission = Admission(partition, capacity_bytes)
+        keep = admission.admit(np.flatnonzero(hits)[np.argsort(order[hits], kind="stable")])
         if eviction.fills:
             left = np.flatnonzero(~keep & uses.may_stay)
-            keep |= room.admit(left[np.argsort((uses.reaches - uses.step)[left], kind="stable")])
+            keep |= admission.admit(left[np.argsort((uses.reaches - uses.step)[left], kind="stable")])
         if best is None or moved[keep].sum() > moved[best].sum():
             best = keep
     assert best is not None, "there is at least one pass"
@@ -126,7 +126,7 @@ def _steady(partition: Partition, capacity_bytes: int, eviction: Eviction) -> li
     free = capacity_bytes
     passes: list[Bools] = []
     begun: list[tuple[tuple[int, int], ...]] = []
-    for number in range(MAX_PASSES if partition.trace.cyclic else 1):
+    for number in range(MAX_REPLAYED_PASSES if partition.trace.cyclic else 1):
         state = tuple(sorted((bundle, key - number * later) for bundle, key in held.items()))
         if state in begun:
             return passes[begun.index(state) :]
@@ -164,7 +164,7 @@ def _gaps_before(uses: Uses) -> Ints:
     return before
 
 
-class Room:
+class Admission:
     """Who can stay beside whom: bytes over the steps of the pass.
 
     Args:
