@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from mball.plan.bundles import group_weights
 from mball.plan.draft import Draft, draft_plan
@@ -35,7 +36,9 @@ CLOSE = 1.005
 FEW_USES = 64
 EXCHANGED_VISITS = 3000
 MOVED_VISITS = 1500
+# Drafts cost more with more uses: with so many uses half of MOST_DRAFTS are made, and never fewer than DRAFTS.
 MOST_DRAFTS = 12
+HALVING_USES = 8
 # One exchange or move is tried for so much of the predicted pass: planning must not take many passes.
 TRY_S = 6e-5
 
@@ -93,11 +96,13 @@ def _best_of(partition: Partition, arena_bytes: int, stayed: Ints | None) -> Dra
         # A search that takes longer than many passes does not pay.
         worth = int(found[0].pass_s / TRY_S)
         found[:0] = reversed(residency.exchange(found[0], arena_bytes, min(EXCHANGED_VISITS // len(uses), worth)))
-        drafts = max(MOST_DRAFTS * 8 // (8 + len(uses)), DRAFTS)
+        drafts = max(MOST_DRAFTS * HALVING_USES // (HALVING_USES + len(uses)), DRAFTS)
         moves = min(MOVED_VISITS // len(uses), worth)
     best: Draft | None = None
-    distinct = {choice.keep.tobytes(): choice for choice in reversed(found)}
-    for rank, choice in enumerate([*distinct.values()][: -drafts - 1 : -1]):
+    distinct: dict[bytes, Choice] = {}
+    for choice in found:
+        distinct.setdefault(choice.keep.tobytes(), choice)
+    for rank, choice in enumerate(islice(distinct.values(), drafts)):
         # No choice that follows can be faster, even without addresses.
         if best is not None and choice.pass_s * _ALIKE >= best.prediction.pass_s:
             break
@@ -135,20 +140,19 @@ def _choices(partition: Partition, residency: Residency, arena_bytes: int, staye
 
     for position in range(0, len(pools), 3 if len(pools) > FEWEST_POOLS else 1):
         rate(position)
-    while True:
+    if all(choice is None for choice in rated.values()):
+        for position in range(len(pools)):
+            rate(position)
+    fits: dict[int, Choice] = {}
+    num_seen = 0
+    while num_seen < len(rated):
+        num_seen = len(rated)
         fits = {position: choice for position, choice in rated.items() if choice is not None}
-        if not fits:
-            if len(rated) == len(pools):
-                return []
-            for position in range(len(pools)):
-                rate(position)
-            continue
-        best = min(fits, key=lambda position: (fits[position].cost(), position))
-        count = len(rated)
-        rate(best - 1)
-        rate(best + 1)
-        if len(rated) == count:
-            return sorted(fits.values(), key=Choice.cost)
+        if fits:
+            best = min(fits, key=lambda position: (fits[position].cost(), position))
+            rate(best - 1)
+            rate(best + 1)
+    return sorted(fits.values(), key=Choice.cost)
 
 
 def _draft(partition: Partition, choice: Choice, arena_bytes: int, *, moves: int) -> Draft | None:
