@@ -22,8 +22,10 @@ from mball.plan.baselines import (
     plan_prefix,
     plan_swapadvisor,
 )
+from mball.plan.baselines.flexgen import divide
 from mball.plan.baselines.layers import levels
 from mball.plan.bundles import finest_bundles
+from mball.plan.problem import Problem
 from mball.schema import Machine, Plan, Tensor, Trace, Treatment
 from mball.units import MIB
 from tests.plan.traces import machines, make_chain, make_machine, make_step, make_tied, make_weights, traces
@@ -390,6 +392,22 @@ def test_the_rest_of_a_layer_comes_while_the_one_before_computes() -> None:
         assert begins >= 6 * (layer - 1)
     assert layers == set(range(12))
     assert max(leads(plan)) > 0
+
+
+def test_a_share_fits_beside_two_layers_that_follow_each_other() -> None:
+    """The first layer follows the last one where the pass repeats; a layer that is not read follows none."""
+    sizes = [3 * MIB, MIB, MIB, 2 * MIB]
+    trace = Trace(
+        name="t",
+        tensors=make_weights([*sizes, 9 * MIB]),
+        steps=tuple(make_step(f"s{number}", number) for number in range(4)),
+    )
+    for cyclic, most in ((True, 5 * MIB), (False, 4 * MIB)):
+        problem = Problem.of(replace(trace, cyclic=cyclic), MACHINE, 32 * MIB, fixed_bytes=0)
+        divided = divide(problem, [[weight] for weight in range(5)], 0)
+        # A weight that begins in the midst of a page touches one more.
+        assert divided.fits(most + 2 * MACHINE.page_bytes)
+        assert not divided.fits(most)
 
 
 def test_layers_of_a_single_weight_take_turns() -> None:

@@ -76,12 +76,18 @@ class Divided:
     stays: Bools
 
     def fits(self, arena_bytes: int) -> bool:
-        """Returns whether what stays fits, and beside it the rest of any two layers that follow each other."""
-        sizes = self.layers.partition.flow.sizes.copy()
-        sizes[np.array([not steps for steps in self.layers.partition.demand.uses], dtype=bool)] = 0
-        moving = np.bincount(self.layers.layer_of, weights=np.where(self.stays, 0, sizes))
-        beside = moving + np.roll(moving, 1) if len(moving) > 1 else moving
-        return bool(sizes[self.stays].sum() + beside.max(initial=0) <= arena_bytes)
+        """Returns whether what stays fits, and beside it the rest of any two layers that follow each other.
+
+        Layers that are not read take no memory. The first one follows the last one where the pass repeats.
+        """
+        partition = self.layers.partition
+        read = np.array(partition.demand.read_bundles(), dtype=np.int64)
+        sizes, stays = partition.flow.sizes[read], self.stays[read]
+        moving = np.bincount(self.layers.layer_of[read], weights=np.where(stays, 0, sizes))
+        following = np.roll(moving, -1)
+        if len(moving) == 1 or not partition.trace.cyclic:
+            following[-1:] = 0
+        return bool(sizes[stays].sum() + (moving + following).max(initial=0) <= arena_bytes)
 
 
 def divide(problem: Problem, weights: list[list[int]], percent: int) -> Divided:
