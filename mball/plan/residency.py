@@ -293,9 +293,11 @@ class _Room:
         self._count = -(-uses.num_steps // self._width) if uses.num_steps else 0
         self._begin = (uses.step // self._width).tolist()
         self._end = (uses.reaches // self._width + 1).tolist()
-        # What stays over some stretches, the rest of the room, and its least part: most stay over all.
+        # What stays over some stretches only, in each of them.
         self._partly = np.zeros(self._count, dtype=np.int64)
+        # The most of that in a stretch: kept up to date, since it is asked for whenever something stays over all.
         self._most_partly = 0
+        # The room without what stays over all stretches, as most does.
         self._left = size_bytes
 
     @property
