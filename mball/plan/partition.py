@@ -44,15 +44,22 @@ class Partition:
         return cls(trace, machine, Demand.of(trace, bundles, pooled), leaving)
 
     @classmethod
-    def like(
-        cls, trace: Trace, machine: Machine, bundles: Sequence[Bundle], born: Sequence[Bundle] = ()
-    ) -> Partition | None:
-        """Returns the partition into bundles that were made for another plan.
+    def like(cls, finest: Partition, bundles: Sequence[Bundle]) -> Partition | None:
+        """Returns the partition into bundles that were made for another plan, None if they are not of these tensors.
 
-        None if they are not of these weights, or do not end with `born`, those of tensors born in the pass.
+        The bundles are those of `group_weights`, which puts tiny weights into pools and nowhere else, or the finest
+        ones, of which none is a pool. Those of tensors born in the pass come last.
+
+        Args:
+            finest: the pass under its finest bundles.
+            bundles: of the other plan.
         """
-        weights = bundles[: len(bundles) - len(born)]
-        if tuple(bundles[len(weights) :]) != tuple(born):
+        trace, machine = finest.trace, finest.machine
+        born = tuple(
+            bundle for bundle, is_born in zip(finest.demand.bundles, finest.demand.born, strict=True) if is_born
+        )
+        weights = tuple(bundles[: len(bundles) - len(born)])
+        if tuple(bundles[len(weights) :]) != born:
             return None
         if sorted(index for bundle in weights for index in bundle.tensors) != [index for index, _ in trace.homed()]:
             return None
@@ -64,12 +71,14 @@ class Partition:
                 here.extents,
             ) or bundle.size_bytes not in (here.size_bytes, even_bytes(here, trace, machine)):
                 return None
+        if set(bundles) == set(finest.demand.bundles):
+            return cls.of(trace, machine, bundles, leaving=Leaving())
         tiny = {index for index, tensor in trace.homed() if tensor.size_bytes <= TINY_WEIGHT_BYTES}
         read = {index for needs in trace.needs() for index in needs}
         pooled = frozenset(
             number
             for number, bundle in enumerate(weights)
-            if len(bundle.tensors) > 1 and tiny.issuperset(bundle.tensors) and not read.isdisjoint(bundle.tensors)
+            if tiny.issuperset(bundle.tensors) and not read.isdisjoint(bundle.tensors)
         )
         return cls.of(trace, machine, bundles, pooled, Leaving())
 

@@ -59,7 +59,7 @@ def _best_draft(problem: Problem) -> Draft:
     trace, machine, finest = problem.trace, problem.machine, problem.finest
     arena_bytes, previous = problem.arena_bytes, problem.previous
     kept = None
-    same = None if previous is None else Partition.like(trace, machine, previous.bundles, problem.born)
+    same = None if previous is None else Partition.like(finest, previous.bundles)
     if previous is not None and same is not None:
         stayed = np.full(len(previous.bundles), np.iinfo(np.int64).max)
         for placement in previous.residents:
