@@ -16,6 +16,7 @@ from torch import nn
 import mball
 from mball.run.correction import FIRST_PASSES, Correction, Measured, busy_s
 from mball.schema import Link, Machine, Prediction
+from tests.calibrations import keep_calibration
 from tests.run.harness import assert_same, engine_of, make, run, weight_bytes
 from tests.run.zoo import noise
 
@@ -112,6 +113,8 @@ def test_a_disk_that_became_slow_is_planned_for(
     def layers() -> nn.Module:
         return nn.Sequential(*(nn.Linear(512, 512) for _ in range(12)))
 
+    # Measured while something else reads, the disk would seem slow from the start.
+    keep_calibration(tmp_path, Link(bandwidth_bytes_per_s=1.5e9, latency_s=1e-4), monkeypatch)
     model, plain = make(layers), make(layers)
     mball.wrap(model, weight_bytes(model) // 2, swap_dir=tmp_path, capture="graphs")
     x = noise(2, 512)
@@ -119,7 +122,7 @@ def test_a_disk_that_became_slow_is_planned_for(
     preadv = os.preadv
 
     def slow(descriptor: int, buffers: Any, offset: int) -> int:
-        time.sleep(0.02)
+        time.sleep(0.025)
         return preadv(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", slow)
@@ -129,7 +132,7 @@ def test_a_disk_that_became_slow_is_planned_for(
             run(model, lambda m: m(x))
         report = mball.report(model)
         assert report.predicted_s is not None
-        assert report.predicted_s < 0.5 * report.pass_s, "as the disk was when the model was wrapped"
+        assert report.predicted_s < 0.3 * report.pass_s, "as the disk was when the model was wrapped"
         for _ in range(2 * FIRST_PASSES):
             assert_same(run(model, lambda m: m(x)), expected)
     assert "planning anew with a link of" in caplog.text
