@@ -298,6 +298,7 @@ def test_a_model_that_came_through_the_door_of_torch_compile(tmp_path: Path) -> 
             assert mball.report(model).peak_bytes <= budget
 
 
+@pytest.mark.usefixtures("planned_once")
 def test_ctrl_c_at_every_line(tmp_path: Path) -> None:
     """It leaves the old budget or the new one, and nothing broken. Planning is left out: it changes nothing."""
     model = make(tied_sequential)
