@@ -42,9 +42,9 @@ def steps_compiled(model: nn.Module) -> list[int]:
 
 
 SPECIMENS = {
-    "llama": Specimen(make=lambda: llama(layers=3), runs=(logits(1, 9),)),
-    "llama-generates": Specimen(make=lambda: llama(3, dtype=torch.bfloat16), runs=(generate("dynamic"),)),
-    "llama-static-cache": Specimen(make=lambda: llama(layers=3, tied=True), runs=(generate("static"),)),
+    "llama": Specimen(make=llama, runs=(logits(1, 9),)),
+    "llama-generates": Specimen(make=lambda: llama(dtype=torch.bfloat16), runs=(generate("dynamic"),)),
+    "llama-static-cache": Specimen(make=lambda: llama(tied=True), runs=(generate("static"),)),
     "sequential": ZOO["sequential"],
     "breaks": ZOO["breaks"],
     "convolutions": Specimen(make=Net, runs=(lambda m: m(noise(2, 3, 16, 16)),), budget=1.95),

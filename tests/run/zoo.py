@@ -38,7 +38,7 @@ def noise(*shape: int, seed: int = 7, dtype: torch.dtype = torch.float32) -> tor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def llama(layers: int = 4, tied: bool = False, dtype: torch.dtype = torch.float32, kv_heads: int = 2) -> nn.Module:
+def llama(layers: int = 2, tied: bool = False, dtype: torch.dtype = torch.float32, kv_heads: int = 2) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -130,7 +130,7 @@ def mixtral() -> nn.Module:
     config = MixtralConfig(
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         num_local_experts=4,
@@ -166,7 +166,7 @@ def t5() -> nn.Module:
         d_model=64,
         d_kv=16,
         d_ff=128,
-        num_layers=3,
+        num_layers=2,
         num_heads=4,
         vocab_size=128,
         decoder_start_token_id=0,
@@ -188,7 +188,7 @@ def whisper() -> nn.Module:
         num_mel_bins=80,
         d_model=64,
         encoder_layers=2,
-        decoder_layers=6,
+        decoder_layers=4,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=128,
