@@ -58,7 +58,8 @@ class Uses:
         may_stay: whether the bundle can be kept over the gap: not where something writes it, nor past the end of a pass
             that is the only one, nor where it is dead.
         floor: of each gap the step that must have been left before the visit that ends it may begin, counted from the
-            pass of that visit: the bytes are not written before. None if nothing is written.
+            pass of that visit: another copy is in use until then, or the bytes are not written before. None if nothing
+            is used twice or written.
     """
 
     def __init__(self, trace: Trace, demand: Demand, ways: Ways | None = None) -> None:
@@ -81,6 +82,8 @@ class Uses:
         if not trace.cyclic:
             self.may_stay[is_last] = False
         self.floor: Ints | None = None
+        if not self._each_once:  # else its own slot says the same
+            self.floor = self.step - np.where(is_last, self.num_steps, 0)
         for gap, step in _written_gaps(trace, demand, self):
             if self.floor is None:
                 self.floor = np.full(len(self), -2 * self.num_steps, dtype=np.int64)
@@ -93,8 +96,7 @@ class Uses:
             self.may_stay[self._is_dead] = False
             self._until: Ints = np.where(self._is_dead, self.step, ways.until(self.bundle, self.step, self.reaches))
             lives = ways.is_born[self.bundle] & ~self._is_dead
-            if self.floor is None:
-                self.floor = np.full(len(self), -2 * self.num_steps, dtype=np.int64)
+            assert self.floor is not None, "the step that bears and those that read are several"
             self.floor[lives] = self._until[lives]
 
     def __len__(self) -> int:

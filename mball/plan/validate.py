@@ -192,6 +192,15 @@ def _check_reads(plan: Plan) -> None:
         for (_, last_use), (needed_by, _) in pairwise((*stays, (stays[0][0] + len(plan.steps), 0))):
             if needed_by <= last_use:
                 _fail(f"step {needed_by % len(plan.steps)} finds bundle {bundle} in two slots")
+    for transfer in plan.transfers:
+        for first, last in windows[transfer.bundle]:
+            # What is used before in this pass, or in the one before.
+            last_use = last if first < transfer.needed_by else last - len(plan.steps)
+            if transfer.after < last_use:
+                _fail(
+                    f"the transfer of bundle {transfer.bundle} for step {transfer.needed_by} may begin after step "
+                    f"{transfer.after}, while its copy in another slot is used up to step {last_use}"
+                )
     for number, step in enumerate(plan.steps):
         for bundle in step.reads:
             if bundle in resident:

@@ -194,6 +194,13 @@ class Exact:
         """Returns the last step of `stay` in the pass before."""
         return stay.end - 1 - len(self._compute_s) if self.cyclic else -1
 
+    @staticmethod
+    def _before(order: Sequence[Stay], number: int) -> tuple[int, int]:
+        """Returns pass, counted from this one, and number of the stay of the same weight that comes before one."""
+        alike = [other for other, stay in enumerate(order) if stay.weight == order[number].weight]
+        at = alike.index(number)
+        return (0, alike[at - 1]) if at else (-1, alike[-1])
+
     def replay(self, stays: Sequence[Stay], pool_bytes: int, after: Mapping[Stay, int] | None = None) -> Replay | None:
         """Returns how these stays go through a pool of so many bytes, None if they do not fit.
 
@@ -210,8 +217,9 @@ class Exact:
         for stay in over:
             leaves[stay.end - count] = leaves.get(stay.end - count, 0) + self.slot_bytes[stay.weight]
         free = pool_bytes - sum(leaves.values())
-        # One copy of a weight at a time: a stay begins once that of the pass before has ended.
+        # One copy of a weight at a time: a stay begins once the one before, in this pass or the last, has ended.
         ends = {(-1, number): stay.end - count for number, stay in enumerate(order)}
+        before = [self._before(order, number) for number in range(num)]
         landed: dict[tuple[int, int], float] = {}
         issued_at: dict[tuple[int, int], int] = {}
         following, now, link = 0, 0.0, 0.0
@@ -225,7 +233,8 @@ class Exact:
                     key = divmod(following, num)
                     stay = order[key[1]]
                     size = self.slot_bytes[stay.weight]
-                    if size > free or ends.get((key[0] - 1, key[1]), 0) > reached:
+                    passes, other = before[key[1]]
+                    if size > free or ends.get((key[0] + passes, other), 0) > reached:
                         break
                     if stay in after and key[0] * count + after[stay] >= reached:
                         break

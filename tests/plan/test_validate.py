@@ -11,7 +11,7 @@ from mball.errors import PlanError
 from mball.plan import make_plan, validate
 from mball.schema import Placement, Plan, PlanStep, Trace
 from mball.units import MIB
-from tests.plan.traces import PAGE_BYTES, make_chain, make_machine, make_step
+from tests.plan.traces import PAGE_BYTES, make_chain, make_machine, make_step, make_weights
 
 MACHINE = make_machine()
 TRACE: Trace = make_chain(12, MIB)
@@ -143,3 +143,30 @@ def test_too_little_room_for_activations_is_refused() -> None:
     trace = replace(TRACE, steps=(replace(TRACE.steps[0], scratch_bytes=999), *TRACE.steps[1:]))
     with pytest.raises(PlanError, match="activations need 999 B"):
         validate(trace, PLAN, MACHINE)
+
+
+def test_a_second_copy_must_not_come_while_the_first_is_used() -> None:
+    # A weight that is read by two of four steps, with no room to stay.
+    trace = Trace(
+        name="twice",
+        tensors=make_weights([MIB] * 3, start_bytes=0),
+        steps=tuple(make_step(f"s{number}", read) for number, read in enumerate((0, 1, 0, 2))),
+    )
+    plan = make_plan(trace, MACHINE, MIB)
+    validate(trace, plan, MACHINE)
+    number = next(
+        n for n, each in enumerate(plan.transfers) if each.needed_by == 2 and 0 in plan.bundles[each.bundle].tensors
+    )
+    room = replace(plan, arena_bytes=2 * MIB, budget_bytes=2 * MIB)
+    for after, is_right in ((0, True), (-1, False)):
+        early = replace(plan.transfers[number], after=after, offset_bytes=MIB)
+        transfers = sorted(
+            (*plan.transfers[:number], early, *plan.transfers[number + 1 :]),
+            key=lambda each: (each.after, each.needed_by),
+        )
+        broken = replace(room, transfers=tuple(transfers))
+        if is_right:
+            validate(trace, broken, MACHINE)
+            continue
+        with pytest.raises(PlanError, match="its copy in another slot is used up to step 0"):
+            validate(trace, broken, MACHINE)
