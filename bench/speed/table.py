@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.pages import markdown_table, rewrite, run_update
 from bench.results import RESULTS, Result, read_results, show
+from bench.speed.plans import BEFORE
 from bench.speed.ways import Mode
 from bench.speed.workload import Kind
 
@@ -62,7 +63,7 @@ class Figures:
 
 def table(results: Sequence[Result]) -> str:
     """Returns the page."""
-    parts = [_HEAD, *_roofline(results), *_fits(results), *_peers(results), *_start(results)]
+    parts = [_HEAD, *_roofline(results), *_fits(results), *_plans(results), *_peers(results), *_start(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -102,6 +103,31 @@ def _fits(results: Sequence[Result]) -> list[str]:
                 ])  # fmt: skip
     head = ["mode, step", "mball", "without mball", "ratio", "bytes read meanwhile", "target, of the upper end"]
     return ["## Where the model fits: a budget of 110 %", markdown_table(head, rows)]
+
+
+def _plans(results: Sequence[Result]) -> list[str]:
+    figures = Figures(results, "speed-plans")
+    rows = []
+    for version in ("", BEFORE):
+        for budget in ("smallest", *(f"budget_{percent}" for percent in (25, 50, 75))):
+            name = f"{version}{budget}"
+            if figures.has(f"{name}_s"):
+                title = budget.removeprefix("budget_") + (" %" if budget != "smallest" else "")
+                rows.append([
+                    f"{title}{', before' if version else ''}", figures.show(f"{name}_budget"),
+                    figures.show(f"{name}_s"),
+                    figures.interval(f"{name}_predicted"), figures.show(f"{name}_bytes"),
+                    figures.interval(f"{name}_roofline"), figures.interval(f"{name}_least"),
+                    figures.interval(f"{name}_change"),
+                ])  # fmt: skip
+    head = ["budget", "bytes", "a decode step", "÷ predicted", "read", "÷ roofline", "÷ least", "÷ before"]
+    text = (
+        "Uncompiled decode. Roofline: max(compute with everything resident, bare read of what is streamed). Least: the "
+        "same with a bare read of no more than the weights that exceed the budget. Before: another version of mball in "
+        f"the same rounds. |measured ÷ predicted - 1|: {figures.show('predicted_off')}, "
+        f"{figures.verdict('predicted_off')}."
+    )
+    return ["## Plans, predicted and executed", figures.source(), text, markdown_table(head, rows)]
 
 
 def _peers(results: Sequence[Result]) -> list[str]:

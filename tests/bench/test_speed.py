@@ -10,10 +10,11 @@ import numpy
 import pytest
 
 from bench.results import Device, Topic, read_result, read_results, record
-from bench.speed.contender import Contender, ContenderError
+from bench.speed.contender import CHECKOUT, Contender, ContenderError
 from bench.speed.field import Field
 from bench.speed.gate import GateError, Logits, allowance, close, distance, same_bits
 from bench.speed.model import SMALL, make_checkpoint, weight_bytes, weight_file
+from bench.speed.plans import plans
 from bench.speed.preadv import Setting, Span, Yardstick, huge_pages
 from bench.speed.ratios import Target, ratio, ratio_measurements
 from bench.speed.roofline import fits, roofline
@@ -268,6 +269,27 @@ def test_a_session_of_a_small_model(tmp_path: Path) -> None:
     )  # fmt: skip
     text = table([read_result(path)])
     assert names["eager_decode_75"].figure() in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_plans_of_a_small_model(tmp_path: Path) -> None:
+    """The same of the bench of plans, with this checkout as the other version too."""
+    scale = smoke(make_checkpoint(SMALL, tmp_path))
+    found = plans(scale, quiet, CHECKOUT)
+    names = {measurement.name: measurement for measurement in found}
+    assert len(names) == len(found)
+    assert names["smallest"].median == names["before_smallest"].median < weight_bytes(scale.checkpoint)
+    assert names["smallest_bytes"].median > names["budget_75_bytes"].median > 0
+    assert 0.1 < names["budget_75_change"].median < 10
+    assert names["predicted_off"].num_samples == 2 * scale.rounds[Kind.DECODE]
+    path = record(
+        name="speed-plans", topic=Topic.SPEED, device=Device.CPU, headline="{smallest}", measurements=found,
+        directory=tmp_path / "results",
+    )  # fmt: skip
+    text = table([read_result(path)])
+    assert names["budget_75_s"].figure() in text
+    assert "75 %, before" in text
 
 
 def test_page_says_what_the_files_say() -> None:
