@@ -154,11 +154,19 @@ def _lines(
         f"{_named(explanation.resident)}",
         f"  streams  {format_bytes(explanation.streamed_bytes)} in {len(explanation.streamed)} weights"
         f"{_named(explanation.streamed)}, by {explanation.slots} transfers a pass",
+        *_gathers(explanation),
         *_leaving(trace, plan, explanation),
         f"     pass  {_ms(prediction.pass_s)} predicted: compute {_ms(prediction.compute_s)}, stall "
         f"{_ms(prediction.stall_s)}; at best {_ms(prediction.roofline_s)}, set by {bound} "
         f"({explanation.gap:.2f} times that)",
     ]
+
+
+def _gathers(explanation: Explanation) -> list[str]:
+    if not explanation.gathered:
+        return []
+    rows = f"{format_bytes(explanation.gathered_bytes)} of rows a pass"
+    return [f"  gathers  {rows} from {len(explanation.gathered)} weights that stay home{_named(explanation.gathered)}"]
 
 
 def _leaving(trace: Trace, plan: Plan, explanation: Explanation) -> list[str]:

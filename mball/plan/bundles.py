@@ -82,7 +82,7 @@ def _lay_out_one(index: int, weight: Tensor, machine: Machine) -> Bundle:
 
 
 def weight_uses(trace: Trace) -> list[list[int]]:
-    """Returns for each weight the trace steps that read it, ascending."""
+    """Returns for each weight the trace steps that must find it on the device, ascending."""
     uses: list[list[int]] = [[] for _ in trace.tensors]
     for number, needs in enumerate(trace.needs()):
         for index in needs:
@@ -94,13 +94,15 @@ def group_weights(trace: Trace, machine: Machine, target_bytes: int) -> tuple[li
     """Returns a partition of the weights into bundles of about `target_bytes`, and which of them pool tiny weights.
 
     Weights share a bundle when they are used equally often, each time near each other: in one graph, or by
-    operators a few steps apart. Bundles of read weights come first, in the order of first use.
+    operators a few steps apart. Bundles of read weights come first, in the order of first use. What is only gathered
+    from has a bundle of its own: it may stay home.
     """
     uses = weight_uses(trace)
     first_used = list(dict.fromkeys(index for needs in trace.needs() for index in needs))
     tiny = [index for index in first_used if trace.tensors[index].size_bytes <= TINY_WEIGHT_BYTES]
     large = [index for index in first_used if trace.tensors[index].size_bytes > TINY_WEIGHT_BYTES]
-    unread = [index for index, _ in trace.homed() if not uses[index]]
+    tables = {gather.tensor for gathers in trace.gathered() for gather in gathers if not uses[gather.tensor]}
+    unread = [index for index, _ in trace.homed() if not uses[index] and index not in tables]
 
     groups: list[list[int]] = []
     filled_bytes = 0
@@ -114,7 +116,7 @@ def group_weights(trace: Trace, machine: Machine, target_bytes: int) -> tuple[li
             filled_bytes = size
     pools = _chunk(trace, tiny, target_bytes)
     pooled = frozenset(range(len(groups), len(groups) + len(pools)))
-    groups += pools + _chunk(trace, unread, target_bytes)
+    groups += pools + [[index] for index in sorted(tables)] + _chunk(trace, unread, target_bytes)
     return [even_bundle(group, trace, machine) for group in groups], pooled
 
 

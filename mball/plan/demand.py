@@ -18,6 +18,8 @@ class Demand:
         pooled: bundles of tiny weights, which are resident where a pass repeats and nothing writes them.
         born: for each bundle whether it is of a tensor that is born in the pass.
         reads: for each trace step the bundles it reads, in order of first use, and those that it bears.
+        gathers: for each trace step the bundles of which it reads rows, with the bytes of those, and that it does not
+            read: they need not be there.
         uses: for each bundle the trace steps that read or bear it, ascending.
         moved_bytes: for each bundle the bytes that one transfer moves.
         read_bytes_before: element i is the sum of slot sizes over all reads of steps [0, i).
@@ -27,6 +29,7 @@ class Demand:
     pooled: frozenset[int]
     born: tuple[bool, ...]
     reads: tuple[tuple[int, ...], ...]
+    gathers: tuple[tuple[tuple[int, int], ...], ...]
     uses: tuple[tuple[int, ...], ...]
     moved_bytes: tuple[int, ...]
     read_bytes_before: tuple[int, ...]
@@ -46,6 +49,7 @@ class Demand:
             pooled=pooled,
             born=tuple(any(trace.tensors[index].home is None for index in bundle.tensors) for bundle in bundles),
             reads=tuple(reads),
+            gathers=tuple(bundle_gathers(trace, bundles)),
             uses=tuple(tuple(steps) for steps in uses),
             moved_bytes=tuple(bundle.moved_bytes for bundle in bundles),
             read_bytes_before=tuple(before),
@@ -54,6 +58,11 @@ class Demand:
     def read_bundles(self) -> list[int]:
         """Returns the bundles that any step reads."""
         return [bundle for bundle, steps in enumerate(self.uses) if steps]
+
+    def tables(self) -> list[int]:
+        """Returns the bundles that steps read rows of, and no step as a whole."""
+        gathered = {bundle for gathers in self.gathers for bundle, _ in gathers}
+        return [bundle for bundle in sorted(gathered) if not self.uses[bundle]]
 
     def slot_bytes(self, bundles: Sequence[int]) -> int:
         """Returns the bytes of the slots of these bundles."""
@@ -72,3 +81,21 @@ def bundle_reads(trace: Trace, bundles: Sequence[Bundle]) -> list[tuple[int, ...
             assert tensor.live is not None
             reads[tensor.live.first][home[index]] = None
     return [tuple(step) for step in reads]
+
+
+def bundle_gathers(trace: Trace, bundles: Sequence[Bundle]) -> list[tuple[tuple[int, int], ...]]:
+    """Returns for each trace step the bundles of which it only reads rows, with the bytes of those rows."""
+    rows = trace.gathered()
+    if not any(rows):
+        return [() for _ in rows]
+    home = {index: number for number, bundle in enumerate(bundles) for index in bundle.tensors}
+    found = []
+    for needs, gathers in zip(trace.needs(), rows, strict=True):
+        read = {home[index] for index in needs}
+        sizes: dict[int, int] = {}
+        for gather in gathers:
+            bundle = home[gather.tensor]
+            if bundle not in read:
+                sizes[bundle] = sizes.get(bundle, 0) + gather.size_bytes
+        found.append(tuple(sizes.items()))
+    return found

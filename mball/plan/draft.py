@@ -59,7 +59,10 @@ def draft_plan(
     """
     trace, demand, flow = partition.trace, partition.demand, partition.flow
     visits = partition.uses.visits(keep)
-    placements, resident_bytes = stack(demand, partition.uses.residents(keep).tolist())
+    residents = partition.uses.residents(keep).tolist()
+    if not len(visits):
+        residents += _tables_beside(partition, residents, arena_bytes)
+    placements, resident_bytes = stack(demand, residents)
     sizes = flow.sizes[visits.bundle]
     earliest = lead(visits) if lead is not None else None
     if partition.uses.floor is not None:
@@ -80,7 +83,7 @@ def draft_plan(
     if moves:
         best = _refined(flow, visits, pool, best, moves)
     steps, step_of = _merge(trace, demand, visits, () if earliest is None else earliest.tolist())
-    movement = _Movement.of(demand.bundles, steps, visits, best, resident_bytes, step_of)
+    movement = _Movement.of(demand.bundles, steps, visits, best, placements, resident_bytes, step_of)
     _, prediction = run_plan(trace, partition.machine, movement, demand.moved_bytes)
     return Draft(
         partition=partition,
@@ -92,6 +95,21 @@ def draft_plan(
         arena_bytes=resident_bytes + int((best.offsets + sizes).max(initial=0)),
         prediction=prediction,
     )
+
+
+def _tables_beside(partition: Partition, residents: Sequence[int], arena_bytes: int) -> list[int]:
+    """Returns the tables that stay too where all that is read stays: those that there is room for, in their order."""
+    if not partition.trace.cyclic:
+        return []
+    written = {index for step in partition.trace.steps for index in step.writes}
+    demand, found = partition.demand, list[int]()
+    left = arena_bytes - demand.slot_bytes(residents)
+    for table in demand.tables():
+        size = demand.bundles[table].size_bytes
+        if size <= left and written.isdisjoint(demand.bundles[table].tensors):
+            found.append(table)
+            left -= size
+    return found
 
 
 def _refined(flow: Flow, visits: Visits, pool: Pool, layout: Layout, limit: int) -> Layout:
@@ -147,6 +165,7 @@ class _Movement:
 
     bundles: tuple[Bundle, ...]
     steps: tuple[PlanStep, ...]
+    residents: tuple[Placement, ...]
     transfers: tuple[Transfer, ...]
     made: tuple[Made, ...]
     offloads: tuple[Offload, ...]
@@ -158,6 +177,7 @@ class _Movement:
         steps: tuple[PlanStep, ...],
         visits: Visits,
         layout: Layout,
+        residents: tuple[Placement, ...],
         base: int,
         step_of: list[int],
     ) -> Self:
@@ -201,6 +221,7 @@ class _Movement:
         return cls(
             bundles=bundles,
             steps=steps,
+            residents=residents,
             transfers=tuple(sorted(transfers, key=lambda each: (each.after, each.needed_by, each.bundle))),
             made=tuple(made),
             offloads=tuple(sorted(offloads, key=lambda each: (each.after, each.until, each.bundle))),

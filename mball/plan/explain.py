@@ -50,8 +50,8 @@ class Explanation:
     """A plan, explained.
 
     Attributes:
-        resident, streamed: the weights, by the order of first use.
-        resident_bytes, streamed_bytes: of those.
+        resident, streamed, gathered: the weights, by the order of first use; of the last only rows are read, at home.
+        resident_bytes, streamed_bytes, gathered_bytes: of those; of the last the rows of a pass.
         unread_bytes: weights that no step reads take no memory.
         offloaded: tensors born in the pass that are written below and brought back.
         anew: those that are dropped and made anew.
@@ -64,8 +64,10 @@ class Explanation:
 
     resident: tuple[str, ...]
     streamed: tuple[str, ...]
+    gathered: tuple[str, ...]
     resident_bytes: int
     streamed_bytes: int
+    gathered_bytes: int
     unread_bytes: int
     offloaded: tuple[str, ...]
     anew: tuple[str, ...]
@@ -85,15 +87,23 @@ def explain(trace: Trace, plan: Plan, machine: Machine) -> Explanation:
     """Returns what `plan`, which is valid for `trace`, does on `machine`."""
     simulation = simulate(trace, plan, machine)
     kept = {weight for placement in plan.residents for weight in plan.bundles[placement.bundle].tensors}
-    first_used = dict.fromkeys(weight for needs in trace.needs() for weight in needs)
+    needs = trace.needs()
+    read = {weight for weights in needs for weight in weights}
+    rows = trace.gathered()
+    first_used: dict[int, None] = {}
+    for weights, gathers in zip(needs, rows, strict=True):
+        first_used |= dict.fromkeys((*weights, *(gather.tensor for gather in gathers)))
     resident = [weight for weight in first_used if weight in kept]
-    streamed = [weight for weight in first_used if weight not in kept]
+    streamed = [weight for weight in first_used if weight not in kept and weight in read]
+    gathered = [weight for weight in first_used if weight not in kept and weight not in read]
     roofline_s = simulation.prediction.roofline_s
     return Explanation(
         resident=tuple(trace.tensors[weight].name for weight in resident),
         streamed=tuple(trace.tensors[weight].name for weight in streamed),
+        gathered=tuple(trace.tensors[weight].name for weight in gathered),
         resident_bytes=sum(trace.tensors[weight].size_bytes for weight in resident),
         streamed_bytes=sum(trace.tensors[weight].size_bytes for weight in streamed),
+        gathered_bytes=sum(gather.size_bytes for gathers in rows for gather in gathers if gather.tensor in gathered),
         unread_bytes=sum(tensor.size_bytes for n, tensor in trace.homed() if n not in first_used),
         offloaded=tuple(_name(trace, plan, offload.bundle) for offload in plan.offloads),
         anew=tuple(dict.fromkeys(_name(trace, plan, made.bundle) for made in plan.made if made.is_anew)),

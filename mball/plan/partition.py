@@ -10,7 +10,7 @@ from mball.plan.bundles import TINY_WEIGHT_BYTES, even_bytes, lay_out_bundle
 from mball.plan.demand import Demand
 from mball.plan.flow import Flow
 from mball.plan.leaving import AT_ONCE, Leaving, Ways, ways_out
-from mball.plan.simulate import trace_times
+from mball.plan.simulate import gathered_bytes, rows_times, trace_times
 from mball.plan.uses import Uses
 from mball.schema import Bundle, Machine, Trace
 
@@ -95,9 +95,12 @@ class Partition:
     @cached_property
     def flow(self) -> Flow:
         """Times passes."""
+        # Where anything is streamed no table is resident: rows of tables are then read at home.
+        gathered = gathered_bytes(self.trace, self.demand.bundles, set(self.demand.read_bundles()))
+        rows_s = rows_times(gathered, self.machine.link)
         return Flow(
             self.demand,
-            trace_times(self.trace),
+            [compute_s + wait_s for compute_s, wait_s in zip(trace_times(self.trace), rows_s, strict=True)],
             self.machine,
             cyclic=self.trace.cyclic,
             floor=self.uses.floor,

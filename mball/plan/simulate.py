@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
-from mball.schema import Bundle, Link, Machine, Made, Offload, Plan, PlanStep, Prediction, Trace, Transfer
+from mball.plan.demand import bundle_gathers
+from mball.schema import Bundle, Link, Machine, Made, Offload, Placement, Plan, PlanStep, Prediction, Trace, Transfer
 
 # What a step that was never measured is taken to cost: one read of its weights at this speed.
 UNMEASURED_BYTES_PER_S = 20e9
@@ -83,6 +84,23 @@ def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
     )
 
 
+def gathered_bytes(trace: Trace, bundles: Sequence[Bundle], residents: Collection[int]) -> list[list[int]]:
+    """Returns for each trace step the sizes of what it reads at home: rows of what is not resident.
+
+    A bundle may also be in a slot when rows of it are read, because of another step. That is not counted on: the rows
+    of an embedding are few.
+    """
+    return [[size for bundle, size in gathers if bundle not in residents] for gathers in bundle_gathers(trace, bundles)]
+
+
+def rows_times(gathered: Sequence[Sequence[int]], link: Link) -> list[float]:
+    """Returns for each trace step the seconds that it waits for rows; see `gathered_bytes`.
+
+    They come over the link too. They are few against what is streamed, so they are taken to delay nothing else.
+    """
+    return [sum(link.latency_s + size / link.bandwidth_bytes_per_s for size in sizes) for sizes in gathered]
+
+
 def trace_times(trace: Trace) -> list[float]:
     """Returns for each trace step its measured seconds, or an estimate from the bytes it reads."""
     return [
@@ -108,6 +126,8 @@ class Movement(Protocol):
     @property
     def steps(self) -> tuple[PlanStep, ...]: ...
     @property
+    def residents(self) -> tuple[Placement, ...]: ...
+    @property
     def transfers(self) -> tuple[Transfer, ...]: ...
     @property
     def made(self) -> tuple[Made, ...]: ...
@@ -128,7 +148,12 @@ def run_plan(
         moved_bytes: of each bundle, what one transfer moves.
         served: see `run_passes`.
     """
-    compute_s = step_times(trace, plan.steps)
+    gathered = gathered_bytes(trace, plan.bundles, {placement.bundle for placement in plan.residents})
+    rows_s = rows_times(gathered, machine.link)
+    compute_s = [
+        time_s + sum(rows_s[step.first : step.end])
+        for time_s, step in zip(step_times(trace, plan.steps), plan.steps, strict=True)
+    ]
     for made in plan.made:
         if made.is_anew:
             compute_s[made.step] += trace.tensors[plan.bundles[made.bundle].tensors[0]].recompute_s or 0.0
@@ -146,7 +171,7 @@ def run_plan(
         pass_s=compute + stall,
         compute_s=compute,
         stall_s=stall,
-        streamed_bytes=sum(read),
+        streamed_bytes=sum(read) + sum(map(sum, gathered)),
         roofline_s=max(compute, link_s, write_s),
     )
 

@@ -138,7 +138,8 @@ class Prediction:
     """What `simulate` says of one steady pass, or of the only one.
 
     Attributes:
-        streamed_bytes: what comes into the device.
+        compute_s: of the steps, the rows that they wait for included.
+        streamed_bytes: what comes into the device, rows included.
         roofline_s: the time of the busiest lane of work or link if it never waits.
     """
 

@@ -165,7 +165,7 @@ class Step:
         graph: the captured graph it belongs to; consecutive steps of one graph may be merged by a
             plan. None for an operator that ran outside any graph.
         reads: indices of the tensors it reads as a whole, in order of first use; those that only stay may be left out.
-        gathers: those of which it reads rows.
+        gathers: those of which it reads rows. One that may gather need not be on the device for it.
         writes: indices of tensors with a home that it changes. Copies that were brought before are void then.
         scratch_bytes: peak of the tensors born and dying within the step.
         flops: floating point operations.
@@ -214,10 +214,25 @@ class Trace(Document):
         )
 
     def needs(self) -> list[tuple[int, ...]]:
-        """Returns for each step the tensors with a home that it reads, whole or in rows, in order of first use."""
+        """Returns for each step the tensors with a home that must be on the device, in order of first use.
+
+        What it reads rows of at home, or may (see `gathered`), is not among them.
+        """
         homed = [tensor.home is not None for tensor in self.tensors]
+        whole = [Treatment.GATHER not in tensor.may for tensor in self.tensors]
         return [
-            tuple(index for index in (*step.reads, *(gather.tensor for gather in step.gathers)) if homed[index])
+            tuple(
+                index
+                for index in (*step.reads, *(gather.tensor for gather in step.gathers if whole[gather.tensor]))
+                if homed[index]
+            )
+            for step in self.steps
+        ]
+
+    def gathered(self) -> list[tuple[Gather, ...]]:
+        """Returns for each step what it reads rows of, at home unless the tensor is on the device."""
+        return [
+            tuple(gather for gather in step.gathers if Treatment.GATHER in self.tensors[gather.tensor].may)
             for step in self.steps
         ]
 

@@ -91,7 +91,7 @@ class Exact:
     """All choices for one pass.
 
     Args:
-        trace: steps have measured times and write nothing.
+        trace: steps have measured times, write nothing and read whole weights.
         machine: requests do not share its link (`window_bytes` is 0).
     """
 
@@ -102,6 +102,7 @@ class Exact:
         for number, step in enumerate(trace.steps):
             assert step.time_s is not None
             assert not step.writes
+            assert not step.gathers
             self._compute_s.append(step.time_s)
             for weight in step.reads:
                 self.uses.setdefault(weight, []).append(number)

@@ -186,11 +186,16 @@ class _Arena:
         homes = {index: n for n, bundle in enumerate(self._plan.bundles) for index in bundle.tensors}
         wanted: set[int] = set()
         for trace_step in range(plan_step.first, plan_step.end):
-            for index in self._trace.needs()[trace_step]:
-                _require(index in homes, "a weight is in no bundle")
-                wanted.add(homes[index])
+            asks = self._trace.steps[trace_step]
+            # Rows of what may gather are read wherever it is.
+            gathered = [each.tensor for each in asks.gathers]
+            whole = [index for index in gathered if Treatment.GATHER not in self._trace.tensors[index].may]
+            for index in (*asks.reads, *whole):
+                if self._trace.tensors[index].home is not None:
+                    _require(index in homes, "a weight is in no bundle")
+                    wanted.add(homes[index])
             for index, tensor in self._trace.movable():
-                used = index in self._trace.steps[trace_step].reads
+                used = index in asks.reads
                 if index in homes and tensor.live is not None and (used or tensor.live.first == trace_step):
                     wanted.add(homes[index])
         _require(wanted == set(plan_step.reads), "a step reads other bundles than its weights are in")

@@ -20,8 +20,14 @@ def test_an_explanation_adds_up(trace: Trace, machine: Machine, share: float, fi
     plan = make_plan(trace, machine, budget, fixed_bytes=fixed)
     found = explain(trace, plan, machine)
     assert found.prediction == plan.prediction
-    assert found.resident_bytes + found.streamed_bytes + found.unread_bytes == total
-    assert not set(found.resident) & set(found.streamed)
+    sizes = {tensor.name: tensor.size_bytes for _, tensor in trace.homed()}
+    home_bytes = sum(sizes[name] for name in found.gathered)
+    assert found.resident_bytes + found.streamed_bytes + home_bytes + found.unread_bytes == total
+    assert len({*found.resident, *found.streamed, *found.gathered}) == sum(
+        map(len, (found.resident, found.streamed, found.gathered))
+    )
+    asked = [each for step in trace.steps for each in step.gathers if trace.tensors[each.tensor].name in found.gathered]
+    assert found.gathered_bytes == sum(each.size_bytes for each in asked)
     assert len(found.memory) == len(plan.steps)
     assert all(use.total_bytes <= budget for use in found.memory)
     assert all(use.fixed_bytes == fixed for use in found.memory)

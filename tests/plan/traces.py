@@ -95,6 +95,20 @@ def make_training(
     return Trace(name="training", tensors=tensors, steps=tuple(steps))
 
 
+def make_gathering(num_layers: int, size_bytes: int, table_bytes: int, rows_bytes: int, *, tied: bool = False) -> Trace:
+    """A chain behind a step that gathers rows of a table; where tied, its last step reads the table."""
+    chain = make_tied(num_layers, size_bytes, table_bytes)
+    table, *others = chain.tensors
+    embed, *layers, head = chain.steps
+    embed = replace(embed, reads=(), gathers=(Gather(tensor=0, size_bytes=rows_bytes),))
+    return replace(
+        chain,
+        name="gathering",
+        tensors=(replace(table, may=(*table.may, Treatment.GATHER)), *others),
+        steps=(embed, *layers, head) if tied else (embed, *layers),
+    )
+
+
 machines = st.builds(
     make_machine,
     page_bytes=st.sampled_from([512, 4096, 65536]),
@@ -144,6 +158,8 @@ def traces(draw: st.DrawFn, *, max_steps: int = 14) -> Trace:
                 offset_bytes=offsets[file],
             )
         )
+        if draw(st.booleans()):
+            weights[-1] = replace(weights[-1], may=(*weights[-1].may, Treatment.GATHER))
         offsets[file] += size_bytes
     indices = st.integers(0, len(sizes) - 1) if sizes else st.nothing()
     num_steps = draw(st.integers(0, max_steps))
