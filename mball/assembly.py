@@ -18,6 +18,7 @@ from mball.run.correction import Correction
 from mball.run.engine import Engine
 from mball.run.execution import Execution
 from mball.run.homes import Homes
+from mball.run.segments import OperatorReads
 from mball.schema import Machine, Plan, Trace
 from mball.storage import DirectIO, FileTable, SwapFile, ThreadedReader
 
@@ -65,7 +66,7 @@ class Machinery:
         machine: Callable[[], Machine],
         *,
         fixed_bytes: int = 0,
-        expected: Sequence[tuple[int, ...]] = (),
+        expected: Sequence[OperatorReads] = (),
         verify_files: Callable[[], None] = lambda: None,
         adapt_device: AdaptDevice = lambda device: device,
     ) -> Self:

@@ -63,6 +63,10 @@ class GraphSegment:
     def is_replaceable(self) -> bool:
         return self._is_replaceable
 
+    @property
+    def handed(self) -> Sequence[tuple[int, ...]]:
+        return [step.reads for step in self._graph.steps]
+
     def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Tensor]]:
         return self._graph.schema_steps(self._weight_bytes, self.values, workspace=workspace)
 

@@ -36,6 +36,7 @@ from mball.run.engine import Engine
 from mball.run.graph_gate import GraphGate, Lodger
 from mball.run.home_sources import write_homes
 from mball.run.homes import Home, Homes
+from mball.run.segments import OperatorReads
 from mball.schema import Machine
 from mball.trace.cut import Cut, UnsupportedGraphError
 from mball.trace.grouping import EveryWeight
@@ -172,7 +173,7 @@ class Door:
         names = [_name_of(placeholders[number]) for number in positions]
         parameters = [example_inputs[number] for number in positions]
 
-        def steps(weights: Sequence[int]) -> list[tuple[int, ...]]:
+        def steps(weights: Sequence[int]) -> list[OperatorReads]:
             """Returns what each step of the graph reads: these weights, if they are its arguments."""
             weight_of: list[int | None] = [None] * len(example_inputs)
             for number, weight in zip(positions, weights, strict=True):
@@ -180,8 +181,8 @@ class Door:
             try:
                 cut = Cut("graph", module, weight_of, EveryWeight())
             except UnsupportedGraphError:
-                return [(weight,) for weight in weights]
-            return [tuple(step.reads) for step in cut.steps if step.reads]
+                return [OperatorReads((weight,)) for weight in weights]
+            return [OperatorReads(whole) for step in cut.steps if (whole := step.read_whole())]
 
         new = [parameter for parameter in parameters if self.gate.lodger(parameter) is None]
         lodgers = self.adopt(names, parameters, steps)
@@ -199,7 +200,7 @@ class Door:
         self,
         names: Sequence[str],
         parameters: Sequence[torch.nn.Parameter],
-        steps: Callable[[Sequence[int]], Sequence[tuple[int, ...]]],
+        steps: Callable[[Sequence[int]], Sequence[OperatorReads]],
     ) -> list[Lodger]:
         """Brings those of the parameters home that are not there yet; returns what is known of all of them.
 
@@ -225,7 +226,7 @@ class Door:
         self,
         new: Sequence[tuple[str, torch.nn.Parameter]],
         parameters: Sequence[torch.nn.Parameter],
-        steps: Callable[[Sequence[int]], Sequence[tuple[int, ...]]],
+        steps: Callable[[Sequence[int]], Sequence[OperatorReads]],
     ) -> None:
         if self.engine.closed:
             raise WrapError(_UNWRAPPED)
@@ -349,11 +350,12 @@ class DoorRunner:
         if any(map(self._door.gate.was_released, parameters)):
             raise WrapError(_UNWRAPPED)
 
-        def steps(weights: Sequence[int]) -> list[tuple[int, ...]]:
+        def steps(weights: Sequence[int]) -> list[OperatorReads]:
             if not isinstance(self._runner, GraphRunner):
-                return [(weight,) for weight in weights]
+                return [OperatorReads((weight,)) for weight in weights]
             now = self._replaced(weights)
-            return [tuple(now[weight] for weight in step.reads) for step in self._runner.graph.steps if step.reads]
+            whole = [step.read_whole() for step in self._runner.graph.steps]
+            return [OperatorReads(tuple(now[weight] for weight in weights)) for weights in whole if weights]
 
         return self._door.adopt(self._names, parameters, steps)
 

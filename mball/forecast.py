@@ -9,10 +9,12 @@ import torch
 
 from mball.config import calibration_directory
 from mball.errors import BudgetError
+from mball.lookups import gathered_bytes, is_table
 from mball.plan import smallest_budget
 from mball.run.census import Census
 from mball.run.homes import PAGE_BYTES, Home
-from mball.schema import Machine, Step, Trace
+from mball.run.segments import OperatorReads
+from mball.schema import Gather, Machine, Step, Trace
 from mball.storage import FileTable, find_calibrated_link, measure_link
 from mball.units import format_bytes
 
@@ -35,27 +37,38 @@ def measure_machine(homes: Sequence[Home], files: FileTable, num_threads: int) -
     return Machine(name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link)
 
 
-def expected_operators(roots: Sequence[torch.nn.Module], census: Census) -> list[tuple[int, ...]]:
+def expected_operators(roots: Sequence[torch.nn.Module], census: Census) -> list[OperatorReads]:
     """Returns in module order the weights that one operator will probably read together.
 
     A module with a weight and a bias reads both at once; one with more of them (a recurrent one) reads them in parts.
+    Of an embedding some rows are looked up.
     """
     of_module: dict[int, list[int]] = {}
     for number, weight in enumerate(census.weights):
         for owner in weight.owners:
             of_module.setdefault(id(owner.module), []).append(number)
-    expected: list[tuple[int, ...]] = []
-    for module in {id(module): None for root in roots for module in root.modules()}:
-        own = tuple(dict.fromkeys(of_module.get(module, ())))
-        if len(own) <= 2:
-            expected += [own] if own else []
+    expected: list[OperatorReads] = []
+    for identity, module in {id(module): module for root in roots for module in root.modules()}.items():
+        own = tuple(sorted(set(of_module.get(identity, ()))))
+        if len(own) == 1:
+            expected.append(OperatorReads(own, _rows_bytes(module, census.weights[own[0]].parameter)))
+        elif len(own) == 2:
+            expected.append(OperatorReads(own))
         else:
-            expected += [(weight,) for weight in own]
+            expected += [OperatorReads((weight,)) for weight in own]
     return expected
 
 
+def _rows_bytes(module: torch.nn.Module, weight: torch.Tensor) -> int | None:
+    """Returns about how much a module reads of its weight to look up a row, None if it reads all of it."""
+    is_embedding = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.max_norm is None
+    if not is_embedding or not is_table(weight):
+        return None
+    return gathered_bytes(1, weight[0].nbytes, weight.nbytes)
+
+
 def check_budget(
-    budget_bytes: int, homes: Sequence[Home], machine: Machine, fixed_bytes: int, expected: Sequence[tuple[int, ...]]
+    budget_bytes: int, homes: Sequence[Home], machine: Machine, fixed_bytes: int, expected: Sequence[OperatorReads]
 ) -> None:
     """Refuses a budget that cannot hold the model even one module at a time.
 
@@ -73,12 +86,13 @@ def check_budget(
         Step(
             name=homes[weights[0]].name.rpartition(".")[0] or "the model",
             graph=None,
-            reads=weights,
+            reads=weights if rows_bytes is None else (),
+            gathers=() if rows_bytes is None else (Gather(tensor=weights[0], size_bytes=rows_bytes),),
             scratch_bytes=0,
             flops=0,
             time_s=0.0,
         )
-        for weights in expected
+        for weights, rows_bytes in expected
     )
     trace = Trace(name="one module at a time", tensors=tuple(home.schema() for home in homes), steps=steps)
     smallest = smallest_budget(trace, machine, fixed_bytes=fixed_bytes)

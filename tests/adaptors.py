@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from mball.errors import MballError
 from mball.memory.arena import POISON_BYTE, Arena
@@ -32,6 +33,9 @@ class DeviceAdaptor:
 
     def discard(self, offset: int, size: int) -> None:
         self.device.discard(offset, size)
+
+    def rows_of(self, home: torch.Tensor) -> torch.Tensor:
+        return self.device.rows_of(home)
 
     def gauge(self) -> Gauge:
         return self.device.gauge()

@@ -12,6 +12,8 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
+
 from mball.errors import DeviceError
 from mball.memory.arena import Arena
 from mball.memory.facts import addresses_are_free, machine_memory
@@ -102,6 +104,12 @@ class Device(Protocol):
         A hint: devices do nothing, adaptors for tests destroy the content.
         """
 
+    def rows_of(self, home: torch.Tensor) -> torch.Tensor:
+        """Returns what compute that looks up a few rows reads in the place of `home`, a mapping of a file.
+
+        The CPU reads the home itself, page by page. A device that cannot has to bring rows to memory of its own.
+        """
+
     def gauge(self) -> Gauge:
         """Returns what measures by how much the device's memory rises, the arena apart while it is not resized."""
 
@@ -154,6 +162,9 @@ class CpuDevice:
 
     def discard(self, offset: int, size: int) -> None:
         """Does nothing."""
+
+    def rows_of(self, home: torch.Tensor) -> torch.Tensor:
+        return home
 
     def gauge(self) -> Gauge:
         return HostGauge()

@@ -80,16 +80,38 @@ class PrivateMapping:
         """
         return sum(end - first for first, end in self._clean())
 
-    def drop_clean(self) -> int:
-        """Gives pages that were read and not written back to the page cache; returns their bytes.
+    def drop_clean(self, first: int = 0, end: int | None = None) -> int:
+        """Gives pages of the range that were read and not written back to the page cache; returns their bytes.
 
         Raises as `written`.
         """
         dropped = 0
-        for first, end in self._clean():
-            libc.advise(self.address + first, end - first, libc.DONTNEED)
-            dropped += end - first
+        for begin, stop in self._clean(first, end):
+            libc.advise(self.address + begin, stop - begin, libc.DONTNEED)
+            dropped += stop - begin
         return dropped
+
+    def read_sparsely(self, first: int, end: int) -> None:
+        """Says that a few pages of the range will be read, here and there: nothing around them is read with them.
+
+        Ends with `read_as_usual`, or where bytes are replaced.
+        """
+        self._check_pages(first, end)
+        libc.advise(self.address + first, end - first, libc.RANDOM)
+
+    def read_as_usual(self, first: int, end: int) -> None:
+        """Says that the range may be read in order again: the kernel reads ahead."""
+        self._check_pages(first, end)
+        libc.advise(self.address + first, end - first, libc.NORMAL)
+
+    def prefetch(self, ranges: Sequence[Range]) -> None:
+        """Has the kernel read these ranges of whole pages into its cache, all at one time. Does not wait for them.
+
+        Reading them then does not wait for one page after another.
+        """
+        for first, end in ranges:
+            self._check_pages(first, end)
+            libc.advise(self.address + first, end - first, libc.WILLNEED)
 
     def drop_written(self, first: int, end: int) -> None:
         """Forgets what was written in the range: it reads from the file again.
@@ -124,8 +146,11 @@ class PrivateMapping:
         self._check_open()
         return self.address, self._mapped_bytes
 
-    def _clean(self) -> list[Range]:
-        (found,) = find_pages([self.span()], PageState.CLEAN)
+    def _clean(self, first: int = 0, end: int | None = None) -> list[Range]:
+        address, mapped_bytes = self.span()
+        end = mapped_bytes if end is None else end
+        self._check_pages(first, end)
+        (found,) = find_pages([(address + first, end - first)], PageState.CLEAN)
         return [(first - self.address, end - self.address) for first, end in found]
 
     def _check_open(self) -> None:

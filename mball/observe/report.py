@@ -17,7 +17,7 @@ class Report:
         peak_bytes: the most that weights, buffers and predicted activations took together.
         capture_bytes: what captured graphs hold, in the compiler too; in the budget if `capture_is_counted`.
         workspace_is_counted: whether there is room in the budget for what operators allocate inside.
-        streamed_bytes_per_pass: what the plan brings in each pass.
+        streamed_bytes_per_pass: what the plan brings in each pass, rows of tables that stay home included.
         bytes_read: all bytes read so far; `bytes_read_last_pass` those of the last pass.
         roofline_s: the larger of the compute time and the streamed bytes at the measured speed of the link.
         predicted_s: what its plan said of the last pass, if it was a steady one; None before the first.

@@ -14,6 +14,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from mball import torch_private
+from mball.lookups import gathered_bytes, is_index, is_table, lookup_of
+from mball.run.segments import OperatorReads
 
 if TYPE_CHECKING:
     from mball.run.engine import Engine
@@ -72,8 +74,12 @@ class BindingMode(torch_private.TorchDispatchMode):
             weights = tuple(weight for weight in weights if weight not in self.engine.written_now)
             if not weights:
                 return func(*args, **kwargs)
-        views = self.engine.enter_operator(weights, str(func))
+        lookup = self._lookup(func, args, kwargs, weights)
+        reads = OperatorReads(tuple(sorted(weights)), None if lookup is None else lookup[1])
+        views = self.engine.enter_operator(reads, str(func))
         try:
+            if lookup is not None:
+                self.engine.execution.expect_rows(weights[0], lookup[0])
 
             def bind(value: Any) -> Any:
                 if isinstance(value, torch.Tensor):
@@ -84,6 +90,26 @@ class BindingMode(torch_private.TorchDispatchMode):
             return func(*map(bind, args), **{name: bind(value) for name, value in kwargs.items()})
         finally:
             self.engine.leave_operator()
+
+    def _lookup(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weights: tuple[int, ...]
+    ) -> tuple[torch.Tensor, int] | None:
+        """Returns the numbers of the rows that an operator looks up, and about how many bytes that reads.
+
+        None if it reads more than rows of one weight, or so many that all of it is better read.
+        """
+        lookup = lookup_of(func, args, kwargs)
+        if lookup is None or len(weights) > 1:
+            return None
+        home = self.engine.homes.homes[weights[0]]
+        table, indices = lookup
+        if not isinstance(indices, torch.Tensor) or not is_index(indices) or not is_table(table):
+            return None
+        key = torch_private.storage_key
+        if table.shape != home.tensor.shape or key(table) != key(home.tensor) or key(indices) == key(table):
+            return None
+        size_bytes = gathered_bytes(indices.numel(), home.span_bytes // table.shape[0], home.span_bytes)
+        return None if size_bytes is None else (indices, size_bytes)
 
 
 _STRIDED = torch.strided

@@ -29,7 +29,7 @@ from mball.run.execution import Bound, Execution
 from mball.run.homes import Home, HomeFile, Homes
 from mball.run.operator_room import OperatorRoom
 from mball.run.pass_plans import PassPlan, PassPlans, Planner, Stretch
-from mball.run.segments import OperatorSegment, Segment
+from mball.run.segments import OperatorReads, OperatorSegment, Segment
 from mball.schema import Plan, Trace
 from mball.units import format_bytes
 
@@ -84,7 +84,7 @@ class Engine:
         plan: Planner,
         correction: Correction,
         fixed_bytes: int,
-        expected: Sequence[tuple[int, ...]],
+        expected: Sequence[OperatorReads],
         verify_files: Callable[[], None],
     ) -> None:
         self.homes = homes
@@ -121,8 +121,8 @@ class Engine:
         self._operator_step: int | None = None
         self._verify_files = verify_files
         self._expected: list[OperatorSegment] = []
-        for number, weights in enumerate(expected):
-            self._expected.append(self._operator(tuple(sorted(weights)), f"module {number}"))
+        for number, reads in enumerate(expected):
+            self._expected.append(self._operator(reads, f"module {number}"))
 
     # -- passes --------------------------------------------------------------------------------------------------
 
@@ -238,9 +238,9 @@ class Engine:
         self.ledger.set_budget(self.budget_bytes)
 
     @property
-    def expected(self) -> list[tuple[int, ...]]:
-        """The weights of each operator that was expected before anything ran."""
-        return [segment.weights for segment in self._expected]
+    def expected(self) -> list[OperatorReads]:
+        """What each operator reads that was expected before anything ran."""
+        return [segment.reads for segment in self._expected]
 
     @property
     def budget_bytes(self) -> int:
@@ -346,8 +346,8 @@ class Engine:
         self._position = position + 1
         self._tape.append(segment.key)
         start = self._active.tape.starts[position]
-        for step in self._active.tape.trace.steps[start : start + len(self._stretch.steps)]:
-            self.weights_read.update(step.reads)
+        for weights in self._active.tape.handed[start : start + len(self._stretch.steps)]:
+            self.weights_read.update(weights)
         self.last.steps = len(self._active.plan.steps)
 
     def enter(self, step: int) -> tuple[torch.Tensor, ...]:
@@ -360,6 +360,13 @@ class Engine:
             self._step = planned
             self._handed = self.execution.enter(planned)
         return self._handed[self._stretch.places[step]]
+
+    def expect_rows(self, step: int, place: int, indices: torch.Tensor) -> None:
+        """Says which rows of the weight at `place` the running graph's step `step`, which was entered, looks up."""
+        assert self._active is not None
+        assert self._stretch is not None
+        start = self._active.tape.starts[self._position - 1]
+        self.execution.expect_rows(self._active.tape.handed[start + step][place], indices)
 
     def finish(self) -> None:
         """Ends the running graph."""
@@ -378,40 +385,43 @@ class Engine:
 
     # -- operators -----------------------------------------------------------------------------------------------
 
-    def enter_operator(self, weights: tuple[int, ...], name: str) -> dict[int, torch.Tensor]:
+    def enter_operator(self, reads: OperatorReads, name: str) -> dict[int, torch.Tensor]:
         """Returns views of the weights that an operator outside any graph reads, by weight; then call `leave_operator`.
 
         Raises:
             BudgetError: these weights do not fit the budget beside the live activations.
         """
-        key = tuple(sorted(set(weights)))
-        self._operator(key, name)
+        key, weights = self._operator(reads, name).key, reads.weights
         self.room.note_live(self.live.current)
         position = self._seek(key)
-        if position is None and self._must_replan(key):
+        if position is None and self._must_replan(key, reads):
             position = self._replan(key)
-        elif position != self._position and self._tape and self.execution.holds(key):
+        elif position != self._position and self._tape and self.execution.holds(weights):
             # Going elsewhere in the plan, and back, would bring all that is read there.
             position = None
         assert self._active is not None
         self._tape.append(key)
-        self.weights_read.update(key)
+        self.weights_read.update(weights)
         self.last.steps = len(self._active.plan.steps)
         if position is None:
             self._operator_step = None
-            return dict(zip(key, self.execution.on_demand(key), strict=True))
+            if reads.rows_bytes is not None:
+                return {weights[0]: self.execution.look_up(weights[0])}
+            return dict(zip(weights, self.execution.on_demand(weights), strict=True))
         self._position = position + 1
         self._operator_step = self._active.stretches[position].steps[0]
         (views,) = self.execution.enter(self._operator_step)
-        return dict(zip(key, views, strict=True))
+        return dict(zip(weights, views, strict=True))
 
-    def _must_replan(self, key: tuple[int, ...]) -> bool:
+    def _must_replan(self, key: Hashable, reads: OperatorReads) -> bool:
         active = self._active
         if active is None or active.reserve < self.room.needed_bytes:
             return True
         if not self._tape and (self._stale or key in self._next):
             return True
-        return self.execution.smallest_region(key) > active.plan.arena_bytes
+        if reads.rows_bytes is not None:
+            return False
+        return self.execution.smallest_region(reads.weights) > active.plan.arena_bytes
 
     def note_written(self, weights: Sequence[int]) -> None:
         """Says that an operator wrote to these homes: until the next pass begins they are read in place."""
@@ -424,12 +434,15 @@ class Engine:
         else:
             self.execution.leave(self._operator_step)
 
-    def _operator(self, weights: tuple[int, ...], name: str) -> OperatorSegment:
-        found = self._segments.get(weights)
-        if isinstance(found, OperatorSegment):
+    def _operator(self, reads: OperatorReads, name: str) -> OperatorSegment:
+        found = self._segments.get(reads.key)
+        rows_bytes = reads.rows_bytes
+        # Of lookups the largest so far is planned with.
+        if isinstance(found, OperatorSegment) and (rows_bytes or 0) <= (found.reads.rows_bytes or 0):
             return found
-        time_s = sum(self.weights[weight].size_bytes for weight in weights) / 8e9
-        segment = self._segments[weights] = OperatorSegment(weights, name, time_s)
+        size_bytes = sum(self.weights[weight].size_bytes for weight in reads.weights)
+        time_s = (size_bytes if rows_bytes is None else rows_bytes) / 8e9
+        segment = self._segments[reads.key] = OperatorSegment(reads, name, time_s)
         return segment
 
     # -- plans ---------------------------------------------------------------------------------------------------
@@ -482,7 +495,8 @@ class Engine:
         ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
         ledger.set(Kind.CAPTURE, self.budget_bytes - plan.budget_bytes)
         self._active = None  # until the plan is adopted whole: `recover` sees by this what an interrupt left
-        self.execution.adopt(plan, [step.reads for step in planned.tape.trace.steps])
+        gathered = [{gather.tensor for gather in step.gathers} for step in planned.tape.trace.steps]
+        self.execution.adopt(plan, planned.tape.handed, gathered)
         self.execution.recorder.adopt(planned.tape.trace, plan)
         self._active = planned
         self._correction.adopted()

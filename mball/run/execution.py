@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -102,15 +102,19 @@ class Execution:
         self._views: dict[tuple[int, int], torch.Tensor] = {}
         self._bound: list[tuple[tuple[Occupant, ...], Bound] | None] = []
         self._step_weights: list[tuple[tuple[int, ...], ...]] = []
+        self._tables: list[frozenset[int]] = []  # of each step what it looks up rows of and the plan does not bring
+        # Homes that the step in use looks up rows of, with the bytes that it said it would.
+        self._at_home: dict[int, int] = {}
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
-    def adopt(self, plan: Plan, reads: Sequence[Sequence[int]]) -> None:
+    def adopt(self, plan: Plan, handed: Sequence[Sequence[int]], gathered: Sequence[Collection[int]]) -> None:
         """Makes `plan` the one that is executed; what it keeps in place stays.
 
         Args:
             plan: a validated plan over the homes' weights.
-            reads: for each trace step the weights it reads, in the order in which `enter` returns them.
+            handed: for each trace step the weights it reads, in the order in which `enter` returns them.
+            gathered: those of which it only looks up rows.
         """
         assert not self._in_use
         known = {bundle: index for index, bundle in enumerate(plan.bundles)}
@@ -134,7 +138,12 @@ class Execution:
         for due in self._due:  # what this pass needs goes before what the next one needs
             due.sort(key=lambda number: plan.transfers[number].after < 0)
         self._bundle_of_weight = {w: i for i, bundle in enumerate(plan.bundles) for w in bundle.tensors}
-        self._step_weights = [tuple(map(tuple, reads[step.first : step.end])) for step in plan.steps]
+        self._step_weights = [tuple(map(tuple, handed[step.first : step.end])) for step in plan.steps]
+        self._tables = [
+            frozenset(weight for weights in gathered[step.first : step.end] for weight in weights)
+            - {weight for bundle in step.reads for weight in plan.bundles[bundle].tensors}
+            for step in plan.steps
+        ]
         self._bound = [None] * count
         if len(self._views) > 8 * len(self.homes):
             self._views.clear()
@@ -175,16 +184,17 @@ class Execution:
             occupant = self._occupants.get(bundle)
             if occupant is None or (occupant.event is None and not occupant.planned):
                 self._fetch_now(bundle, step)
-        bound = self._bind(step, tuple(self._land(bundle) for bundle in reads))
+        occupants = [self._land(bundle) for bundle in reads]
+        if tables := self._tables[step]:
+            occupants += self._present(tables)
+        bound = self._bind(step, tuple(occupants))
         self.recorder.entered(step)
         return bound
 
     def leave(self, step: int) -> None:
         """Releases the step's bundles and starts the transfers that may start now."""
         assert self.plan is not None
-        self.recorder.left()
-        self._in_use = ()
-        self._released = self.device.record()
+        self._release()
         for number in self._ends[step]:
             transfer = self.plan.transfers[number]
             occupant = self._occupants.get(transfer.bundle)
@@ -222,10 +232,58 @@ class Execution:
         return views
 
     def release(self) -> None:
-        """Ends what `on_demand` began."""
+        """Ends what `on_demand` or `look_up` began."""
+        self._release()
+
+    def look_up(self, weight: int) -> torch.Tensor:
+        """Returns a weight of which rows are looked up outside any planned step; call `release` when that is over."""
+        assert self.plan is not None
+        assert not self._in_use
+        there = self._present((weight,))
+        view = self._view(weight, there[0]) if there else self._home_view(weight)
+        self.recorder.entered((weight,))
+        return view
+
+    def expect_rows(self, weight: int, indices: torch.Tensor) -> None:
+        """Says which rows the step in use looks up, before it does: a hint, so that they come all at one time.
+
+        Args:
+            weight: bound in this step.
+            indices: the numbers of the rows, of any shape.
+        """
+        if weight in self._at_home:
+            self._at_home[weight] += self.homes.prefetch_rows(weight, indices)
+
+    def _present(self, tables: Collection[int]) -> list[Occupant]:
+        """Returns the bundles of these weights that are in the arena, and keeps them there for the step.
+
+        Nobody waits for one that is still on its way: its rows are at home too.
+        """
+        found = []
+        for bundle in dict.fromkeys(self._bundle_of_weight[weight] for weight in tables):
+            occupant = self._occupants.get(bundle)
+            if occupant is not None and (occupant.event is None or occupant.event.done()):
+                found.append(self._land(bundle))
+                self._in_use = (*self._in_use, bundle)
+        return found
+
+    def _release(self) -> None:
+        """Ends the use of what a step was handed."""
         self.recorder.left()
         self._in_use = ()
         self._released = self.device.record()
+        if self._at_home:
+            self._leave_homes()
+
+    def _leave_homes(self) -> None:
+        """Counts what was read at home, and gives the pages back: they are outside the budget.
+
+        Where nobody said which rows, what the kernel mapped is counted: that may be more, neighbours in its cache.
+        """
+        for weight, asked_bytes in self._at_home.items():
+            held_bytes = self.homes.give_back(weight)
+            self.counters.bytes_read += asked_bytes or held_bytes
+        self._at_home = {}
 
     def forget(self, weights: Iterable[int]) -> None:
         """Drops the copies of weights whose homes were written; they are read again when needed."""
@@ -236,6 +294,7 @@ class Execution:
     def abort(self) -> None:
         """Makes the state consistent after an exception: nothing in use, no copy running, no copy half known."""
         self._in_use = ()
+        self._at_home = {}
         self.device.synchronize()
         for bundle, occupant in list(self._occupants.items()):
             if occupant.event is not None:
@@ -406,15 +465,27 @@ class Execution:
     # -- views ---------------------------------------------------------------------------------------------------
 
     def _bind(self, step: int, occupants: tuple[Occupant, ...]) -> Bound:
+        at_home: dict[int, torch.Tensor] = {}
+        if tables := self._tables[step]:
+            there = {weight for occupant in occupants for weight in occupant.bundle.tensors}
+            at_home = {weight: self._home_view(weight) for weight in tables - there}
         cached = self._bound[step]
         if cached is not None and cached[0] == occupants:
             return cached[1]
         by_weight = {weight: occupant for occupant in occupants for weight in occupant.bundle.tensors}
         views = tuple(
-            tuple(self._view(weight, by_weight[weight]) for weight in weights) for weights in self._step_weights[step]
+            tuple(at_home[weight] if weight in at_home else self._view(weight, by_weight[weight]) for weight in weights)
+            for weights in self._step_weights[step]
         )
         self._bound[step] = (occupants, views)
         return views
+
+    def _home_view(self, weight: int) -> torch.Tensor:
+        """Returns a weight as it lies at home, for a step that looks up rows of it."""
+        self._at_home[weight] = 0
+        home = self.device.rows_of(self.homes.look_up(weight))
+        with torch.inference_mode(False):
+            return home.data.requires_grad_(self.homes.requires_grad[weight])
 
     def _view(self, weight: int, occupant: Occupant) -> torch.Tensor:
         view = occupant.views.get(weight)

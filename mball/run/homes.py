@@ -14,14 +14,16 @@ import ctypes
 import logging
 from bisect import bisect_right, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from mball import torch_private
 from mball.memory.mapping import PrivateMapping
-from mball.schema import Extent, Tensor
+from mball.schema import Extent, Tensor, Treatment
 from mball.storage.swapfile import SwapFile
+from mball.units import round_down, round_up
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,8 @@ class Home:
     span_bytes: int
 
     def schema(self) -> Tensor:
-        """Returns the home as the trace describes it."""
-        return Tensor.weight(
+        """Returns the home as the trace describes it: it is mapped, so its rows can be read where it lies."""
+        weight = Tensor.weight(
             self.name,
             dtype=str(self.tensor.dtype).removeprefix("torch."),
             shape=tuple(self.tensor.shape),
@@ -53,6 +55,7 @@ class Home:
             file=self.file,
             offset_bytes=self.offset_bytes,
         )
+        return replace(weight, may=(*weight.may, Treatment.GATHER))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -165,6 +168,7 @@ class Homes:
         self.weight_of_storage: dict[int, int] = {}
         self._spans: list[list[tuple[int, int, int]]] = []
         self._file_of: dict[str, HomeFile] = {}
+        self._file_of_weight: list[HomeFile] = []
         self.add(homes, files)
 
     def __len__(self) -> int:
@@ -180,6 +184,8 @@ class Homes:
         self.requires_grad += [False] * len(homes)
         for index, home in enumerate(homes, start):
             self.weight_of_storage[torch_private.storage_key(home.tensor)] = index
+        given = {file.name: file for file in files}
+        self._file_of_weight += [given[home.file] for home in homes]
         for file in files:
             self.files.append(file)
             self._file_of.setdefault(file.name, file)
@@ -212,6 +218,49 @@ class Homes:
     def touched_bytes(self) -> int:
         """Returns the bytes of homes that somebody read in place since the last `collect_writes`."""
         return sum(file.mapping.touched_bytes() for file in self.files)
+
+    def look_up(self, weight: int) -> torch.Tensor:
+        """Returns the home of a weight of which rows will be read in place; then call `give_back`."""
+        file, first, end = self._pages_of(weight)
+        file.mapping.read_sparsely(first, end)
+        return self.homes[weight].tensor
+
+    def prefetch_rows(self, weight: int, indices: torch.Tensor) -> int:
+        """Has these rows of a home read at once, before somebody waits for one after another; returns their bytes.
+
+        Args:
+            weight: whose rows lie one after another.
+            indices: the numbers of the rows, in any order and shape, negative ones from the end. What is out of range
+                is left out: whoever looks it up will say so.
+        """
+        file, home = self._file_of_weight[weight], self.homes[weight]
+        num_rows = home.tensor.shape[0]
+        rows = np.unique(indices.numpy(force=True))
+        rows = np.unique(rows[(rows >= -num_rows) & (rows < num_rows)].astype(np.int64) % num_rows)
+        if not len(rows):
+            return 0
+        row_bytes = home.span_bytes // num_rows
+        begins = home.offset_bytes - file.mapped_from + rows * row_bytes
+        firsts, ends = begins // PAGE_BYTES * PAGE_BYTES, -(-(begins + row_bytes) // PAGE_BYTES) * PAGE_BYTES
+        is_apart = np.ones(len(rows), dtype=bool)
+        is_apart[1:] = firsts[1:] > ends[:-1]
+        heads = np.flatnonzero(is_apart)
+        ranges = list(zip(firsts[heads].tolist(), ends[np.append(heads[1:], len(rows)) - 1].tolist(), strict=True))
+        file.mapping.prefetch(ranges)
+        return sum(end - first for first, end in ranges)
+
+    def give_back(self, weight: int) -> int:
+        """Gives back the pages of a home that were read in place; returns their bytes."""
+        file, first, end = self._pages_of(weight)
+        file.mapping.read_as_usual(first, end)
+        return file.mapping.drop_clean(first, end)
+
+    def _pages_of(self, weight: int) -> tuple[HomeFile, int, int]:
+        """Returns the file of a home, and the pages of the mapping that hold it."""
+        home = self.homes[weight]
+        file = self._file_of_weight[weight]
+        begin = home.offset_bytes - file.mapped_from
+        return file, round_down(begin, PAGE_BYTES), round_up(begin + home.span_bytes, PAGE_BYTES)
 
     def reads(self, extents: Sequence[Extent]) -> Iterator[tuple[Extent, Piece]]:
         """Yields each extent with the pieces that bring its current bytes."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from mball.schema import LiveRange, Step, Tensor, Trace
+from mball.schema import Gather, LiveRange, Step, Tensor, Trace
 
 
 class Segment(Protocol):
@@ -24,6 +24,10 @@ class Segment(Protocol):
     def is_replaceable(self) -> bool:
         """Whether something else runs in its place where it does not fit."""
 
+    @property
+    def handed(self) -> Sequence[tuple[int, ...]]:
+        """The weights that it takes for each of its steps, in that order: those that the step reads or gathers from."""
+
     def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Tensor]]:
         """Returns its steps and activations, numbered from 0.
 
@@ -31,37 +35,68 @@ class Segment(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class OperatorSegment:
-    """One operator that runs outside any graph and reads `weights` (sorted)."""
+class OperatorReads(NamedTuple):
+    """What an operator outside graphs reads.
+
+    Attributes:
+        weights: which (sorted).
+        rows_bytes: about how much it reads of the one weight of which it looks up rows; None if it reads all of all.
+    """
 
     weights: tuple[int, ...]
+    rows_bytes: int | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for operators that read the same weights in the same way, however many rows that is."""
+        return self.weights if self.rows_bytes is None else ("rows", *self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorSegment:
+    """One operator that runs outside any graph."""
+
+    reads: OperatorReads
     name: str
     time_s: float
 
     @property
     def key(self) -> Hashable:
-        return self.weights
+        return self.reads.key
 
     @property
     def family(self) -> Hashable:
-        return self.weights
+        return self.reads.key
 
     @property
     def is_replaceable(self) -> bool:
         return False
 
+    @property
+    def handed(self) -> Sequence[tuple[int, ...]]:
+        return [self.reads.weights]
+
     def describe(self, *, workspace: bool = True) -> tuple[Sequence[Step], Sequence[Tensor]]:
-        step = Step(name=self.name, graph=None, reads=self.weights, scratch_bytes=0, flops=0, time_s=self.time_s)
+        weights, rows_bytes = self.reads
+        step = Step(
+            name=self.name,
+            graph=None,
+            reads=weights if rows_bytes is None else (),
+            gathers=() if rows_bytes is None else (Gather(tensor=weights[0], size_bytes=rows_bytes),),
+            scratch_bytes=0,
+            flops=0,
+            time_s=self.time_s,
+        )
         return [step], []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tape:
-    """A pass as a sequence of segments, and where each begins among the trace steps."""
+    """A pass as a sequence of segments, where each begins among the trace steps, and what it takes for each step."""
 
     segments: tuple[Segment, ...]
     starts: tuple[int, ...]
+    handed: tuple[tuple[int, ...], ...]
     trace: Trace
 
     @property
@@ -105,4 +140,5 @@ def make_tape(
         whole = LiveRange(first=0, end=len(steps))
         activations.append(Tensor.activation("operators", size_bytes=operator_activation_bytes, live=whole))
     trace = Trace(name=name, tensors=(*weights, *activations), steps=tuple(steps))
-    return Tape(segments=tuple(segments), starts=tuple(starts), trace=trace)
+    handed = tuple(weights for segment in segments for weights in segment.handed)
+    return Tape(segments=tuple(segments), starts=tuple(starts), handed=handed, trace=trace)

@@ -5,6 +5,9 @@ The nodes are cut wherever a node reads a weight that the current stretch does n
 the finest step there is, and what a Trace records. A plan merges neighbouring steps. A node whose result is a
 view of a weight reads nothing; it is run again in every step that uses the view, because the
 weight may lie elsewhere by then.
+
+A step that only looks up rows of a weight (an embedding) need not find it on the device. Which steps do is said here;
+whether it pays depends on how many rows they look up, see `CapturedGraph.schema_steps`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from mball import torch_private
+from mball.lookups import Lookup, is_index, is_table, lookup_of
 from mball.trace.grouping import Grouping
 
 
@@ -26,10 +30,25 @@ class UnsupportedGraphError(Exception):
 
 @dataclass(slots=True)
 class StepNodes:
-    """One finest step: its nodes in order, and the weights they read."""
+    """One finest step: its nodes in order, and the weights they read.
+
+    Attributes:
+        lookups: for each weight the nodes that look up rows of it.
+        whole: the weights that are read in another way too.
+    """
 
     nodes: list[torch.fx.Node] = field(default_factory=list)
     reads: list[int] = field(default_factory=list)
+    lookups: dict[int, dict[torch.fx.Node, Lookup]] = field(default_factory=dict)
+    whole: set[int] = field(default_factory=set)
+
+    def gathers(self) -> dict[int, dict[torch.fx.Node, Lookup]]:
+        """Returns `lookups` of the weights of which only rows are read."""
+        return {weight: nodes for weight, nodes in self.lookups.items() if weight not in self.whole}
+
+    def read_whole(self) -> tuple[int, ...]:
+        """Returns the weights of which more than rows is read."""
+        return tuple(weight for weight in self.reads if weight in self.whole)
 
 
 class Cut:
@@ -93,6 +112,30 @@ class Cut:
             new = reads
         current.nodes.append(node)
         current.reads += new
+        lookup = self._lookup(node)
+        for weight in reads:
+            if lookup is not None and self.weights[lookup.table] == weight:
+                current.lookups.setdefault(weight, {})[node] = lookup
+            else:
+                current.whole.add(weight)
+
+    def _lookup(self, node: torch.fx.Node) -> Lookup | None:
+        """Returns what `node` looks up if it reads rows of a weight, and nothing else of it."""
+        lookup = lookup_of(node.target, node.args, node.kwargs)
+        if lookup is None or not all(isinstance(each, torch.fx.Node) for each in lookup):
+            return None
+        if lookup.table not in self.weights:
+            return None
+        table, indices = (torch_private.example_value(each) for each in lookup)
+        if not isinstance(indices, torch.Tensor) or not is_index(indices) or not is_table(table):
+            return None
+        arguments = [each for each in tree_leaves((node.args, node.kwargs)) if isinstance(each, torch.fx.Node)]
+        arguments.remove(lookup.table)
+        weight = self.weights[lookup.table]
+        is_all = not any(
+            self._owner.get(storage_of(tensor)) == weight for argument in arguments for tensor in tensors_of(argument)
+        )
+        return lookup if is_all else None
 
     def _weights_read(self, node: torch.fx.Node) -> list[int]:
         """Returns the weights whose bytes `node` reads, in argument order."""

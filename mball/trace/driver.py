@@ -8,13 +8,13 @@ The nodes themselves run as Dynamo captured them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType, SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 
-from mball.trace.cut import Cut
+from mball.trace.cut import Cut, StepNodes
 
 
 class StepHooks(Protocol):
@@ -25,6 +25,9 @@ class StepHooks(Protocol):
 
         The tensors that an earlier call returned are read no more.
         """
+
+    def expect_rows(self, step: int, place: int, indices: torch.Tensor) -> None:
+        """Says which rows step `step`, which was entered, looks up of the weight at `place` of its `reads`."""
 
     def finish(self) -> None:
         """Says that the last step is over."""
@@ -41,13 +44,27 @@ def build_driver(cut: Cut) -> Driver:
     env: dict[torch.fx.Node, torch.fx.Node] = {node: flat.node_copy(node) for node in cut.placeholders}
     for number, step in enumerate(cut.steps):
         handed = flat.call_method("enter", (hooks, number))
-        binder = Binder(cut, flat, env, handed, {weight: place for place, weight in enumerate(step.reads)})
+        places = {weight: place for place, weight in enumerate(step.reads)}
+        binder = Binder(cut, flat, env, handed, places)
+        indices_of = indices_by_node(step, places)
         for node in step.nodes:
+            if node in indices_of:
+                place, indices = indices_of[node]
+                flat.call_method("expect_rows", (hooks, number, place, binder(indices)))
             env[node] = flat.node_copy(node, binder)
     flat.call_method("finish", (hooks,))
     # A result that is a weight, or a view of one, is the home: it outlives every slot.
     flat.node_copy(cut.module.graph.output_node(), Binder(cut, flat, env, None, {}))
     return compile_driver(cut.module, flat)
+
+
+def indices_by_node(step: StepNodes, places: Mapping[int, int]) -> dict[torch.fx.Node, tuple[int, torch.fx.Node]]:
+    """Returns the nodes of a step that look up rows, each with the place of the weight and the node that names them."""
+    return {
+        node: (places[weight], lookup.indices)
+        for weight, lookups in step.gathers().items()
+        for node, lookup in lookups.items()
+    }
 
 
 def compile_driver(root: object, flat: torch.fx.Graph) -> Driver:

@@ -6,15 +6,17 @@ None of it refers to the graph's nodes, which are large: once the driver is buil
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from mball import torch_private
-from mball.schema import LiveRange, Step, Tensor
-from mball.trace.cut import Cut, storage_of, tensors_of
+from mball.lookups import gathered_bytes
+from mball.schema import Gather, LiveRange, Step, Tensor
+from mball.trace.cut import Cut, StepNodes, storage_of, tensors_of
 from mball.trace.workspace import assumed_workspace_bytes
 from mball.units import MIB
 
@@ -24,11 +26,26 @@ ASSUMED_MEMORY_BYTES_PER_S = 8e9
 SMALLEST_WORKSPACE_BYTES = 4 * MIB
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """A step looks up rows of a weight, and reads nothing else of it.
+
+    Attributes:
+        num_rows: how many, equal ones counted each: an int or a sympy expression.
+    """
+
+    weight: int
+    num_rows: Any
+    row_bytes: int
+
+
 @dataclass(slots=True, kw_only=True)
 class StepFacts:
     """One finest step: what it reads, and what running it costs.
 
     Attributes:
+        reads: the weights, in the order in which the step is handed them.
+        rows: of those, what only rows are read of.
         time_s: None before it was timed.
         workspace_bytes: what its operators allocate besides their results: assumed, then measured where that is more.
         rise_bytes: by how much memory rose while it ran, None before it was measured.
@@ -36,10 +53,16 @@ class StepFacts:
 
     name: str
     reads: tuple[int, ...]
+    rows: tuple[Rows, ...] = ()
     flops: int = 0
     time_s: float | None = None
     workspace_bytes: int = 0
     rise_bytes: int | None = None
+
+    def read_whole(self) -> tuple[int, ...]:
+        """Returns the weights of which more than rows is read."""
+        by_rows = {rows.weight for rows in self.rows}
+        return tuple(weight for weight in self.reads if weight not in by_rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +104,7 @@ class CapturedGraph:
             StepFacts(
                 name=f"{cut.name}/{number} {step.nodes[0].name if step.nodes else 'empty'}",
                 reads=tuple(step.reads),
+                rows=tuple(_find_rows(step)),
                 workspace_bytes=max((assumed_workspace_bytes(node) for node in step.nodes), default=0),
             )
             for number, step in enumerate(cut.steps)
@@ -101,6 +125,7 @@ class CapturedGraph:
                 step,
                 name=name + step.name.removeprefix(self.name),
                 reads=tuple(weights[weight] for weight in step.reads),
+                rows=tuple(replace(rows, weight=weights[rows.weight]) for rows in step.rows),
             )
             for step in self.steps
         ]
@@ -128,15 +153,19 @@ class CapturedGraph:
             workspace: count what operators allocate besides their results.
         """
         activations, scratch = self._memory(values or {})
+        assumed = self.traced_values() | dict(values or {})
         steps = []
         for step, scratch_bytes in zip(self.steps, scratch, strict=True):
-            read_bytes = sum(weight_bytes[weight] for weight in step.reads)
-            cast_bytes = max((weight_bytes[weight] for weight in step.reads), default=0) // 2 if self._autocast else 0
+            gathers = _gathers(step, weight_bytes, assumed)
+            reads = tuple(weight for weight in step.reads if weight not in gathers)
+            read_bytes = sum(weight_bytes[weight] for weight in reads) + sum(gathers.values())
+            cast_bytes = max((weight_bytes[weight] for weight in reads), default=0) // 2 if self._autocast else 0
             steps.append(
                 Step(
                     name=step.name,
                     graph=self.name,
-                    reads=step.reads,
+                    reads=reads,
+                    gathers=tuple(Gather(tensor=weight, size_bytes=size) for weight, size in gathers.items()),
                     scratch_bytes=scratch_bytes + max(cast_bytes, step.workspace_bytes if workspace else 0),
                     flops=step.flops,
                     time_s=step.time_s if step.time_s is not None else read_bytes / ASSUMED_MEMORY_BYTES_PER_S,
@@ -181,6 +210,27 @@ class CapturedGraph:
                 live = LiveRange(first=first, end=last + 1)
                 activations.append(Tensor.activation(f"{self.name}/{tensor.name}", size_bytes=size_bytes, live=live))
         return activations, [_peak(intervals) for intervals in inside]
+
+
+def _find_rows(step: StepNodes) -> Iterator[Rows]:
+    for weight, lookups in step.gathers().items():
+        table = torch_private.example_value(next(iter(lookups.values())).table)
+        named = [torch_private.example_value(lookup.indices).numel() for lookup in lookups.values()]
+        row_bytes = math.prod(table.shape[1:]) * table.element_size()
+        yield Rows(weight=weight, num_rows=sum(map(torch_private.symbol_of, named)), row_bytes=row_bytes)
+
+
+def _gathers(step: StepFacts, weight_bytes: Sequence[int], values: Mapping[Any, int]) -> dict[int, int]:
+    """Returns the weights of which the step reads rows only, and so few that it pays, each with the bytes of those."""
+    found = {}
+    for rows in step.rows:
+        num_rows = rows.num_rows if isinstance(rows.num_rows, int) else rows.num_rows.xreplace(dict(values))
+        if getattr(num_rows, "free_symbols", None):
+            continue  # it depends on data: it may be many
+        size_bytes = gathered_bytes(int(num_rows), rows.row_bytes, weight_bytes[rows.weight])
+        if size_bytes is not None:
+            found[rows.weight] = size_bytes
+    return found
 
 
 def _find_fused(cut: Cut) -> set[int]:

@@ -16,7 +16,7 @@ import torch
 
 from mball import torch_private
 from mball.trace.cut import Cut, UnsupportedGraphError
-from mball.trace.driver import Binder, Driver, StepHooks, compile_driver
+from mball.trace.driver import Binder, Driver, StepHooks, compile_driver, indices_by_node
 from mball.trace.grouping import Grouping
 from mball.trace.pieces import Piece, is_made_again, settle, take_apart
 
@@ -124,6 +124,9 @@ def _build_driver(cut: Cut, pieces: Sequence[Piece], compiled: Sequence[Callable
     for number, (piece, step, function) in enumerate(zip(pieces, cut.steps, compiled, strict=True)):
         setattr(root, f"piece{number}", function)
         handed = flat.call_method("enter", (hooks, number))
+        for place, indices in indices_by_node(step, {weight: p for p, weight in enumerate(step.reads)}).values():
+            if indices in env:  # else the piece itself makes them
+                flat.call_method("expect_rows", (hooks, number, place, env[indices]))
         weights = [flat.call_function(operator.getitem, (handed, place)) for place in range(len(step.reads))]
         results = flat.call_module(f"piece{number}", ([*weights, *(env[node] for node in piece.inputs)],))
         for place, node in enumerate(piece.outputs):

@@ -47,6 +47,9 @@ class _Profile:
         self.began(self.current)
         return weights
 
+    def expect_rows(self, step: int, place: int, indices: torch.Tensor) -> None:
+        self.hooks.expect_rows(step, place, indices)
+
     def finish(self) -> None:
         if self.current is not None:
             self.ended(self.current)

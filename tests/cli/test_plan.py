@@ -17,9 +17,9 @@ from mball.cli.checkpoint_trace import trace_of_checkpoint
 from mball.errors import ConfigError, StorageError, WrapError
 from mball.plan import validate
 from mball.schema import Link, Plan, Trace, Treatment
-from mball.units import MIB
+from mball.units import KIB, MIB
 from tests.calibrations import keep_calibration
-from tests.plan.traces import make_training
+from tests.plan.traces import make_gathering, make_training
 from tests.run.harness import make, run
 from tests.run.zoo import Net, noise
 
@@ -168,3 +168,13 @@ def test_bad_input_is_one_line(
     output = capsys.readouterr()
     assert message in output.err
     assert output.err.count("\n") == 1
+
+
+def test_a_trace_that_gathers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text(make_gathering(8, MIB, 6 * MIB, 8 * KIB).to_json())
+    assert main(["plan", str(path), "--budget", "4MiB", "--bandwidth", "1GB"]) == 0
+    output = capsys.readouterr().out
+    assert "gathers  8.00 KiB of rows a pass from 1 weights that stay home (w0)" in output
+    assert main(["plan", str(path), "--budget", "20MiB", "--bandwidth", "1GB"]) == 0
+    assert "gathers" not in capsys.readouterr().out

@@ -372,3 +372,48 @@ def test_a_page_map_that_cannot_be_read_is_an_error(file: Path, monkeypatch: pyt
     monkeypatch.setattr(pagemap, "_PATH", "/proc/self/no-such-file")
     with pytest.raises(DeviceError, match=r"mball\.touch"):
         map_file(file).written()
+
+
+def read_from_disk_bytes() -> int:
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
+
+
+@pytest.mark.parametrize("is_prefetched", [False, True])
+def test_pages_that_are_asked_for_come_and_their_neighbours_do_not(is_prefetched: bool, tmp_path: Path) -> None:
+    size = 64 * MIB
+    path = tmp_path / "weights"
+    path.write_bytes(content := data(size, 2))
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    mapping = map_file(path)
+    values = mapping.tensor(0, torch.uint8, (size,))
+    pages = range(0, size // PAGE, 100)
+    mapping.read_sparsely(0, size)
+    before = read_from_disk_bytes()
+    if is_prefetched:
+        mapping.prefetch([(page * PAGE, (page + 1) * PAGE) for page in pages])
+    for page in pages:
+        assert bytes(values[page * PAGE : page * PAGE + 9].tolist()) == content[page * PAGE : page * PAGE + 9]
+    # Readahead would bring 32 pages for each.
+    assert read_from_disk_bytes() - before <= 2 * len(pages) * PAGE
+    mapping.read_as_usual(0, size)
+    assert values[::PAGE].tolist() == list(content[::PAGE])
+
+
+def test_pages_of_a_range_alone_are_given_back(file: Path) -> None:
+    mapping = map_file(file)
+    values = mapping.tensor(0, torch.uint8, (SIZE,))
+    values.sum()
+    values[9 * PAGE] += 1
+    expected = values.clone()
+    assert mapping.drop_clean(8 * PAGE, 16 * PAGE) == 7 * PAGE
+    assert mapping.touched_bytes() == SIZE - 8 * PAGE
+    assert mapping.written() == [(9 * PAGE, 10 * PAGE)]
+    assert torch.equal(values, expected)
+    with pytest.raises(DeviceError, match="whole pages"):
+        mapping.drop_clean(8 * PAGE, SIZE + PAGE)

@@ -38,7 +38,13 @@ def noise(*shape: int, seed: int = 7, dtype: torch.dtype = torch.float32) -> tor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def llama(layers: int = 2, tied: bool = False, dtype: torch.dtype = torch.float32, kv_heads: int = 2) -> nn.Module:
+def llama(
+    layers: int = 2,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    kv_heads: int = 2,
+    vocabulary: int = 128,
+) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -47,7 +53,7 @@ def llama(layers: int = 2, tied: bool = False, dtype: torch.dtype = torch.float3
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
-        vocab_size=128,
+        vocab_size=vocabulary,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
         pad_token_id=0,
