@@ -345,9 +345,7 @@ class Engine:
         self._step = -1
         self._position = position + 1
         self._tape.append(segment.key)
-        start = self._active.tape.starts[position]
-        for weights in self._active.tape.handed[start : start + len(self._stretch.steps)]:
-            self.weights_read.update(weights)
+        self.weights_read.update(*self._stretch.handed)
         self.last.steps = len(self._active.plan.steps)
 
     def enter(self, step: int) -> tuple[torch.Tensor, ...]:
@@ -363,10 +361,8 @@ class Engine:
 
     def expect_rows(self, step: int, place: int, indices: torch.Tensor) -> None:
         """Says which rows of the weight at `place` the running graph's step `step`, which was entered, looks up."""
-        assert self._active is not None
         assert self._stretch is not None
-        start = self._active.tape.starts[self._position - 1]
-        self.execution.expect_rows(self._active.tape.handed[start + step][place], indices)
+        self.execution.expect_rows(self._stretch.handed[step][place], indices)
 
     def finish(self) -> None:
         """Ends the running graph."""
@@ -396,7 +392,11 @@ class Engine:
         position = self._seek(key)
         if position is None and self._must_replan(key, reads):
             position = self._replan(key)
-        elif position != self._position and self._tape and self.execution.holds(weights):
+        elif (
+            position != self._position
+            and self._tape
+            and (reads.rows_bytes is not None or self.execution.holds(weights))
+        ):
             # Going elsewhere in the plan, and back, would bring all that is read there.
             position = None
         assert self._active is not None

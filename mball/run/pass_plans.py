@@ -32,10 +32,12 @@ class Stretch:
     Attributes:
         steps: for each of its trace steps the plan step that runs it.
         places: for each of its trace steps where among the trace steps of that plan step it comes.
+        handed: for each of its trace steps the weights that it takes.
     """
 
     steps: tuple[int, ...]
     places: tuple[int, ...]
+    handed: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,5 +231,5 @@ def _stretches(tape: Tape, plan: Plan) -> tuple[Stretch, ...]:
         steps = tuple(step_of[start:stop])
         assert plan.steps[steps[0]].first == start, "a plan step spans two segments"
         places = tuple(start + number - plan.steps[step].first for number, step in enumerate(steps))
-        found.append(Stretch(steps, places))
+        found.append(Stretch(steps, places, tape.handed[start:stop]))
     return tuple(found)
