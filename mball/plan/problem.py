@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-from mball.errors import BudgetError
+from mball.errors import BudgetError, SchemaError
 from mball.plan.bundles import finest_bundles
 from mball.plan.draft import Draft
 from mball.plan.partition import Partition
@@ -27,6 +27,7 @@ class Problem:
         activation_bytes: of it, what the pass needs for what is born in it.
         arena_bytes: what is left for slots, in whole pages.
         previous: the plan whose residents are in the arena now.
+        host_budget_bytes: the cap of host memory, where bundles come through it.
     """
 
     finest: Partition
@@ -35,19 +36,33 @@ class Problem:
     activation_bytes: int
     arena_bytes: int
     previous: Plan | None
+    host_budget_bytes: int | None = None
 
     @classmethod
     def of(
-        cls, trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int, previous: Plan | None = None
+        cls,
+        trace: Trace,
+        machine: Machine,
+        budget_bytes: int,
+        *,
+        fixed_bytes: int,
+        previous: Plan | None = None,
+        host_budget_bytes: int | None = None,
     ) -> Self:
         """Returns the problem.
 
         Raises:
             BudgetError: the budget is below the smallest that works, which the error names.
             ConfigError: `fixed_bytes` is negative.
-            SchemaError: trace or machine contradict themselves.
+            SchemaError: trace or machine contradict themselves, or bundles come through host memory and it has no
+                budget.
         """
         check_problem(trace, machine, fixed_bytes)
+        if machine.disk_link is not None and host_budget_bytes is None:
+            raise SchemaError(
+                f"machine {machine.name!r} has a disk_link, and this planner plans one link only: take `make_plan`, or "
+                "a machine without disk_link"
+            )
         finest = Partition.of(trace, machine, finest_bundles(trace, machine))
         smallest = smallest_for(trace, finest.demand, fixed_bytes)
         if budget_bytes < smallest.size_bytes:
@@ -66,6 +81,7 @@ class Problem:
             activation_bytes=smallest.activation_bytes,
             arena_bytes=round_down(budget_bytes - fixed_bytes - smallest.activation_bytes, machine.page_bytes),
             previous=previous,
+            host_budget_bytes=host_budget_bytes,
         )
 
     @property
@@ -77,6 +93,13 @@ class Problem:
     def machine(self) -> Machine:
         """What runs it."""
         return self.finest.machine
+
+    @property
+    def host_arena_bytes(self) -> int | None:
+        """What host memory has for slots, in whole pages; None where bundles do not come through it."""
+        if self.host_budget_bytes is None:
+            return None
+        return round_down(self.host_budget_bytes, self.machine.page_bytes)
 
     def plan(self, draft: Draft) -> Plan:
         """Returns the plan; what is resident stays where `previous` had it, where places allow."""

@@ -35,6 +35,24 @@ class TransferTiming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostSimulation:
+    """What host memory and the link to it from disk do in a steady pass.
+
+    Attributes:
+        transfers: when the bytes of each transfer from disk were on that link, counted as those of its first copy are;
+            what is read ahead begins before zero.
+        disk_s: for how long that link moves bytes.
+        streamed_bytes: what comes from disk.
+        peak_arena_bytes: the most bytes in slots of host memory at one time.
+    """
+
+    transfers: tuple[TransferTiming, ...]
+    disk_s: float
+    streamed_bytes: int
+    peak_arena_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
     """One steady pass.
 
@@ -44,6 +62,8 @@ class Simulation:
         pass_s: seconds from the end of one pass to the end of the next.
         peak_arena_bytes: the most bytes in slots at one time.
         prediction: the same in the plan's terms.
+        link_s: for how long the link to the device moves bytes.
+        host: of the level below, if the plan has one.
     """
 
     steps: tuple[StepTiming, ...]
@@ -51,6 +71,8 @@ class Simulation:
     pass_s: float
     peak_arena_bytes: int
     prediction: Prediction
+    link_s: float
+    host: HostSimulation | None = None
 
 
 def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
@@ -71,8 +93,9 @@ def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
         steps=tuple(timings),
         transfers=tuple(TransferTiming(start_s=start_s, end_s=end_s) for start_s, end_s in served),
         pass_s=prediction.pass_s,
-        peak_arena_bytes=_peak(plan),
+        peak_arena_bytes=peak_bytes(plan),
         prediction=prediction,
+        link_s=streamed / machine.link.bandwidth_bytes_per_s,
     )
 
 
@@ -138,7 +161,7 @@ def run_passes(
             ahead[transfer.after + num_steps].append(number)
             early.append(number)
     landed = [0.0] * len(transfers)
-    queue = _Queue(landed, seconds, link)
+    queue = LinkQueue(landed, seconds, link)
     now = 0.0
     for number in early:
         queue.add(number, now)
@@ -170,7 +193,7 @@ def run_passes(
     return [StepTiming(start_s=start, end_s=end, stall_s=stall) for start, end, stall in times]
 
 
-class _Queue:
+class LinkQueue:
     """The requests on one link.
 
     Bytes are served in the order of the requests, a window of them at one time: a request has landed when what is
@@ -209,7 +232,8 @@ def slot_bytes(plan: Plan) -> list[int]:
     return list(accumulate(deltas[:num_steps]))
 
 
-def _peak(plan: Plan) -> int:
+def peak_bytes(plan: Plan) -> int:
+    """Returns the most bytes of the arena that slots hold at one time."""
     kept = sum(plan.bundles[placement.bundle].size_bytes for placement in plan.residents)
     return kept + max(slot_bytes(plan), default=0)
 

@@ -52,11 +52,12 @@ def check_problem(trace: Trace, machine: Machine, fixed_bytes: int) -> None:
                 f"tensor {tensor.name!r} may {' and '.join(sorted(tensor.may))}; this mball plans tensors that may "
                 f"{' and '.join(sorted(wanted))}"
             )
+    link = machine.link if machine.disk_link is None else machine.disk_link
     for _, tensor in trace.homed():
-        if tensor.home is not None and tensor.home.tier is not machine.link.source:
+        if tensor.home is not None and tensor.home.tier is not link.source:
             raise SchemaError(
                 f"tensor {tensor.name!r} has its home on tier {tensor.home.tier.value}; the link of machine "
-                f"{machine.name!r} begins at {machine.link.source.value}"
+                f"{machine.name!r} begins at {link.source.value}"
             )
     if fixed_bytes < 0:
         raise ConfigError(f"fixed_bytes is {fixed_bytes}; it must be zero or more")
