@@ -2,8 +2,8 @@
 
 from mball.plan.bundles import lay_out_bundle
 from mball.plan.chain import simulate
-from mball.plan.curve import UtilityPoint, utility_curve
-from mball.plan.explain import Explanation, MemoryUse, Stall, explain
+from mball.plan.curve import UtilityPoint, host_utility_curve, utility_curve
+from mball.plan.explain import BelowDevice, Explanation, MemoryUse, Stall, explain
 from mball.plan.planner import make_plan
 from mball.plan.simulate import HostSimulation, Simulation, StepTiming, TransferTiming
 from mball.plan.smallest import SmallestBudget, smallest_budget
@@ -11,6 +11,7 @@ from mball.plan.smallest_host import SmallestHostBudget, smallest_host_budget
 from mball.plan.validate import validate
 
 __all__ = [
+    "BelowDevice",
     "Explanation",
     "HostSimulation",
     "MemoryUse",
@@ -22,6 +23,7 @@ __all__ = [
     "TransferTiming",
     "UtilityPoint",
     "explain",
+    "host_utility_curve",
     "lay_out_bundle",
     "make_plan",
     "simulate",

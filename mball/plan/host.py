@@ -19,7 +19,7 @@ from mball.errors import PlanError
 from mball.plan.draft import Draft
 from mball.plan.partition import Partition
 from mball.plan.simulate import run_passes, step_times
-from mball.schema import Bundle, HostTransfer, Link, Machine, Plan, PlanStep, Step, Trace, Transfer
+from mball.schema import Bundle, HostTransfer, Link, Machine, Plan, PlanStep, Step, Tensor, Trace, Transfer
 
 
 def as_plan(plan: Plan) -> Plan:
@@ -54,41 +54,55 @@ def as_plan(plan: Plan) -> Plan:
 
 
 def host_partition(draft: Draft, machine: Machine) -> Partition:
-    """Returns the pass of the copies of a draft, on the link from disk.
+    """Returns the pass of the copies of a draft, on the link from disk. Bundles have the numbers that they have there.
 
     Args:
         draft: of the device.
         machine: with both links.
     """
-    above = draft.partition
-    demand, transfers, num_steps = above.demand, draft.transfers, len(draft.steps)
     assert machine.disk_link is not None, "asked only of machines with both links"
-    writes: list[list[int]] = [[] for _ in transfers]
-    afters = [transfer.after for transfer in transfers]
-    for number, step in enumerate(draft.steps):
-        written = sorted({index for each in above.trace.steps[step.first : step.end] for index in each.writes})
-        # Copies that begin once this step has been left bring what it wrote; the one before them is the last of those
-        # that do not.
-        before = bisect_left(afters, number) + (bisect_left(afters, number - num_steps) if above.trace.cyclic else 0)
-        if written and transfers and (before or above.trace.cyclic):
-            writes[(before - 1) % len(transfers)] += written
-    moved = [demand.moved_bytes[transfer.bundle] for transfer in transfers]
-    times = _copy_times(step_times(above.trace, draft.steps), transfers, moved, machine.link, cyclic=above.trace.cyclic)
-    steps = tuple(
-        Step(
-            name=f"copy {number}",
-            graph=None,
-            reads=demand.bundles[transfer.bundle].tensors if demand.bundles[transfer.bundle].extents else (),
-            scratch_bytes=0,
-            flops=0,
-            time_s=time_s,
-            writes=tuple(dict.fromkeys(written)),
-        )
-        for number, (transfer, time_s, written) in enumerate(zip(transfers, times, writes, strict=True))
+    trace, bundles, copies = draft.partition.trace, draft.partition.demand.bundles, draft.transfers
+    writes: list[list[int]] = [[] for _ in copies]
+    afters = [copy.after for copy in copies]
+    for bundle, steps in written_steps(trace, draft.steps, bundles).items():
+        for step in steps:
+            # Copies that begin once this step has been left bring what it wrote. The one before them is the last that
+            # does not: in the pass of copies it is the one that writes.
+            before = bisect_left(afters, step) + (bisect_left(afters, step - len(draft.steps)) if trace.cyclic else 0)
+            if copies and (before or trace.cyclic):
+                writes[(before - 1) % len(copies)].append(bundle)
+    moved = [bundles[copy.bundle].moved_bytes for copy in copies]
+    times = _copy_times(step_times(trace, draft.steps), copies, moved, machine.link, cyclic=trace.cyclic)
+    below = Trace(
+        name=trace.name,
+        # A tensor for each bundle: what is in it is of no matter here.
+        tensors=tuple(
+            Tensor.weight(
+                f"bundle {number}",
+                dtype="uint8",
+                shape=(bundle.size_bytes,),
+                size_bytes=bundle.size_bytes,
+                file="",
+                offset_bytes=0,
+            )
+            for number, bundle in enumerate(bundles)
+        ),
+        steps=tuple(
+            Step(
+                name=f"copy {number}",
+                graph=None,
+                reads=(copy.bundle,) if bundles[copy.bundle].extents else (),
+                scratch_bytes=0,
+                flops=0,
+                time_s=time_s,
+                writes=tuple(dict.fromkeys(written)),
+            )
+            for number, (copy, time_s, written) in enumerate(zip(copies, times, writes, strict=True))
+        ),
+        cyclic=trace.cyclic,
     )
-    # Nothing but who is read when is asked of this trace.
-    trace = replace(above.trace, steps=steps)
-    return Partition.of(trace, replace(machine, link=machine.disk_link, disk_link=None), demand.bundles)
+    whole = [replace(bundle, tensors=(number,), offsets_bytes=(0,)) for number, bundle in enumerate(bundles)]
+    return Partition.of(below, replace(machine, link=machine.disk_link, disk_link=None), whole)
 
 
 def _copy_times(

@@ -4,7 +4,7 @@
 Each level is planned as one level is: the device on the link from host memory, then host memory on the link from disk,
 under the copies that the device has asked for (`host.py`). What the first decision does not know is how fast bundles
 will come: as fast as the link for what stays in host memory, as slow as the disk for the rest. So the device is planned
-for several speeds between the two, host memory for each of these, and the fastest over both links is taken.
+for several speeds, host memory for each of these, and the fastest over both links is taken.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from mball.plan.host import as_plan, from_disk, host_partition, written_steps
 from mball.plan.partition import Partition
 from mball.plan.placement import keep_in_place
 from mball.plan.problem import Problem
-from mball.plan.search import best_draft
+from mball.plan.search import CLOSE, MANY_USES, best_draft
 from mball.plan.smallest_host import confined, smallest_host_for
 from mball.plan.validate import validate
 from mball.schema import HostPlan, Link, Machine, Plan
 from mball.units import format_bytes
 
-# Speeds this close to one that was tried are not tried.
+# The device is also planned as if the slower of the links were slower still by these factors.
+SLOWER = (3, 9)
+# Beyond this factor what both links do together is another speed than that of one.
 _ALIKE = 1.02
 # What is in host memory moves for a pass that is faster by this factor: all that moves is read again.
 WORTH_MOVING = 1.02
@@ -58,6 +60,7 @@ def plan_tiers(problem: Problem, search: Callable[[Problem], Draft | None]) -> P
         BudgetError: the budget of host memory is below the smallest that works, which the error names.
     """
     _check_host_fits(problem)
+    bound_s = max(problem.finest.flow.compute_s, *_link_times(problem))
     found: list[Plan] = []
     tried: list[Draft] = []
     for draft in _device_drafts(problem, search):
@@ -66,7 +69,7 @@ def plan_tiers(problem: Problem, search: Callable[[Problem], Draft | None]) -> P
             plan = _with_host(problem, draft)
             if plan is not None:
                 found.append(plan)
-                if not plan.transfers:  # nothing comes at all
+                if not disk_bytes(plan) or plan.prediction.pass_s <= CLOSE * bound_s:
                     break
     before = _as_before(problem)
     if before is not None:
@@ -109,25 +112,36 @@ def _device_drafts(problem: Problem, search: Callable[[Problem], Draft | None]) 
 
 
 def _speeds(problem: Problem) -> Iterator[Link]:
-    """Yields the link as it is, as fast as both links are together, and one between."""
-    machine, demand = problem.machine, problem.finest.demand
+    """Yields the link as it is, as fast as both links are together at best, as slow as the disk is, and slower.
+
+    A pass that waits for the disk gains by fewer bytes, not by bundles that come early: host memory sees to that. The
+    slower the link seems, the more of the device is given to what stays.
+    """
+    machine = problem.machine
     assert machine.disk_link is not None, "asked only where there are two links"
     yield machine.link
-    fast = machine.link.bandwidth_bytes_per_s
-    total = sum(demand.moved_bytes[bundle] for bundle in demand.read_bundles())
-    comes, read = total, total
-    if problem.trace.cyclic:
-        comes = max(total - problem.arena_bytes, 0)
-        read = max(comes - (problem.host_arena_bytes or 0), 0)
-    if not read:
-        return
-    slow = comes / max(comes / fast, read / machine.disk_link.bandwidth_bytes_per_s)
     latency_s = machine.link.latency_s + machine.disk_link.latency_s
-    tried = fast
-    for speed in ((fast * slow) ** 0.5, slow):
-        if tried > _ALIKE * speed:
-            yield replace(machine.link, bandwidth_bytes_per_s=speed, latency_s=latency_s)
-            tried = speed
+    slower = min(machine.link.bandwidth_bytes_per_s, machine.disk_link.bandwidth_bytes_per_s)
+    speeds = [slower]
+    if len(problem.finest.uses) <= MANY_USES:
+        link_s, disk_s = _link_times(problem)
+        if disk_s > _ALIKE * link_s > 0:
+            speeds.insert(0, machine.link.bandwidth_bytes_per_s * link_s / disk_s)
+        speeds += [slower / factor for factor in SLOWER]
+    for speed in speeds:
+        yield replace(machine.link, bandwidth_bytes_per_s=speed, latency_s=latency_s)
+
+
+def _link_times(problem: Problem) -> tuple[float, float]:
+    """Returns for how long a pass keeps each link busy at least: with what neither level can hold."""
+    machine, demand = problem.machine, problem.finest.demand
+    assert machine.disk_link is not None, "asked only where there are two links"
+    comes = sum(demand.moved_bytes[bundle] for bundle in demand.read_bundles())
+    below = comes
+    if problem.trace.cyclic:
+        comes = max(comes - problem.arena_bytes, 0)
+        below = max(comes - (problem.host_arena_bytes or 0), 0)
+    return comes / machine.link.bandwidth_bytes_per_s, below / machine.disk_link.bandwidth_bytes_per_s
 
 
 def _is_same(one: Draft, other: Draft) -> bool:
@@ -163,13 +177,12 @@ def _with_host(problem: Problem, draft: Draft) -> Plan | None:
     assert arena_bytes is not None, "asked only where bundles come through host memory"
     if not _fits_host(draft, problem):
         return None
-    below = host_partition(draft, machine)
-    demand = below.demand
+    demand = draft.partition.demand
     previous = problem.previous
     before = None
     if previous is not None and previous.host is not None and previous.bundles == demand.bundles:
         before = as_plan(previous)
-    lower = _host_draft(below, arena_bytes, before)
+    lower = _host_draft(host_partition(draft, machine), arena_bytes, before)
     residents, moved_bytes = lower.residents, 0
     if before is not None:
         residents, moved_bytes = keep_in_place(demand, residents, before, arena_bytes - lower.arena_bytes)

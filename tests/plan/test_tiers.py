@@ -22,7 +22,7 @@ from tests.plan.chain_replay import ChainReplay
 from tests.plan.replay import BrokenPlanError
 from tests.plan.traces import PAGE_BYTES, make_chain, make_machine, make_step, make_tied, make_weights, traces
 
-few = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 Chance = random.Random
 
