@@ -31,7 +31,7 @@ from mball.units import format_bytes
 SLOWER = (3, 9)
 # Beyond this factor what both links do together is another speed than that of one.
 _ALIKE = 1.02
-# What is in host memory moves for a pass that is faster by this factor: all that moves is read again.
+# Other bundles, and others in host memory, take over for a pass that is faster by this factor: they are all read again.
 WORTH_MOVING = 1.02
 
 
@@ -78,7 +78,13 @@ def plan_tiers(problem: Problem, search: Callable[[Problem], Draft | None]) -> P
         plan = _with_host(problem, _confined_draft(problem))
         assert plan is not None, "no bundle that comes is larger than the smallest budget of host memory"
         found.append(plan)
-    return min(found, key=_cost)
+    best = min(found, key=_cost)
+    if problem.previous is not None:
+        bundles = problem.previous.bundles
+        kept = min((plan for plan in found if plan.bundles == bundles), key=_cost, default=best)
+        if kept.prediction.pass_s <= WORTH_MOVING * best.prediction.pass_s:
+            return kept
+    return best
 
 
 def _check_host_fits(problem: Problem) -> None:

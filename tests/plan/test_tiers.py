@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from mball.errors import BudgetError, ConfigError, PlanError, SchemaError
-from mball.plan import make_plan, simulate, smallest_budget, smallest_host_budget, validate
+from mball.plan import lay_out_bundle, make_plan, simulate, smallest_budget, smallest_host_budget, validate
 from mball.plan.baselines import BASELINES
 from mball.plan.chain import disk_bytes, run_chain
 from mball.schema import HostPlan, HostTransfer, Link, Machine, Placement, Plan, Tier, Trace
@@ -180,6 +180,54 @@ def test_the_smallest_host_budget_is_exact(trace: Trace, machine: Machine, devic
 
 
 @few
+@given(trace=traces(), machine=machines, device=shares)
+def test_no_smaller_host_budget_could_hold_what_has_to_come(trace: Trace, machine: Machine, device: float) -> None:
+    budget, smallest = budgets_of(trace, machine, device, 0)
+    room = budget - max(trace.activation_bytes(), default=0)
+    written = {index for step in trace.steps for index in step.writes}
+
+    def least(sizes: list[int], room_bytes: int) -> int:
+        """The largest that comes if as many of the largest as possible stay, whatever else it takes."""
+        for limit in sorted({0, *sizes}):
+            read = {index for needs in trace.needs() for index in needs}
+            stay = {index for index in read if sizes[index] > limit}
+            if stay and (not trace.cyclic or stay & written):
+                continue
+            comes = [sum(sizes[index] for index in needs if index not in stay) for needs in trace.needs()]
+            if sum(sizes[index] for index in stay) + max(comes, default=0) <= room_bytes:
+                return limit
+        raise AssertionError("all may come")
+
+    data = [tensor.size_bytes if tensor.home else 0 for tensor in trace.tensors]
+    assert least(data, room) <= smallest, "not even without pages"
+    slots = [lay_out_bundle([n], trace, machine).size_bytes if t.home else 0 for n, t in enumerate(trace.tensors)]
+    needs = max((sum(slots[index] for index in needs) for needs in trace.needs()), default=0)
+    if needs <= room // machine.page_bytes * machine.page_bytes:
+        assert smallest <= least(slots, room // machine.page_bytes * machine.page_bytes), "each weight by itself fits"
+
+
+@few
+@given(trace=traces(), machine=machines, device=shares, window=st.sampled_from([0, 200_000]))
+def test_a_disk_that_takes_no_time_is_as_good_as_none(
+    trace: Trace, machine: Machine, device: float, window: int
+) -> None:
+    """Of passes that run once all comes from disk: with room for all, before its copy is asked for."""
+    machine = replace(machine, link=replace(machine.link, window_bytes=window))
+    assert machine.disk_link is not None
+    machine = replace(machine, disk_link=replace(machine.disk_link, bandwidth_bytes_per_s=1e30, latency_s=0.0))
+    trace = replace(trace, cyclic=False, steps=tuple(replace(step, writes=()) for step in trace.steps))
+    budget, _ = budgets_of(trace, machine, device, 0)
+    ample = 20 * (total_bytes(trace) + 3 * machine.page_bytes * len(trace.tensors))
+    plan = make_plan(trace, machine, budget, host_budget_bytes=ample)
+    alone = simulate(trace, replace(plan, host=None), one_link(machine))
+    chained = simulate(trace, plan, machine)
+    assert chained.pass_s == pytest.approx(alone.pass_s)
+    assert [each.end_s for each in chained.transfers] == pytest.approx([each.end_s for each in alone.transfers])
+    assert [each.stall_s for each in chained.steps] == pytest.approx([each.stall_s for each in alone.steps], abs=1e-12)
+    event(f"reads: {bool(plan.host and plan.host.transfers)}")
+
+
+@few
 @given(trace=traces(), machine=machines, device=shares, growing=st.lists(shares, min_size=2, max_size=4))
 def test_growing_the_host_budget_never_predicts_a_slower_pass(
     trace: Trace, machine: Machine, device: float, growing: list[float]
@@ -253,6 +301,19 @@ def test_reads_that_share_the_disk_land_later() -> None:
     shared = two_links(disk=1e9, disk_latency_s=1e-5, disk_window_bytes=4 * MIB)
     alone_s, shared_s = simulate(CHAIN, plan, machine).pass_s, simulate(CHAIN, plan, shared).pass_s
     assert alone_s <= shared_s <= 1.1 * alone_s
+
+
+def test_the_same_budgets_move_nothing() -> None:
+    machine = two_links()
+    trace = make_tied(40, MIB, 5 * MIB)
+    one = make_plan(trace, machine, 14 * MIB, host_budget_bytes=20 * MIB)
+    other = make_plan(trace, machine, 14 * MIB, host_budget_bytes=20 * MIB, previous=one)
+    assert one.host is not None
+    assert other.host is not None
+    assert one.residents
+    assert one.host.residents
+    assert other.residents == one.residents
+    assert other.host.residents == one.host.residents
 
 
 def test_what_was_in_host_memory_stays_there_first() -> None:
