@@ -138,9 +138,9 @@ class HostTransfer:
 class HostPlan:
     """What host memory holds of bundles whose home is below it, on disk.
 
-    A transfer of the plan copies from host memory to the device, one after another in their order. What it copies is
-    in host memory for good, if its bundle is among `residents`, or was brought there by one of `transfers`, for which
-    it waits. A bundle without extents needs no place here.
+    Transfers of the plan copy from host memory to the device, one after another in their order, pass after pass. What
+    they copy is in host memory for good, if its bundle is among `residents`, or was brought there by one of
+    `transfers`, for which the copy waits. A bundle without extents needs no place here.
 
     Attributes:
         budget_bytes: the cap of host memory.

@@ -227,7 +227,7 @@ def test_a_disk_that_takes_no_time_is_as_good_as_none(
     event(f"reads: {bool(plan.host and plan.host.transfers)}")
 
 
-@few
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(trace=traces(), machine=machines, device=shares, growing=st.lists(shares, min_size=2, max_size=4))
 def test_growing_the_host_budget_never_predicts_a_slower_pass(
     trace: Trace, machine: Machine, device: float, growing: list[float]
@@ -548,6 +548,16 @@ def test_a_read_before_the_write_it_should_bring_is_refused() -> None:
         early = replace(host.transfers[number], after_step=None)
         with pytest.raises(PlanError, match="may begin before step"):
             validate(trace, _with_transfer(plan, number, early), MACHINE)
+
+
+def test_reads_that_overtake_each_other_are_refused() -> None:
+    trace = make_chain(12, MIB)
+    plan = make_plan(trace, MACHINE, 3 * MIB, host_budget_bytes=8 * MIB)
+    host = _host_of(plan)
+    late = replace(host.transfers[0], after=host.transfers[0].needed_by - 1)
+    assert host.transfers[1].after < late.after, "so that the second comes before the first"
+    with pytest.raises(PlanError, match="overtake each other"):
+        validate(trace, _with_transfer(plan, 0, late), MACHINE)
 
 
 def test_a_plan_that_waits_for_itself_is_refused() -> None:
