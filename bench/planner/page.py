@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.pages import markdown_table, rewrite, run_update
+from bench.planner.chains import ChainGap, read_chains
 from bench.planner.gap import Gap, percentile, read_gaps
 from bench.planner.growth import NUM_BUNDLES
 from bench.results import RESULTS, Result, read_results
@@ -17,7 +18,8 @@ PAGE = Path(__file__).parents[2] / "PLANNER.md"
 OPTIMAL_PERCENT = 0.01
 _HEAD = """# The planner
 
-Written by `python -m bench.planner.page`, from what `python -m bench.planner.gap` and `make bench` found."""
+Written by `python -m bench.planner.page`, from what `python -m bench.planner.gap`, `python -m bench.planner.chains`
+and `make bench` found."""
 _GAPS = """## Against the optimum
 
 Small random passes (3 to 9 weights, up to 11 uses) under random budgets; every other one on a link with 0.1 ms of
@@ -35,10 +37,36 @@ CPU seconds to plan a chain of steps that read a weight each, with uneven sizes 
 budget of 25 % of the weights; and to plan it again, from that plan, for 5 % more budget. `÷ roofline` is the predicted
 pass over max(compute, reads of what the budget cannot hold)."""
 
+_CHAINS = """## Two links
 
-def page(found: Mapping[str, Sequence[Gap]], results: Sequence[Result]) -> str:
+Recorded passes whose weights come from disk (2 GB/s, 0.1 ms) through host memory to the device (20 GB/s, 0.01 ms), with
+steps 20 times as fast as they were recorded, for several shares of the weights on the device + in host memory (or the
+smallest that works, where that is more). Each cell is the predicted pass over what no plan beats, and many cannot
+reach: max(compute, what the device cannot hold on the one link, what neither can hold on the other). In brackets: over
+the busiest of the three under this plan; where that is 1.00, it never waits. What lies between are bytes that could
+stay if slots took no room: on both levels the largest weights that come pass through slots of their size, and an
+embedding that has to come takes its room from all others, twice."""
+
+
+def page(found: Mapping[str, Sequence[Gap]], chains: Sequence[ChainGap], results: Sequence[Result]) -> str:
     """Returns the page."""
-    return "\n\n".join([_HEAD, _GAPS, gap_table(found), *_growth(results)]) + "\n"
+    return "\n\n".join([_HEAD, _GAPS, gap_table(found), _CHAINS, chain_table(chains), *_growth(results)]) + "\n"
+
+
+def chain_table(chains: Sequence[ChainGap]) -> str:
+    """Returns the table of recorded passes over two links: a line a trace."""
+    budgets = list(dict.fromkeys((each.device_percent, each.host_percent) for each in chains))
+    cells = {
+        (each.trace, each.device_percent, each.host_percent): (
+            f"{each.planned_s / each.bound_s:.2f} ({each.planned_s / each.busiest_s:.2f})"
+        )
+        for each in chains
+    }
+    rows = [
+        [trace, *(cells[trace, device, host] for device, host in budgets)]
+        for trace in dict.fromkeys(each.trace for each in chains)
+    ]
+    return markdown_table(["trace", *(f"{device} % + {host} %" for device, host in budgets)], rows)
 
 
 def gap_table(found: Mapping[str, Sequence[Gap]]) -> str:
@@ -78,7 +106,7 @@ def _growth(results: Sequence[Result]) -> list[str]:
 
 def update(path: Path = PAGE, directory: Path = RESULTS) -> bool:
     """Rewrites the page from the files; returns whether it changed. Raises SchemaError for a malformed file."""
-    return rewrite(path, page(read_gaps(), read_results(directory)))
+    return rewrite(path, page(read_gaps(), read_chains(), read_results(directory)))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from mball.cli.checkpoint_trace import trace_of_checkpoint
 from mball.config import calibration_directory
 from mball.errors import CheckpointError, ConfigError, StorageError
 from mball.plan import Explanation, UtilityPoint, explain, make_plan, smallest_budget, utility_curve
-from mball.schema import Link, Machine, Plan, Prediction, Trace
+from mball.schema import Link, Machine, Plan, Prediction, Tier, Trace
 from mball.storage import FileTable, find_calibrated_link, measure_link
 from mball.units import GIB, format_bytes, format_names, parse_bytes
 
@@ -26,6 +26,9 @@ PAGE_BYTES = 4096
 # Where nothing was measured: a fast SATA or a slow NVMe disk.
 ASSUMED_BYTES_PER_S = 2e9
 ASSUMED_LATENCY_S = 1e-4
+# From pinned host memory to a GPU on PCIe 4.
+ASSUMED_LINK_BYTES_PER_S = 20e9
+ASSUMED_LINK_LATENCY_S = 1e-5
 CURVE_POINTS = 12
 SHOWN_STALLS = 5
 
@@ -39,6 +42,8 @@ class Request:
         budget: as for `mball.wrap`.
         bandwidth: of the link in bytes a second, such as ``"2GB"``; None takes the calibration of
             the disk that the weights lie on, or measures it.
+        host_budget: of host memory, if the weights are to come through it to a device of its own; or None.
+        link_bandwidth: of the link from host memory to that device in bytes a second; None takes that of PCIe 4.
         curve: whether to show what other budgets would give.
         picture: a PNG to draw, or None.
         as_json: whether to print JSON.
@@ -47,6 +52,8 @@ class Request:
     source: str
     budget: str
     bandwidth: str | None = None
+    host_budget: str | None = None
+    link_bandwidth: str | None = None
     curve: bool = False
     picture: str | None = None
     as_json: bool = False
@@ -64,9 +71,18 @@ def run_plan(request: Request) -> int:
         raise ConfigError(f"a plan cannot be drawn to {request.picture!r}: its suffix must be .png")
     trace, origin = _read(Path(request.source))
     machine, link_origin = _machine(trace, bandwidth)
-    plan = make_plan(trace, machine, budget_bytes)
+    host_bytes = None
+    if request.host_budget is not None:
+        host_bytes = parse_bytes(request.host_budget, what="host budget")
+        machine = _through_host(machine, request.link_bandwidth)
+    elif request.link_bandwidth is not None:
+        raise ConfigError(
+            f"link bandwidth {request.link_bandwidth!r} is of the link from host memory: say with --host-budget how "
+            "much of that there is, or leave --link-bandwidth out"
+        )
+    plan = make_plan(trace, machine, budget_bytes, host_budget_bytes=host_bytes)
     explanation = explain(trace, plan, machine)
-    curve = _curve(trace, machine, budget_bytes) if request.curve else ()
+    curve = _curve(trace, machine, budget_bytes, host_bytes) if request.curve else ()
     more_bytes = min(GIB, explanation.streamed_bytes)
     if request.as_json:
         print(json.dumps(_document(trace, machine, plan, explanation, curve), indent=2))
@@ -76,7 +92,8 @@ def run_plan(request: Request) -> int:
             console.print(line, highlight=False, soft_wrap=True)
         if explanation.stalls:
             console.print(_stalls(explanation))
-        more = utility_curve(trace, machine, [budget_bytes, budget_bytes + more_bytes])[-1].prediction
+        budgets = [budget_bytes, budget_bytes + more_bytes]
+        more = utility_curve(trace, machine, budgets, host_budget_bytes=host_bytes)[-1].prediction
         if more is not None and more_bytes:
             console.print(f"     more  {format_bytes(more_bytes)} more: {_change(explanation.prediction, more)}")
         if curve:
@@ -119,6 +136,15 @@ def _machine(trace: Trace, bandwidth: int | None) -> tuple[Machine, str]:
     return Machine(name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link), origin
 
 
+def _through_host(machine: Machine, link_bandwidth: str | None) -> Machine:
+    """Returns the machine whose weights come from disk through host memory to a device of its own."""
+    bandwidth = ASSUMED_LINK_BYTES_PER_S
+    if link_bandwidth is not None:
+        bandwidth = float(parse_bytes(link_bandwidth, what="link bandwidth"))
+    link = Link(bandwidth_bytes_per_s=bandwidth, latency_s=ASSUMED_LINK_LATENCY_S, source=Tier.HOST)
+    return dataclasses.replace(machine, link=link, disk_link=dataclasses.replace(machine.link, target=Tier.HOST))
+
+
 def _link_of(files: FileTable, name: str) -> tuple[Link, str]:
     known = find_calibrated_link(calibration_directory(), files, name)
     if known is not None:
@@ -126,13 +152,14 @@ def _link_of(files: FileTable, name: str) -> tuple[Link, str]:
     return measure_link(files, name), f"measured on {os.path.basename(name)}"
 
 
-def _curve(trace: Trace, machine: Machine, budget_bytes: int) -> tuple[UtilityPoint, ...]:
+def _curve(trace: Trace, machine: Machine, budget_bytes: int, host_bytes: int | None) -> tuple[UtilityPoint, ...]:
     smallest = smallest_budget(trace, machine).size_bytes
     activations = max(trace.activation_bytes(), default=0)
     homed = [tensor.size_bytes for _, tensor in trace.homed()]
     largest = sum(homed) + activations + len(homed) * 2 * PAGE_BYTES
     step = max((largest - smallest) // (CURVE_POINTS - 1), 1)
-    return utility_curve(trace, machine, {budget_bytes, largest, *range(smallest, largest, step)})
+    budgets = {budget_bytes, largest, *range(smallest, largest, step)}
+    return utility_curve(trace, machine, budgets, host_budget_bytes=host_bytes)
 
 
 def _lines(
@@ -142,11 +169,16 @@ def _lines(
     prediction = explanation.prediction
     smallest = smallest_budget(trace, machine)
     bound = "the link" if prediction.roofline_s > prediction.compute_s else "compute"
+    host = explanation.simulation.host
+    if bound == "the link" and host is not None and host.disk_s >= prediction.roofline_s:
+        bound = "the disk"
+    disk = machine.link if machine.disk_link is None else machine.disk_link
     unread = f"; {format_bytes(explanation.unread_bytes)} are never read" if explanation.unread_bytes else ""
     return [
         f"    trace  {escape(trace.name)}: {len(trace.steps)} steps ({origin}), {len(weights)} weights, "
         f"{format_bytes(sum(weights))}{unread}",
-        f"     link  {machine.link.bandwidth_bytes_per_s / 1e9:.2f} GB/s ({escape(link_origin)})",
+        f"     link  {disk.bandwidth_bytes_per_s / 1e9:.2f} GB/s ({escape(link_origin)})"
+        + ("" if disk is machine.link else f", {machine.link.bandwidth_bytes_per_s / 1e9:.2f} GB/s from host memory"),
         f"   budget  {format_bytes(plan.budget_bytes)}: activations {format_bytes(plan.activation_bytes)}, arena "
         f"{format_bytes(plan.arena_bytes)}",
         f" smallest  {format_bytes(smallest.size_bytes)}, set by {escape(smallest.limited_by)}",
@@ -156,6 +188,7 @@ def _lines(
         f"{_named(explanation.streamed)}, by {explanation.slots} transfers a pass",
         *_gathers(explanation),
         *_leaving(trace, plan, explanation),
+        *_below(plan, explanation),
         f"     pass  {_ms(prediction.pass_s)} predicted: compute {_ms(prediction.compute_s)}, stall "
         f"{_ms(prediction.stall_s)}; at best {_ms(prediction.roofline_s)}, set by {bound} "
         f"({explanation.gap:.2f} times that)",
@@ -186,6 +219,19 @@ def _leaving(trace: Trace, plan: Plan, explanation: Explanation) -> list[str]:
             f"     anew  {len(explanation.anew)} tensors{_named(explanation.anew)}, in {_ms(seconds)} of compute"
         )
     return lines
+
+
+def _below(plan: Plan, explanation: Explanation) -> list[str]:
+    """Returns what is said of host memory, if the weights come through it."""
+    below = explanation.below
+    if below is None or plan.host is None:
+        return []
+    return [
+        f"     host  {format_bytes(plan.host.budget_bytes)}: {format_bytes(below.resident_bytes)} stay there in "
+        f"{len(below.resident)} weights{_named(below.resident)}",
+        f"     disk  {format_bytes(below.read_bytes)} in {len(below.read)} weights{_named(below.read)}, by "
+        f"{below.slots} reads a pass",
+    ]
 
 
 def _named(names: Sequence[str]) -> str:
@@ -244,6 +290,7 @@ def _document(
         "trace": trace.name,
         "link_bytes_per_s": machine.link.bandwidth_bytes_per_s,
         "plan": json.loads(plan.to_json()),
+        "disk_bytes_per_s": machine.disk_link and machine.disk_link.bandwidth_bytes_per_s,
         "stalls": [dataclasses.asdict(stall) for stall in explanation.stalls],
         "memory": [dataclasses.asdict(use) for use in explanation.memory],
         "curve": [dataclasses.asdict(point) for point in curve],

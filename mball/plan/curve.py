@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from mball.errors import BudgetError
 from mball.plan.planner import make_plan
 from mball.plan.smallest import check_problem, smallest_budget
+from mball.plan.smallest_host import smallest_host_budget
+from mball.plan.tiers import check_host_budget
 from mball.schema import Machine, Prediction, Trace
 
 _ALIKE = 1e-9
@@ -21,7 +24,12 @@ class UtilityPoint:
 
 
 def utility_curve(
-    trace: Trace, machine: Machine, budgets: Iterable[int], *, fixed_bytes: int = 0
+    trace: Trace,
+    machine: Machine,
+    budgets: Iterable[int],
+    *,
+    host_budget_bytes: int | None = None,
+    fixed_bytes: int = 0,
 ) -> tuple[UtilityPoint, ...]:
     """Returns a point for each budget, by ascending budget.
 
@@ -32,19 +40,56 @@ def utility_curve(
         trace: the pass.
         machine: the machine that runs it.
         budgets: bytes, in any order.
+        host_budget_bytes: as for `make_plan`; the same beside each budget.
         fixed_bytes: device memory that never moves (buffers); part of each budget.
 
     Raises:
-        ConfigError: `fixed_bytes` is negative.
+        ConfigError: `fixed_bytes` is negative, or `host_budget_bytes` is missing or of no use.
         SchemaError: trace or machine contradict themselves.
     """
     check_problem(trace, machine, fixed_bytes)
+    check_host_budget(machine, host_budget_bytes)
     smallest = smallest_budget(trace, machine, fixed_bytes=fixed_bytes).size_bytes
+
+    def predict(budget: int) -> Prediction | None:
+        if budget < smallest:
+            return None
+        try:
+            plan = make_plan(trace, machine, budget, host_budget_bytes=host_budget_bytes, fixed_bytes=fixed_bytes)
+        except BudgetError:  # host memory is too small beside so little of the device
+            return None
+        return plan.prediction
+
+    return _points(budgets, predict)
+
+
+def host_utility_curve(
+    trace: Trace, machine: Machine, budget_bytes: int, host_budgets: Iterable[int], *, fixed_bytes: int = 0
+) -> tuple[UtilityPoint, ...]:
+    """Returns a point for each budget of host memory beside one of the device, as `utility_curve` does.
+
+    Raises:
+        BudgetError: the budget of the device is below the smallest that works, which the error names.
+        ConfigError: the machine has no link from disk to host memory, or `fixed_bytes` is negative.
+        SchemaError: trace or machine contradict themselves.
+    """
+    smallest = smallest_host_budget(trace, machine, budget_bytes, fixed_bytes=fixed_bytes).size_bytes
+
+    def predict(budget: int) -> Prediction | None:
+        if budget < smallest:
+            return None
+        return make_plan(trace, machine, budget_bytes, host_budget_bytes=budget, fixed_bytes=fixed_bytes).prediction
+
+    return _points(host_budgets, predict)
+
+
+def _points(budgets: Iterable[int], predict: Callable[[int], Prediction | None]) -> tuple[UtilityPoint, ...]:
+    """Returns a point for each budget, each of the best so far."""
     points: list[UtilityPoint] = []
     best: Prediction | None = None
     for budget in sorted(set(budgets)):
-        if budget >= smallest and (best is None or best.streamed_bytes):
-            found = make_plan(trace, machine, budget, fixed_bytes=fixed_bytes).prediction
+        found = predict(budget) if best is None or best.streamed_bytes else None
+        if found is not None:
             # Sums of the same times in another order differ in the last digits.
             alike = best is not None and found.pass_s <= best.pass_s * (1 + _ALIKE)
             if best is None or found.pass_s < best.pass_s or (alike and found.streamed_bytes < best.streamed_bytes):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mball.plan.simulate import Simulation, simulate, slot_bytes
-from mball.schema import Machine, Plan, Prediction, Trace, Transfer
+from mball.plan.chain import simulate
+from mball.plan.simulate import Simulation, slot_bytes
+from mball.schema import HostPlan, Machine, Plan, Prediction, Trace, Transfer
 from mball.units import format_names
 
 _SAME_S = 1e-9
@@ -46,6 +48,24 @@ class MemoryUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BelowDevice:
+    """What comes to the device through host memory.
+
+    Attributes:
+        resident, read: weights that stay in host memory, and that are read from disk in each pass, by the order of
+            first use.
+        resident_bytes, read_bytes: of those.
+        slots: reads from disk of a pass.
+    """
+
+    resident: tuple[str, ...]
+    read: tuple[str, ...]
+    resident_bytes: int
+    read_bytes: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
     """A plan, explained.
 
@@ -60,6 +80,7 @@ class Explanation:
         memory: of each plan step.
         simulation: of a steady pass.
         gap: predicted time over the roofline.
+        below: of the streamed weights, who stays in host memory, if they come through it.
     """
 
     resident: tuple[str, ...]
@@ -76,6 +97,7 @@ class Explanation:
     memory: tuple[MemoryUse, ...]
     simulation: Simulation
     gap: float
+    below: BelowDevice | None = None
 
     @property
     def prediction(self) -> Prediction:
@@ -112,6 +134,20 @@ def explain(trace: Trace, plan: Plan, machine: Machine) -> Explanation:
         memory=tuple(_memory(trace, plan)),
         simulation=simulation,
         gap=simulation.pass_s / roofline_s if roofline_s else 1.0,
+        below=None if plan.host is None else _below(trace, plan, plan.host, streamed),
+    )
+
+
+def _below(trace: Trace, plan: Plan, host: HostPlan, streamed: Sequence[int]) -> BelowDevice:
+    kept = {weight for placement in host.residents for weight in plan.bundles[placement.bundle].tensors}
+    resident = [weight for weight in streamed if weight in kept]
+    read = [weight for weight in streamed if weight not in kept]
+    return BelowDevice(
+        resident=tuple(trace.tensors[weight].name for weight in resident),
+        read=tuple(trace.tensors[weight].name for weight in read),
+        resident_bytes=sum(trace.tensors[weight].size_bytes for weight in resident),
+        read_bytes=sum(trace.tensors[weight].size_bytes for weight in read),
+        slots=len(host.transfers),
     )
 
 

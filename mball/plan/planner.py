@@ -12,6 +12,7 @@ from mball.plan.partition import Partition
 from mball.plan.problem import Problem
 from mball.plan.search import MANY_USES, best_draft, fastest_s, partitions
 from mball.plan.simulate import simulate
+from mball.plan.tiers import check_host_budget, plan_tiers
 from mball.plan.validate import validate
 from mball.schema import Machine, Plan, Trace
 
@@ -23,21 +24,40 @@ WORTH_ODD_SIZES = 1.005
 
 
 def make_plan(
-    trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int = 0, previous: Plan | None = None
+    trace: Trace,
+    machine: Machine,
+    budget_bytes: int,
+    *,
+    host_budget_bytes: int | None = None,
+    fixed_bytes: int = 0,
+    previous: Plan | None = None,
 ) -> Plan:
     """Returns the plan that runs `trace` within `budget_bytes` in the least predicted time.
 
     Args:
+        host_budget_bytes: host memory for bundles that come from disk through it; needed exactly where the machine has
+            a `disk_link`.
         fixed_bytes: device memory that never moves (buffers); part of the budget.
         previous: the plan whose residents are in the arena now. Its bundles are kept while no others are faster by
             more than 2 %, and so are the places of its residents where they leave room for the others. Where it still
             fits, no plan is returned that is predicted to be slower than it is now.
 
     Raises:
-        BudgetError: the budget is below the smallest that works, which the error names.
-        ConfigError: `fixed_bytes` is negative.
+        BudgetError: a budget is below the smallest that works, which the error names.
+        ConfigError: `fixed_bytes` is negative, or `host_budget_bytes` is missing or of no use.
         SchemaError: trace or machine contradict themselves.
     """
+    check_host_budget(machine, host_budget_bytes)
+    if host_budget_bytes is not None:
+        problem = Problem.of(
+            trace,
+            machine,
+            budget_bytes,
+            fixed_bytes=fixed_bytes,
+            previous=previous,
+            host_budget_bytes=host_budget_bytes,
+        )
+        return plan_tiers(problem, _best_draft)
     problems: list[Problem] = []
     errors: list[BudgetError] = []
     for moves_born in (True, False) if any(trace.movable()) else (False,):
@@ -51,11 +71,19 @@ def make_plan(
             errors.append(error)
     if not problems:
         raise min(errors, key=lambda error: error.smallest_bytes)
-    problem, draft = min(((each, _best_draft(each)) for each in problems), key=lambda found: found[1].cost())
-    return problem.plan(draft)
+    best: tuple[Problem, Draft] | None = None
+    for problem in problems:
+        draft = _best_draft(problem)
+        assert draft is not None, (
+            "the finest bundles, nothing resident and no bridging fit every budget that is allowed"
+        )
+        if best is None or draft.cost() < best[1].cost():
+            best = problem, draft
+    assert best is not None, "there is a problem, or an error was raised"
+    return best[0].plan(best[1])
 
 
-def _best_draft(problem: Problem) -> Draft:
+def _best_draft(problem: Problem) -> Draft | None:
     trace, machine, finest = problem.trace, problem.machine, problem.finest
     arena_bytes, previous = problem.arena_bytes, problem.previous
     kept = None
@@ -68,7 +96,8 @@ def _best_draft(problem: Problem) -> Draft:
         kept = _faster(best_draft([same], arena_bytes, stayed), _as_before(problem, same, previous))
         if kept is not None and kept.prediction.pass_s <= WORTH_OTHER_BUNDLES * fastest_s(same, arena_bytes):
             return kept
-    best = best_draft(partitions(trace, machine, arena_bytes, problem.born), arena_bytes)
+    candidates = partitions(trace, machine, arena_bytes, problem.born, problem.host_arena_bytes)
+    best = best_draft(candidates, arena_bytes)
     is_close = best is not None and (
         len(finest.uses) > MANY_USES or best.prediction.pass_s <= WORTH_ODD_SIZES * fastest_s(finest, arena_bytes)
     )
@@ -78,7 +107,6 @@ def _best_draft(problem: Problem) -> Draft:
             best = odd
     if kept is not None and (best is None or kept.prediction.pass_s <= WORTH_OTHER_BUNDLES * best.prediction.pass_s):
         best = kept
-    assert best is not None, "the finest bundles, nothing resident and no bridging fit every budget that is allowed"
     return best
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-from mball.errors import BudgetError
+from mball.errors import BudgetError, SchemaError
 from mball.plan.bundles import born_bundles, finest_bundles
 from mball.plan.draft import Draft
 from mball.plan.partition import Partition
@@ -28,6 +28,7 @@ class Problem:
         arena_bytes: what is left for slots, in whole pages.
         born: the bundles of tensors born in the pass that leave where that helps.
         previous: the plan whose residents are in the arena now.
+        host_budget_bytes: the cap of host memory, where bundles come through it.
     """
 
     finest: Partition
@@ -37,6 +38,7 @@ class Problem:
     arena_bytes: int
     born: tuple[Bundle, ...]
     previous: Plan | None
+    host_budget_bytes: int | None = None
 
     @classmethod
     def of(
@@ -48,15 +50,22 @@ class Problem:
         fixed_bytes: int,
         previous: Plan | None = None,
         moves_born: bool = False,
+        host_budget_bytes: int | None = None,
     ) -> Self:
         """Returns the problem. Tensors born in the pass leave the device with `moves_born` if they may; else they stay.
 
         Raises:
             BudgetError: the budget is below the smallest that works, which the error names.
             ConfigError: `fixed_bytes` is negative.
-            SchemaError: trace or machine contradict themselves.
+            SchemaError: trace or machine contradict themselves, or bundles come through host memory and it has no
+                budget.
         """
         check_problem(trace, machine, fixed_bytes)
+        if machine.disk_link is not None and host_budget_bytes is None:
+            raise SchemaError(
+                f"machine {machine.name!r} has a disk_link, and this planner plans one link only: take `make_plan`, or "
+                "a machine without disk_link"
+            )
         born = born_bundles(trace, machine) if moves_born else []
         finest = Partition.of(trace, machine, [*finest_bundles(trace, machine), *born])
         smallest = smallest_for(trace, finest.demand, fixed_bytes)
@@ -77,6 +86,7 @@ class Problem:
             arena_bytes=round_down(budget_bytes - fixed_bytes - smallest.activation_bytes, machine.page_bytes),
             born=tuple(born),
             previous=previous,
+            host_budget_bytes=host_budget_bytes,
         )
 
     @property
@@ -88,6 +98,13 @@ class Problem:
     def machine(self) -> Machine:
         """What runs it."""
         return self.finest.machine
+
+    @property
+    def host_arena_bytes(self) -> int | None:
+        """What host memory has for slots, in whole pages; None where bundles do not come through it."""
+        if self.host_budget_bytes is None:
+            return None
+        return round_down(self.host_budget_bytes, self.machine.page_bytes)
 
     def plan(self, draft: Draft) -> Plan:
         """Returns the plan; what is resident stays where `previous` had it, where places allow."""

@@ -43,13 +43,25 @@ HALVING_USES = 8
 TRY_S = 6e-5
 
 
-def partitions(trace: Trace, machine: Machine, arena_bytes: int, born: Sequence[Bundle] = ()) -> Iterator[Partition]:
-    """Yields partitions of the weights, the one first that is mostly good enough; `born` are in bundles already."""
+def partitions(
+    trace: Trace,
+    machine: Machine,
+    arena_bytes: int,
+    born: Sequence[Bundle] = (),
+    host_arena_bytes: int | None = None,
+) -> Iterator[Partition]:
+    """Yields partitions of the weights, the one first that is mostly good enough; `born` are in bundles already.
+
+    Where bundles come through host memory they are of a size for that too, and those that do not fit there must stay.
+    """
+    smaller_bytes = arena_bytes if host_arena_bytes is None else min(arena_bytes, host_arena_bytes)
     found: list[tuple[Bundle, ...]] = []
     for share in TARGETS_PER_ARENA:
-        bundles, pooled = group_weights(trace, machine, min(LARGEST_TARGET_BYTES, arena_bytes // share))
+        bundles, pooled = group_weights(trace, machine, min(LARGEST_TARGET_BYTES, smaller_bytes // share))
         if tuple(bundles) not in found:
             found.append(tuple(bundles))
+            if host_arena_bytes is not None:
+                pooled |= {number for number, each in enumerate(bundles) if each.size_bytes > host_arena_bytes}
             for leaving in WAYS if born else WAYS[:1]:
                 yield Partition.of(trace, machine, [*bundles, *born], pooled, leaving)
 

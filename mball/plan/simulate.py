@@ -43,6 +43,24 @@ class TransferTiming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostSimulation:
+    """What host memory and the link to it from disk do in a steady pass.
+
+    Attributes:
+        transfers: when the bytes of each transfer from disk were on that link, counted as those of its first copy are;
+            what is read ahead begins before zero.
+        disk_s: for how long that link moves bytes.
+        streamed_bytes: what comes from disk.
+        peak_arena_bytes: the most bytes in slots of host memory at one time.
+    """
+
+    transfers: tuple[TransferTiming, ...]
+    disk_s: float
+    streamed_bytes: int
+    peak_arena_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
     """One steady pass.
 
@@ -53,6 +71,8 @@ class Simulation:
         pass_s: seconds from the end of one pass to the end of the next.
         peak_arena_bytes: the most bytes in slots at one time.
         prediction: the same in the plan's terms.
+        link_s: for how long the link to the device moves bytes.
+        host: of the level below, if the plan has one.
     """
 
     steps: tuple[StepTiming, ...]
@@ -61,6 +81,8 @@ class Simulation:
     pass_s: float
     peak_arena_bytes: int
     prediction: Prediction
+    link_s: float
+    host: HostSimulation | None = None
 
 
 def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
@@ -79,8 +101,9 @@ def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
         transfers=transfers[: len(plan.transfers)],
         offloads=transfers[len(plan.transfers) :],
         pass_s=prediction.pass_s,
-        peak_arena_bytes=_peak(plan),
+        peak_arena_bytes=peak_bytes(plan),
         prediction=prediction,
+        link_s=sum(moved[transfer.bundle] for transfer in plan.transfers) / machine.link.bandwidth_bytes_per_s,
     )
 
 
@@ -118,6 +141,23 @@ def step_times(trace: Trace, steps: Sequence[PlanStep]) -> list[float]:
     return [sum(costs[step.first : step.end]) for step in steps]
 
 
+def busy_times(trace: Trace, machine: Machine, plan: Movement, gathered: Sequence[Sequence[int]]) -> list[float]:
+    """Returns the seconds that each plan step takes once its bundles are there: compute, rows, and what is made anew.
+
+    Args:
+        gathered: of each trace step, see `gathered_bytes`.
+    """
+    rows_s = rows_times(gathered, machine.disk_link or machine.link)
+    seconds = [
+        time_s + sum(rows_s[step.first : step.end])
+        for time_s, step in zip(step_times(trace, plan.steps), plan.steps, strict=True)
+    ]
+    for made in plan.made:
+        if made.is_anew:
+            seconds[made.step] += trace.tensors[plan.bundles[made.bundle].tensors[0]].recompute_s or 0.0
+    return seconds
+
+
 class Movement(Protocol):
     """What happens in a pass, of a plan or of a draft of one."""
 
@@ -149,14 +189,7 @@ def run_plan(
         served: see `run_passes`.
     """
     gathered = gathered_bytes(trace, plan.bundles, {placement.bundle for placement in plan.residents})
-    rows_s = rows_times(gathered, machine.link)
-    compute_s = [
-        time_s + sum(rows_s[step.first : step.end])
-        for time_s, step in zip(step_times(trace, plan.steps), plan.steps, strict=True)
-    ]
-    for made in plan.made:
-        if made.is_anew:
-            compute_s[made.step] += trace.tensors[plan.bundles[made.bundle].tensors[0]].recompute_s or 0.0
+    compute_s = busy_times(trace, machine, plan, gathered)
     read = [moved_bytes[transfer.bundle] for transfer in plan.transfers]
     written = [moved_bytes[offload.bundle] for offload in plan.offloads]
     writes = Writes(plan.offloads, written, machine.write_link)
@@ -236,8 +269,8 @@ def run_passes(
         leaving[offload.after].append(number)
         awaited[offload.until].append(number)
     landed = [0.0] * len(seconds)
-    queue = _Queue(landed, seconds, link)
-    write_queue = queue if writes.link is None else _Queue(landed, seconds, writes.link)
+    queue = LinkQueue(landed, seconds, link)
+    write_queue = queue if writes.link is None else LinkQueue(landed, seconds, writes.link)
     now = 0.0
     for number in early:
         queue.add(number, now)
@@ -275,7 +308,7 @@ def run_passes(
     return [StepTiming(start_s=start, end_s=end, stall_s=stall, write_s=write) for start, end, stall, write in times]
 
 
-class _Queue:
+class LinkQueue:
     """The requests on one link.
 
     Bytes are served in the order of the requests, a window of them at one time: a request has landed when what is
@@ -324,7 +357,8 @@ def slots_held(plan: Plan) -> Iterator[tuple[int, int, int, int]]:
         yield made.bundle, made.offset_bytes, made.step, last + 1
 
 
-def _peak(plan: Plan) -> int:
+def peak_bytes(plan: Plan) -> int:
+    """Returns the most bytes of the arena that slots hold at one time."""
     kept = sum(plan.bundles[placement.bundle].size_bytes for placement in plan.residents)
     return kept + max(slot_bytes(plan), default=0)
 

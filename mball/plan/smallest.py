@@ -52,11 +52,12 @@ def check_problem(trace: Trace, machine: Machine, fixed_bytes: int) -> None:
                 f"tensor {tensor.name!r} may {' and '.join(sorted(tensor.may))}; this mball plans tensors that may "
                 f"{' and '.join(sorted(wanted))}"
             )
+    link = machine.link if machine.disk_link is None else machine.disk_link
     for _, tensor in trace.homed():
-        if tensor.home is not None and tensor.home.tier is not machine.link.source:
+        if tensor.home is not None and tensor.home.tier is not link.source:
             raise SchemaError(
                 f"tensor {tensor.name!r} has its home on tier {tensor.home.tier.value}; the link of machine "
-                f"{machine.name!r} begins at {machine.link.source.value}"
+                f"{machine.name!r} begins at {link.source.value}"
             )
     if fixed_bytes < 0:
         raise ConfigError(f"fixed_bytes is {fixed_bytes}; it must be zero or more")
@@ -67,13 +68,13 @@ def smallest_budget(trace: Trace, machine: Machine, *, fixed_bytes: int = 0) -> 
 
     There nothing is resident and each step waits for its own weights: the slots of the hungriest step, the
     largest activations of the pass and `fixed_bytes` must fit together. What is born in the pass and may leave is in
-    slots, or with the other activations, whatever takes less.
+    slots, or with the other activations, whatever takes less; over two links it stays with them.
     """
     born = born_bundles(trace, machine)
     return min(
         (
             smallest_for(trace, Demand.of(trace, [*finest_bundles(trace, machine), *leaves]), fixed_bytes)
-            for leaves in ([born, []] if born else [[]])
+            for leaves in ([born, []] if born and machine.disk_link is None else [[]])
         ),
         key=lambda smallest: smallest.size_bytes,
     )

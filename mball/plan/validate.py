@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import replace
 from itertools import pairwise
 from typing import NoReturn
 
 from mball.errors import PlanError
 from mball.plan.demand import bundle_reads
+from mball.plan.host import as_plan, check_order
 from mball.plan.simulate import slots_held
 from mball.schema import Bundle, Machine, Made, Offload, Plan, Tensor, Trace, Treatment
 from mball.units import format_bytes
@@ -19,7 +21,9 @@ def validate(trace: Trace, plan: Plan, machine: Machine | None = None) -> None:
     Checked: bundles partition the weights and their layout is right; steps cover the trace in order; every read is
     resident or covered by a transfer, or by the step that makes it; what is born in the pass comes from where it was
     written; no slot is overwritten while in use, also across the end of the pass; where there is only one pass, nothing
-    comes from another; all bytes are within the arena and the budget. With `machine`, pages and alignment too.
+    comes from another; all bytes are within the arena and the budget. The same of the host part, if there is one: every
+    transfer to the device finds its bundle in host memory, and nothing waits for itself. With `machine`, pages and
+    alignment too, and that there is a host part where it is needed.
 
     Raises:
         PlanError: an invariant is broken; the message says which, where, and by how much.
@@ -37,6 +41,7 @@ def validate(trace: Trace, plan: Plan, machine: Machine | None = None) -> None:
     _check_writes(trace, plan)
     _check_bounds(trace, plan, machine)
     _check_overlap(plan)
+    _check_host(trace, plan, machine)
 
 
 def _fail(message: str) -> NoReturn:
@@ -351,3 +356,23 @@ def _check_overlap(plan: Plan) -> None:
                         f"in step {step} bundles {other[2]} at [{other[0]}, {other[1]}) B and {slot[2]} at "
                         f"[{slot[0]}, {slot[1]}) B of the arena overlap"
                     )
+
+
+def _check_host(trace: Trace, plan: Plan, machine: Machine | None) -> None:
+    """Checks the host part as the plan that it is: one whose steps are the transfers to the device."""
+    if machine is not None and (plan.host is None) != (machine.disk_link is None):
+        has, link = ("no host part", "a") if plan.host is None else ("a host part", "no")
+        _fail(f"it has {has}, and machine {machine.name!r} {link} link from disk to host memory")
+    if plan.host is None:
+        return
+    below = as_plan(plan)
+    try:
+        _check_transfers(below)
+        if not trace.cyclic:
+            _check_only_pass(below)
+        _check_reads(below)
+        _check_bounds(replace(trace, tensors=(), steps=()), below, machine)
+        _check_overlap(below)
+    except PlanError as error:
+        raise PlanError(f"in host memory, where steps are transfers to the device: {error}") from error
+    check_order(trace, plan)

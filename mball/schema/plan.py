@@ -112,25 +112,47 @@ class Offload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostTransfer:
+    """Brings a bundle from disk to `offset_bytes` of the host arena, once a pass.
+
+    What steps are to a `Transfer`, copies are to it: copy i is the i-th transfer of the plan to the device. Copy
+    `needed_by` is the first that takes the bundle from there and `last_use` the last (both inclusive). The transfer may
+    start as soon as copy `after` has ended. Copies count from the pass that `needed_by` lies in: `after` is -1 for the
+    last copy of the pass before and `-len(transfers)` for its first, and `last_use` may lie in the pass after. A slot
+    is held for one pass at most.
+
+    Attributes:
+        after_step: where steps write the bundle's home, the last that does before copy `needed_by`, counted as that
+            copy counts steps: it must have been left too. None if no step has written it by then.
+    """
+
+    bundle: int
+    offset_bytes: int
+    after: int
+    needed_by: int
+    last_use: int
+    after_step: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HostPlan:
     """What host memory holds of bundles whose home is below it, on disk.
 
-    A transfer of the plan copies from host memory to the device. A bundle that comes from disk is brought to host
-    memory before: for good, if it is among `residents`, or in each pass by one of `transfers`, at most one for each
-    transfer to the device, which may start once the bundle is there.
+    Transfers of the plan copy from host memory to the device, one after another in their order, pass after pass. What
+    they copy is in host memory for good, if its bundle is among `residents`, or was brought there by one of
+    `transfers`, for which the copy waits. A bundle without extents needs no place here.
 
     Attributes:
         budget_bytes: the cap of host memory.
         arena_bytes: bytes of it that slots use.
         residents: bundles that stay in host memory.
-        transfers: from disk to an offset of the host arena. `needed_by` is the first step that the transfer to the
-            device may run beside, `last_use` the last one: its slot in host memory is held until that has been left.
+        transfers: from disk, in the order they are issued; sorted by (after, needed_by).
     """
 
     budget_bytes: int
     arena_bytes: int
     residents: tuple[Placement, ...]
-    transfers: tuple[Transfer, ...]
+    transfers: tuple[HostTransfer, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,6 +90,23 @@ def test_what_a_person_reads(checkpoint: Path, capsys: pytest.CaptureFixture[str
     assert "set by compute" in output
 
 
+def test_weights_that_come_through_host_memory(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--budget", "1MiB", "--host-budget", "1MiB")
+    speeds = ("--bandwidth", "50MB", "--link-bandwidth", "10GB")
+    assert main(["plan", str(checkpoint), *sizes, *speeds]) == 0
+    output = capsys.readouterr().out
+    for words in ("0.05 GB/s (as given), 10.00 GB/s from host memory", "host  1.00 MiB:", "reads a pass", "the disk"):
+        assert words in output, output
+    found = plan_of(str(checkpoint), *sizes, *speeds, "--curve", capsys=capsys)
+    plan = Plan.from_json(json.dumps(found["plan"]))
+    validate(trace_of_checkpoint(checkpoint), plan)
+    assert plan.host is not None
+    assert plan.host.budget_bytes == 1 << 20
+    assert plan.host.transfers
+    assert (found["link_bytes_per_s"], found["disk_bytes_per_s"]) == (1e10, 5e7)
+    assert found["curve"][-1]["prediction"]["streamed_bytes"] == 0
+
+
 def test_a_recorded_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make(Net)
     mball.wrap(model, 1 << 24, swap_dir=tmp_path, capture="graphs")
@@ -152,6 +169,8 @@ def test_what_is_born_in_a_pass_and_leaves(tmp_path: Path, capsys: pytest.Captur
         (["{checkpoint}", "--budget", "1GiB", "--bandwidth", "fast"], "bandwidth 'fast' cannot be read"),
         (["{checkpoint}", "--budget", "1GiB", "--picture", "plan.gif"], "its suffix must be .png"),
         (["{checkpoint}", "--budget", "1GiB", "--picture", "/no/such/folder/p.png"], "cannot be written"),
+        (["{checkpoint}", "--budget", "1MiB", "--host-budget", "1KiB"], "of host memory"),
+        (["{checkpoint}", "--budget", "1MiB", "--link-bandwidth", "1GB"], "say with --host-budget"),
         (["{future}", "--budget", "1GiB"], "has version 99"),
         (["{garbage}", "--budget", "1GiB"], "is no JSON"),
     ],

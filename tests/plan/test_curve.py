@@ -9,10 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mball.errors import ConfigError
-from mball.plan import make_plan, smallest_budget, utility_curve
+from mball.plan import host_utility_curve, make_plan, smallest_budget, smallest_host_budget, utility_curve
 from mball.schema import Machine, Trace
 from mball.units import MIB
-from tests.plan.traces import machines, make_chain, make_machine, traces
+from tests.plan.test_tiers import two_links
+from tests.plan.traces import PAGE_BYTES, machines, make_chain, make_machine, make_tied, traces
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -45,3 +46,26 @@ def test_nonsense_is_refused() -> None:
     with pytest.raises(ConfigError, match="fixed_bytes is -1"):
         utility_curve(make_chain(2, MIB), make_machine(), [8 * MIB], fixed_bytes=-1)
     assert utility_curve(make_chain(2, MIB), make_machine(), []) == ()
+
+
+def test_more_host_memory_never_takes_longer() -> None:
+    trace, machine = make_chain(40, MIB), two_links(disk=3e8)
+    smallest = smallest_host_budget(trace, machine, 8 * MIB).size_bytes
+    curve = host_utility_curve(trace, machine, 8 * MIB, [smallest - 1, smallest, *range(4 * MIB, 44 * MIB, 4 * MIB)])
+    assert curve[0].prediction is None
+    known = [point.prediction for point in curve if point.prediction is not None]
+    assert len(known) == len(curve) - 1
+    times = [prediction.pass_s for prediction in known]
+    assert times == sorted(times, reverse=True)
+    assert times[0] > 2 * times[-1]
+    alone = make_plan(trace, machine, 8 * MIB, host_budget_bytes=40 * MIB).prediction
+    assert times[-1] <= alone.pass_s
+
+
+def test_a_device_that_leaves_too_much_for_host_memory_has_no_prediction() -> None:
+    trace, machine = make_tied(6, MIB, 3 * MIB), two_links()
+    budgets = [3 * MIB + 2 * PAGE_BYTES, 4 * MIB + 6 * PAGE_BYTES]
+    curve = utility_curve(trace, machine, budgets, host_budget_bytes=MIB + 2 * PAGE_BYTES)
+    assert [point.prediction is None for point in curve] == [True, False]
+    with pytest.raises(ConfigError, match="has a disk_link"):
+        utility_curve(trace, machine, budgets)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from mball.plan import explain, make_plan, smallest_budget
 from mball.schema import Machine, Trace
 from mball.units import MIB
+from tests.plan.test_tiers import budgets_of
+from tests.plan.test_tiers import machines as chained
 from tests.plan.traces import machines, make_chain, make_machine, traces
 
 
@@ -52,3 +54,24 @@ def test_a_stall_names_what_it_waits_for() -> None:
         assert stall.stall_s == pytest.approx(MIB / 1e8, rel=0.02)
         assert stall.lead_s == pytest.approx(0.0, abs=1e-9), "its slot was in use until then"
     assert found.stalls[0].stall_s == max(stall.stall_s for stall in found.stalls)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(trace=traces(), machine=chained, device=st.floats(0, 0.8), host=st.floats(0, 0.8))
+def test_what_comes_through_host_memory_adds_up(trace: Trace, machine: Machine, device: float, host: float) -> None:
+    budget, host_bytes = budgets_of(trace, machine, device, host)
+    plan = make_plan(trace, machine, budget, host_budget_bytes=host_bytes)
+    found = explain(trace, plan, machine)
+    below = found.below
+    assert below is not None
+    assert below.resident_bytes + below.read_bytes == found.streamed_bytes
+    assert {*below.resident, *below.read} == set(found.streamed)
+    assert plan.host is not None
+    assert below.slots == len(plan.host.transfers)
+    assert (below.slots == 0) == (below.read_bytes == 0)
+    assert sum(stall.stall_s for stall in found.stalls) == pytest.approx(plan.prediction.stall_s)
+
+
+def test_one_link_has_no_host_memory_to_explain() -> None:
+    trace, machine = make_chain(6, MIB), make_machine()
+    assert explain(trace, make_plan(trace, machine, 3 * MIB), machine).below is None

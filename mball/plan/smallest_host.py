@@ -1,0 +1,112 @@
+"""The smallest budget of host memory that works beside a budget of the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mball.errors import ConfigError
+from mball.plan.bundles import lay_out_bundle
+from mball.plan.demand import Demand
+from mball.plan.partition import Partition
+from mball.plan.problem import Problem
+from mball.schema import Bundle, Machine, Trace
+from mball.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallestHostBudget:
+    """The smallest feasible budget of host memory beside a budget of the device.
+
+    Attributes:
+        size_bytes: the slot of the largest bundle that has to come to the device in each pass; this budget works, one
+            page less does not. 0 if all stays on the device.
+        limited_by: for people: what sets the number.
+    """
+
+    size_bytes: int
+    limited_by: str
+
+
+def smallest_host_budget(
+    trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int = 0
+) -> SmallestHostBudget:
+    """Returns the smallest host budget under which `trace` can be planned with `budget_bytes` on the device.
+
+    There the largest weights stay on the device, as many as its budget holds, and the others come through one slot.
+
+    Raises:
+        BudgetError: the budget of the device is below the smallest that works, which the error names.
+        ConfigError: the machine has no link from disk to host memory, or `fixed_bytes` is negative.
+        SchemaError: trace or machine contradict themselves.
+    """
+    if machine.disk_link is None:
+        raise ConfigError(
+            f"machine {machine.name!r} has no disk_link: host memory needs no budget where bundles do not come through "
+            "it; give the machine a disk_link"
+        )
+    return smallest_host_for(Problem.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, host_budget_bytes=0))
+
+
+def smallest_host_for(problem: Problem) -> SmallestHostBudget:
+    """Returns the same for a problem."""
+    if confined(problem, 0) is not None:
+        return SmallestHostBudget(size_bytes=0, limited_by="all that is read stays on the device")
+    demand = problem.finest.demand
+    read = set(demand.read_bundles())
+    single = Demand.of(problem.trace, _split(problem, 0))
+    sizes = sorted(
+        {demand.bundles[bundle].size_bytes for bundle in read}
+        | {single.bundles[bundle].size_bytes for bundle in single.read_bundles()}
+    )
+    low, high = 0, len(sizes) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if confined(problem, sizes[middle]) is None:
+            low = middle + 1
+        else:
+            high = middle
+    size_bytes = sizes[low]
+    return SmallestHostBudget(
+        size_bytes=size_bytes,
+        limited_by=(
+            f"what does not stay on the device comes through one slot, and {format_bytes(problem.arena_bytes)} there "
+            f"cannot hold all bundles of {format_bytes(size_bytes)} or more"
+        ),
+    )
+
+
+def confined(problem: Problem, largest_bytes: int) -> Partition | None:
+    """Returns a partition that fits the device where bundles with larger slots stay there, as its `pooled` ones.
+
+    None if the two below do not fit: the finest bundles, and those with each weight by itself that shares a bundle
+    larger than that. Where such a partition fits, it does with nothing else resident and no gap bridged but stretches.
+    """
+    for bundles in (problem.finest.demand.bundles, _split(problem, largest_bytes)):
+        partition = Partition.of(problem.trace, problem.machine, bundles)
+        demand = partition.demand
+        large = {bundle for bundle in demand.read_bundles() if demand.bundles[bundle].size_bytes > largest_bytes}
+        if large and not problem.trace.cyclic:
+            continue
+        uses = partition.uses
+        if not large.isdisjoint(uses.bundle[~uses.may_stay].tolist()):
+            continue
+        kept_bytes = demand.slot_bytes(sorted(large))
+        most_bytes = max(
+            (demand.slot_bytes([bundle for bundle in reads if bundle not in large]) for reads in demand.reads),
+            default=0,
+        )
+        if kept_bytes + most_bytes <= problem.arena_bytes:
+            return Partition.of(problem.trace, problem.machine, bundles, frozenset(large))
+    return None
+
+
+def _split(problem: Problem, largest_bytes: int) -> list[Bundle]:
+    """Returns the finest bundles, those with larger slots by single weights."""
+    trace, machine = problem.trace, problem.machine
+    bundles: list[Bundle] = []
+    for bundle in problem.finest.demand.bundles:
+        if bundle.size_bytes > largest_bytes and len(bundle.tensors) > 1:
+            bundles += [lay_out_bundle([index], trace, machine) for index in bundle.tensors]
+        else:
+            bundles.append(bundle)
+    return bundles
