@@ -10,13 +10,14 @@ from typing import Self
 
 import numpy as np
 
+from mball.plan.arrays import Bools, Ints
 from mball.plan.demand import Demand
 from mball.plan.flow import Flow
 from mball.plan.partition import Partition
 from mball.plan.placement import stack
 from mball.plan.simulate import run_plan
 from mball.plan.slots import Layout, Pool
-from mball.plan.uses import Bools, Ints, Visits
+from mball.plan.uses import Visits
 from mball.schema import Bundle, Made, Offload, Placement, PlanStep, Prediction, Trace, Transfer
 
 _WORTHWHILE = 1e-6

@@ -15,9 +15,10 @@ from enum import IntEnum
 
 import numpy as np
 
+from mball.plan.arrays import Floats, Ints, prefix_sums
 from mball.plan.demand import Demand
 from mball.plan.leaving import Ways
-from mball.plan.uses import Floats, Ints, Visits, prefix_sums
+from mball.plan.uses import Visits
 from mball.schema import Machine
 
 # Fewer than `simulate` runs: a search asks thousands of times.

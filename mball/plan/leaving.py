@@ -10,15 +10,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mball.plan.arrays import Bools, Floats, Ints, prefix_sums
 from mball.plan.demand import Demand
 from mball.plan.simulate import trace_times
 from mball.schema import Link, Machine, Trace, Treatment
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +89,6 @@ def ways_out(trace: Trace, machine: Machine, demand: Demand, leaving: Leaving) -
         is_anew=is_anew,
         write_s=write_s,
         anew_s=anew_s,
-        before_s=np.concatenate(([0.0], np.cumsum(trace_times(trace)))),
+        before_s=prefix_sums(trace_times(trace)),
         waits=leaving.waits,
     )

@@ -16,9 +16,10 @@ from itertools import islice
 
 import numpy as np
 
+from mball.plan.arrays import Bools, Ints
 from mball.plan.flow import Timing
 from mball.plan.partition import Partition
-from mball.plan.uses import Bools, Ints, Uses
+from mball.plan.uses import Uses
 
 # Staying over this part of the pass or less, against the typical bundle, goes before all others.
 PREFERRED_VALUE = 1.5

@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
+from mball.plan.arrays import Ints
 from mball.plan.bundles import group_weights
 from mball.plan.draft import Draft, draft_plan
 from mball.plan.leaving import WAYS
 from mball.plan.partition import Partition
 from mball.plan.residency import Choice, Residency
-from mball.plan.uses import Ints
 from mball.schema import Bundle, Machine, Trace
 from mball.units import MIB
 

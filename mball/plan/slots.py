@@ -17,7 +17,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from mball.plan.uses import Ints, Visits
+from mball.plan.arrays import Ints
+from mball.plan.uses import Visits
 
 # With more visits than this in the pool at one time, looking for the place that was free first takes too long.
 MOST_SLOTS = 16

@@ -165,7 +165,7 @@ def _confined_draft(problem: Problem) -> Draft:
     draft = best_draft([partition], problem.arena_bytes)
     if draft is None or not _fits_host(draft, problem):
         kept = np.array(sorted(partition.demand.pooled), dtype=np.int64)
-        keep = np.isin(partition.uses.bundle, kept) | partition.uses.stretches(partition.demand, kept)
+        keep = partition.uses.placeable(partition.demand, kept)
         draft = draft_plan(partition, keep, problem.arena_bytes)
     assert draft is not None, "visits that meet are there for the same steps, and those fit"
     return draft

@@ -6,19 +6,14 @@ pass. A plan keeps the bundle over a gap, or brings it again. Who is kept over a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mball.plan.arrays import Bools, Ints
 from mball.plan.demand import Demand
 from mball.plan.leaving import Ways
 from mball.schema import Trace
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +177,3 @@ def _written_gaps(trace: Trace, demand: Demand, uses: Uses) -> list[tuple[int, i
                 is_last = gaps.start + before == gaps.stop - 1
                 found.append((gaps.start + before, number - (uses.num_steps if is_last else 0)))
     return found
-
-
-def prefix_sums(values: Sequence[float]) -> Floats:
-    """Returns the sums of the first 0, 1, … of `values`."""
-    return np.concatenate(([0.0], np.cumsum(np.asarray(values, dtype=np.float64))))

@@ -14,7 +14,7 @@ from tests.plan.test_tiers import machines as chained
 from tests.plan.traces import machines, make_chain, make_machine, traces
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(trace=traces(), machine=machines, share=st.floats(0, 1.2), fixed=st.integers(0, 5000))
 def test_an_explanation_adds_up(trace: Trace, machine: Machine, share: float, fixed: int) -> None:
     total = sum(tensor.size_bytes for _, tensor in trace.homed())

@@ -15,7 +15,7 @@ from mball.units import KIB, MIB
 from tests.plan.replay import replay
 from tests.plan.traces import machines, make_gathering, make_machine, make_step, traces
 
-few = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 MACHINE = make_machine(latency_s=1e-4)
 LAYER_BYTES, TABLE_BYTES, ROWS_BYTES = MIB, 6 * MIB, 64 * KIB

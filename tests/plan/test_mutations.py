@@ -19,7 +19,7 @@ from mball.units import KIB, MIB
 from tests.plan.replay import BrokenPlanError, replay
 from tests.plan.traces import PAGE_BYTES, machines, make_chain, make_machine, make_tied, make_training, traces
 
-few = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 Chance = random.Random
 T = TypeVar("T")

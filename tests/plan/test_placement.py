@@ -10,7 +10,7 @@ from mball.schema import Machine, Plan, Trace
 from mball.units import MIB
 from tests.plan.traces import machines, make_chain, make_machine, make_step, make_weights, traces
 
-few = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def places(plan: Plan) -> dict[object, int]:

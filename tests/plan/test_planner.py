@@ -33,7 +33,7 @@ from tests.plan.traces import (
     traces,
 )
 
-few = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def total_bytes(trace: Trace) -> int:

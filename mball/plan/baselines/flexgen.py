@@ -19,10 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mball.plan.arrays import Bools, Ints
 from mball.plan.baselines.layers import Layers, fastest_of, levels, shorter
 from mball.plan.draft import Draft, Lead, draft_plan
 from mball.plan.problem import Problem
-from mball.plan.uses import Bools, Ints, Visits
+from mball.plan.uses import Visits
 from mball.schema import Machine, Plan, Trace
 
 PERCENT = 100

@@ -15,11 +15,12 @@ from itertools import count
 
 import numpy as np
 
+from mball.plan.arrays import Bools, Ints
 from mball.plan.bundles import even_bundle, weight_uses
 from mball.plan.draft import Draft, draft_plan
 from mball.plan.partition import Partition
 from mball.plan.problem import Problem
-from mball.plan.uses import Bools, Ints, Visits
+from mball.plan.uses import Visits
 from mball.schema import Trace
 
 

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from mball.errors import ConfigError
+from mball.plan.arrays import Ints
 from mball.plan.baselines.layers import fastest_of
 from mball.plan.baselines.prefix import draft_prefix, layered
 from mball.plan.draft import Draft, Lead
 from mball.plan.problem import Problem
-from mball.plan.uses import Ints, Visits
+from mball.plan.uses import Visits
 from mball.schema import Machine, Plan, Trace
 
 

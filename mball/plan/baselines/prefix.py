@@ -15,10 +15,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mball.plan.arrays import Ints
 from mball.plan.baselines.layers import Layers, fastest_of, just_in_time, levels, shorter
 from mball.plan.draft import Draft, Lead, draft_plan
 from mball.plan.problem import Problem
-from mball.plan.uses import Ints, Visits
+from mball.plan.uses import Visits
 from mball.schema import Machine, Plan, Trace
 
 

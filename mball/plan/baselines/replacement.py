@@ -16,12 +16,13 @@ from itertools import pairwise
 
 import numpy as np
 
+from mball.plan.arrays import Bools, Ints
 from mball.plan.baselines.layers import just_in_time_draft, shorter
 from mball.plan.draft import Draft, Lead, draft_plan
 from mball.plan.partition import Partition
 from mball.plan.problem import Problem
 from mball.plan.search import partitions
-from mball.plan.uses import Bools, Ints, Uses
+from mball.plan.uses import Uses
 
 # So many passes through the memory may differ before one of them has to repeat.
 MAX_REPLAYED_PASSES = 16
