@@ -63,7 +63,7 @@ def machine_facts() -> MachineFacts:
         transformers=_version("transformers"),
         gpu=gpu,
         gpu_driver=driver,
-        commit=_commit(),
+        commit=commit_of(),
     )
 
 
@@ -96,7 +96,8 @@ def _gpu() -> tuple[str | None, str | None]:
         pynvml.nvmlShutdown()
 
 
-def _commit(root: Path = _ROOT) -> str | None:
+def commit_of(root: Path = _ROOT) -> str | None:
+    """Returns which commit a checkout is of, and whether it was changed; None where that is not known."""
     if not (root / ".git").exists():  # else git would find some repository further up
         return None
     commit = _git(root, "rev-parse", "--short=12", "HEAD")

@@ -47,6 +47,7 @@ class Topic(Enum):
     WRITES = "writes"
     PLANNER = "planner"
     SPEED = "speed"
+    PLANS = "plans"
     PEERS = "peers"
     START = "start"
     DEMO = "demo"

@@ -18,6 +18,7 @@ _ROWS = {
     Topic.WRITES: "cost of noticing writes",
     Topic.PLANNER: "planning time",
     Topic.SPEED: "speed against the roofline",
+    Topic.PLANS: "plans, predicted and executed",
     Topic.PEERS: "speed against peers",
     Topic.START: "cold start",
     Topic.DEMO: "the demo",

@@ -123,7 +123,8 @@ def main() -> None:
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         found = list(pool.map(chain_gap, names, percents))
     write_chains(found)
-    print(f"{len(found)} plans; {page.PAGE.name} {'was rewritten' if page.update() else 'is up to date'}")
+    print(f"{len(found)} plans")
+    page.main()
 
 
 if __name__ == "__main__":

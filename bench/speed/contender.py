@@ -53,9 +53,10 @@ class Contender:
         if group is not None:
             command = ["sh", "-c", _JOIN, str(group.members), *command]
         threads = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             command, cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-            env={**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1", **threads, **(environment or {})},
+            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **threads, **(environment or {})},
         )  # fmt: skip
 
     def __enter__(self) -> Self:

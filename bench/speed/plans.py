@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.machine import commit_of
 from bench.results import Measurement
 from bench.speed import gate
 from bench.speed.contender import CHECKOUT, Contender, ContenderError
@@ -71,7 +72,7 @@ def plans(scale: Scale, say: Say, before: Path | None = None) -> list[Measuremen
             found.append(
                 Measurement.of(
                     f"{version}smallest", [smallest], unit="bytes",
-                    description="the smallest budget that runs a decode step" + (", before" if version else ""),
+                    description=f"the smallest budget that runs a decode step, mball {commit_of(checkout)}",
                 )
             )  # fmt: skip
             budgets = {"smallest": smallest} | {str(percent): scale.budget_bytes(percent) for percent in scale.percents}

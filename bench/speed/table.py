@@ -109,7 +109,7 @@ def _plans(results: Sequence[Result]) -> list[str]:
     figures = Figures(results, "speed-plans")
     rows = []
     for version in ("", BEFORE):
-        for budget in ("smallest", *(f"budget_{percent}" for percent in (25, 50, 75))):
+        for budget in ("smallest", *(f"budget_{percent}" for percent in PERCENTS)):
             name = f"{version}{budget}"
             if figures.has(f"{name}_s"):
                 title = budget.removeprefix("budget_") + (" %" if budget != "smallest" else "")
@@ -124,8 +124,8 @@ def _plans(results: Sequence[Result]) -> list[str]:
     text = (
         "Uncompiled decode. Roofline: max(compute with everything resident, bare read of what is streamed). Least: the "
         "same with a bare read of no more than the weights that exceed the budget. Before: another version of mball in "
-        f"the same rounds. |measured ÷ predicted - 1|: {figures.show('predicted_off')}, "
-        f"{figures.verdict('predicted_off')}."
+        "the same rounds. Median of |measured ÷ predicted - 1| over all budgets: "
+        f"{figures.show('predicted_off')}, {figures.verdict('predicted_off')}; of each budget: in the table."
     )
     return ["## Plans, predicted and executed", figures.source(), text, markdown_table(head, rows)]
 

@@ -83,7 +83,11 @@ def run_plan(request: Request) -> int:
     plan = make_plan(trace, machine, budget_bytes, host_budget_bytes=host_bytes)
     explanation = explain(trace, plan, machine)
     curve = _curve(trace, machine, budget_bytes, host_bytes) if request.curve else ()
-    more_bytes = min(GIB, explanation.streamed_bytes)
+    # What leaves the device could stay as well.
+    missing_bytes = explanation.streamed_bytes + sum(
+        plan.bundles[made.bundle].size_bytes for made in plan.made if made.is_anew
+    )
+    more_bytes = min(GIB, missing_bytes + sum(plan.bundles[each.bundle].size_bytes for each in plan.offloads))
     if request.as_json:
         print(json.dumps(_document(trace, machine, plan, explanation, curve), indent=2))
     else:
@@ -248,7 +252,8 @@ def _stalls(explanation: Explanation) -> Table:
     table.add_column("for", ratio=3, overflow="fold")
     table.add_column("its slot was free before", justify="right")
     for stall in stalls[:SHOWN_STALLS]:
-        waited_for = f"{format_bytes(stall.size_bytes)}: {escape(format_names(stall.weights, 2))}"
+        what = "the write of " if stall.is_write else ""
+        waited_for = f"{what}{format_bytes(stall.size_bytes)}: {escape(format_names(stall.weights, 2))}"
         table.add_row(escape(stall.step), _ms(stall.stall_s), waited_for, _ms(stall.lead_s))
     return table
 

@@ -15,7 +15,7 @@ from heapq import heappop, heappush
 from itertools import repeat
 
 from mball.errors import PlanError
-from mball.plan.host import as_plan
+from mball.plan.host import as_plan, copies_between, copies_by_bundle
 from mball.plan.simulate import (
     MAX_SIMULATED_PASSES,
     HostSimulation,
@@ -176,11 +176,11 @@ class _Lanes:
             self._needed[copy.needed_by].append(number)
         # The read that serves each copy, counted back by passes where its slot stays over the end of one.
         self._served_by: list[int | None] = [None] * len(copies)
+        copies_of = copies_by_bundle(copies)
         for number, read in enumerate(reads):
-            for at in range(read.needed_by, read.last_use + 1):
-                passes_on, copy_number = divmod(at, len(copies))
-                if copies[copy_number].bundle == read.bundle:
-                    self._served_by[copy_number] = number - passes_on * len(reads)
+            served = copies_between(copies_of[read.bundle], read.needed_by, read.last_use, len(copies))
+            for passes_on, copy_number in served:
+                self._served_by[copy_number] = number - passes_on * len(reads)
         self._events: list[tuple[float, int, int]] = []
         self._starts_s: list[float] = []
         self._ends_s: list[float] = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mball.errors import BudgetError
 from mball.plan.planner import make_plan
+from mball.plan.simulate import trace_times
 from mball.plan.smallest import check_problem, smallest_budget
 from mball.plan.smallest_host import smallest_host_budget
 from mball.plan.tiers import check_host_budget
@@ -60,7 +61,7 @@ def utility_curve(
             return None
         return plan.prediction
 
-    return _points(budgets, predict)
+    return _points(trace, budgets, predict)
 
 
 def host_utility_curve(
@@ -80,15 +81,20 @@ def host_utility_curve(
             return None
         return make_plan(trace, machine, budget_bytes, host_budget_bytes=budget, fixed_bytes=fixed_bytes).prediction
 
-    return _points(host_budgets, predict)
+    return _points(trace, host_budgets, predict)
 
 
-def _points(budgets: Iterable[int], predict: Callable[[int], Prediction | None]) -> tuple[UtilityPoint, ...]:
+def _points(
+    trace: Trace, budgets: Iterable[int], predict: Callable[[int], Prediction | None]
+) -> tuple[UtilityPoint, ...]:
     """Returns a point for each budget, each of the best so far."""
+    least_s = sum(trace_times(trace))
     points: list[UtilityPoint] = []
     best: Prediction | None = None
     for budget in sorted(set(budgets)):
-        found = predict(budget) if best is None or best.streamed_bytes else None
+        # Where nothing comes and the steps take what they take alone, more memory buys nothing.
+        is_done = best is not None and not best.streamed_bytes and best.pass_s <= least_s * (1 + _ALIKE)
+        found = None if is_done else predict(budget)
         if found is not None:
             # Sums of the same times in another order differ in the last digits.
             alike = best is not None and found.pass_s <= best.pass_s * (1 + _ALIKE)

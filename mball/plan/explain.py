@@ -21,9 +21,10 @@ class Stall:
         step: its name.
         stall_s: how long.
         weights: what it waits for.
-        size_bytes: what is read for it.
-        lead_s: how long before the step the slot of the last of it was free. If the bytes take longer than that, only
-            a smaller need or a faster link helps, or more room.
+        size_bytes: what is read for it, or written.
+        lead_s: how long before the step the slot of the last of it was free; of a write, how long it had. If the bytes
+            take longer than that, only a smaller need or a faster link helps, or more room.
+        is_write: whether the step waits, before it is left, for what is written below.
     """
 
     step: str
@@ -31,6 +32,7 @@ class Stall:
     weights: tuple[str, ...]
     size_bytes: int
     lead_s: float
+    is_write: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +167,8 @@ def _stalls(trace: Trace, plan: Plan, simulation: Simulation) -> list[Stall]:
         landed_s = served.end_s - (simulation.pass_s if transfer.after < 0 else 0.0)
         arrivals[transfer.needed_by].append((transfer, landed_s))
     for number, (step, timing) in enumerate(zip(plan.steps, simulation.steps, strict=True)):
+        if timing.write_s > 0:
+            found.append(_write_stall(trace, plan, simulation, number))
         if timing.stall_s <= 0:
             continue
         ready_s = timing.start_s - timing.stall_s
@@ -172,7 +176,8 @@ def _stalls(trace: Trace, plan: Plan, simulation: Simulation) -> list[Stall]:
         weights = [weight for transfer in came for weight in plan.bundles[transfer.bundle].tensors]
         # `after` counts back into the pass before where it is negative.
         freed = max((transfer.after for transfer in came), default=number - 1)
-        freed_s = simulation.steps[freed % count].end_s - (simulation.pass_s if freed < 0 else 0.0)
+        left = simulation.steps[freed % count]
+        freed_s = left.end_s + left.write_s - (simulation.pass_s if freed < 0 else 0.0)
         found.append(
             Stall(
                 step=format_names([each.name for each in trace.steps[step.first : step.end]]),
@@ -183,6 +188,19 @@ def _stalls(trace: Trace, plan: Plan, simulation: Simulation) -> list[Stall]:
             )
         )
     return sorted(found, key=lambda stall: -stall.stall_s)
+
+
+def _write_stall(trace: Trace, plan: Plan, simulation: Simulation, number: int) -> Stall:
+    step, timing = plan.steps[number], simulation.steps[number]
+    writes = [offload for offload in plan.offloads if offload.until == number]
+    return Stall(
+        step=format_names([each.name for each in trace.steps[step.first : step.end]]),
+        stall_s=timing.write_s,
+        weights=tuple(_name(trace, plan, offload.bundle) for offload in writes),
+        size_bytes=sum(plan.bundles[offload.bundle].moved_bytes for offload in writes),
+        lead_s=timing.end_s - max(simulation.steps[offload.after].end_s for offload in writes),
+        is_write=True,
+    )
 
 
 def _memory(trace: Trace, plan: Plan) -> list[MemoryUse]:

@@ -5,7 +5,8 @@ Visits come over one link in the order of their first use. A visit may begin onc
 that it fits the pool, wherever in the pool they are. Which step that is depends on sizes only, not on time, so it is
 found for all visits at once; one loop over the visits then says when each has arrived. Placing (`slots.py`) can only
 make starts later: what is computed here is a lower bound for the same visits, and close to it while bundles are small
-against the pool.
+against the pool. Where tensors born in the pass leave it is an estimate: writes and reads on one wire are taken in the
+order in which they are waited for.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ for the disk as well.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -179,6 +179,26 @@ def from_disk(
     )
 
 
+def copies_by_bundle(copies: Sequence[Transfer]) -> dict[int, list[int]]:
+    """Returns the numbers of the copies of each bundle, ascending."""
+    found: dict[int, list[int]] = {}
+    for number, copy in enumerate(copies):
+        found.setdefault(copy.bundle, []).append(number)
+    return found
+
+
+def copies_between(copies: Sequence[int], first: int, last: int, count: int) -> Iterator[tuple[int, int]]:
+    """Yields pass and number of these copies (ascending, of a pass of `count`) from copy `first` to `last`, inclusive.
+
+    Both are counted on from the pass of `first`, so the pass is 0 or 1.
+    """
+    for passes in range(first // count, last // count + 1):
+        begin = bisect_left(copies, first - passes * count)
+        end = bisect_right(copies, last - passes * count)
+        for copy in copies[begin:end]:
+            yield passes, copy
+
+
 def check_order(trace: Trace, plan: Plan) -> None:
     """Checks that nothing in the host part waits for itself, and that it brings no bytes from before a write.
 
@@ -196,6 +216,7 @@ def check_order(trace: Trace, plan: Plan) -> None:
         )
     written = written_steps(trace, plan.steps, plan.bundles)
     num_steps, count = len(plan.steps), len(plan.transfers)
+    copies_of = copies_by_bundle(plan.transfers)
     for placement in host.residents:
         if placement.bundle in written:
             raise PlanError(
@@ -211,10 +232,7 @@ def check_order(trace: Trace, plan: Plan) -> None:
                 f"the transfer of bundle {each.bundle} from disk waits for step {floor}, and its first copy only for "
                 f"step {first}: the plan is wrong, make it again"
             )
-        for number in range(each.needed_by, each.last_use + 1):
-            passes, copy = divmod(number, count)
-            if plan.transfers[copy].bundle != each.bundle:
-                continue
+        for passes, copy in copies_between(copies_of[each.bundle], each.needed_by, each.last_use, count):
             last = last_write(steps, plan.transfers[copy].after + passes * num_steps, num_steps, cyclic=trace.cyclic)
             if last is not None and (floor is None or last > floor):
                 raise PlanError(

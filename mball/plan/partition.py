@@ -97,7 +97,7 @@ class Partition:
         """Times passes."""
         # Where anything is streamed no table is resident: rows of tables are then read at home.
         gathered = gathered_bytes(self.trace, self.demand.bundles, set(self.demand.read_bundles()))
-        rows_s = rows_times(gathered, self.machine.link)
+        rows_s = rows_times(gathered, self.machine)
         return Flow(
             self.demand,
             [compute_s + wait_s for compute_s, wait_s in zip(trace_times(self.trace), rows_s, strict=True)],

@@ -71,16 +71,20 @@ def make_plan(
             errors.append(error)
     if not problems:
         raise min(errors, key=lambda error: error.smallest_bytes)
-    best: tuple[Problem, Draft] | None = None
+    best: tuple[tuple[float, tuple[float, int, int]], Problem, Draft] | None = None
     for problem in problems:
         draft = _best_draft(problem)
         assert draft is not None, (
             "the finest bundles, nothing resident and no bridging fit every budget that is allowed"
         )
-        if best is None or draft.cost() < best[1].cost():
-            best = problem, draft
+        # One of them may have the bundles that are in the arena now.
+        is_there = previous is not None and draft.partition.demand.bundles == previous.bundles
+        worth = 1 / WORTH_OTHER_BUNDLES if is_there else 1.0
+        cost = float(f"{draft.prediction.pass_s * worth:.4g}"), draft.cost()
+        if best is None or cost < best[0]:
+            best = cost, problem, draft
     assert best is not None, "there is a problem, or an error was raised"
-    return best[0].plan(best[1])
+    return best[1].plan(best[2])
 
 
 def _best_draft(problem: Problem) -> Draft | None:

@@ -85,7 +85,10 @@ def best_draft(candidates: Iterable[Partition], arena_bytes: int, stayed: Ints |
 
 
 def fastest_s(partition: Partition, arena_bytes: int) -> float:
-    """Returns a time that no plan for this arena can beat: that of the steps, and of the bytes that cannot stay."""
+    """Returns a time that no plan for this arena can beat while anything is streamed.
+
+    That of the steps, with the rows that they look up at home, and of the bytes that cannot stay.
+    """
     demand = partition.demand
     comes = sum(demand.moved_bytes[bundle] for bundle in demand.read_bundles() if not demand.born[bundle])
     if partition.trace.cyclic:

@@ -1,4 +1,4 @@
-"""Predicts what a plan does: one serial link beside one serial device, pass after pass until nothing changes."""
+"""Predicts what a plan does: a serial device beside a serial link each way, pass after pass until nothing changes."""
 
 from __future__ import annotations
 
@@ -116,11 +116,13 @@ def gathered_bytes(trace: Trace, bundles: Sequence[Bundle], residents: Collectio
     return [[size for bundle, size in gathers if bundle not in residents] for gathers in bundle_gathers(trace, bundles)]
 
 
-def rows_times(gathered: Sequence[Sequence[int]], link: Link) -> list[float]:
+def rows_times(gathered: Sequence[Sequence[int]], machine: Machine) -> list[float]:
     """Returns for each trace step the seconds that it waits for rows; see `gathered_bytes`.
 
-    They come over the link too. They are few against what is streamed, so they are taken to delay nothing else.
+    They come from their homes, over the link too. (A step that was timed while it read them there has waited for them
+    in that time as well.) They are few against what is streamed, so they are taken to delay nothing else.
     """
+    link = machine.disk_link or machine.link
     return [sum(link.latency_s + size / link.bandwidth_bytes_per_s for size in sizes) for sizes in gathered]
 
 
@@ -147,7 +149,7 @@ def busy_times(trace: Trace, machine: Machine, plan: Movement, gathered: Sequenc
     Args:
         gathered: of each trace step, see `gathered_bytes`.
     """
-    rows_s = rows_times(gathered, machine.disk_link or machine.link)
+    rows_s = rows_times(gathered, machine)
     seconds = [
         time_s + sum(rows_s[step.first : step.end])
         for time_s, step in zip(step_times(trace, plan.steps), plan.steps, strict=True)

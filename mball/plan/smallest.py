@@ -18,8 +18,8 @@ class SmallestBudget:
     Attributes:
         size_bytes: ``fixed + activation + slots``; this budget works, one page less does not.
         limited_by: for people: the step and the bytes that set the number.
-        slots_bytes: slots of the step with the largest weights, rounded up to pages.
-        activation_bytes: the largest activation need of any step.
+        slots_bytes: slots of the step that needs most, in whole pages.
+        activation_bytes: the largest need of any step for activations that have no slots.
         fixed_bytes: device memory that never moves.
     """
 
@@ -89,9 +89,11 @@ def smallest_for(trace: Trace, demand: Demand, fixed_bytes: int) -> SmallestBudg
     limited_by = "no step reads a weight"
     if slots:
         hungriest = needs.index(slots)
-        weights = sum(trace.tensors[index].size_bytes for index in trace.needs()[hungriest])
+        held = {index for bundle in demand.reads[hungriest] for index in demand.bundles[bundle].tensors}
+        held_bytes = sum(trace.tensors[index].size_bytes for index in held)
+        kind = "weights" if all(trace.tensors[index].home for index in held) else "weights and activations"
         limited_by = (
-            f"step {trace.steps[hungriest].name!r} reads {format_bytes(weights)} of weights at once, "
+            f"step {trace.steps[hungriest].name!r} reads {format_bytes(held_bytes)} of {kind} at once, "
             f"{format_bytes(slots)} in whole pages"
         )
     limited_by += f"; activations take {format_bytes(activation)} and fixed memory {format_bytes(fixed_bytes)}"

@@ -107,6 +107,8 @@ def _check_host_fits(problem: Problem) -> None:
 def _device_drafts(problem: Problem, search: Callable[[Problem], Draft | None]) -> Iterator[Draft]:
     """Yields drafts of the device, each the fastest if bundles came at some speed."""
     previous = problem.previous and replace(problem.previous, host=None)
+    if previous is not None and any(each.size_bytes > (problem.host_arena_bytes or 0) for each in previous.bundles):
+        previous = None  # the search would keep bundles that cannot come any more
     finest = confined(problem, problem.host_arena_bytes or 0)
     assert finest is not None, "the budget of host memory was checked"
     for link in _speeds(problem):

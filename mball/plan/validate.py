@@ -198,14 +198,15 @@ def _check_reads(plan: Plan) -> None:
             if needed_by <= last_use:
                 _fail(f"step {needed_by % len(plan.steps)} finds bundle {bundle} in two slots")
     for transfer in plan.transfers:
-        for first, last in windows[transfer.bundle]:
-            # What is used before in this pass, or in the one before.
-            last_use = last if first < transfer.needed_by else last - len(plan.steps)
-            if transfer.after < last_use:
-                _fail(
-                    f"the transfer of bundle {transfer.bundle} for step {transfer.needed_by} may begin after step "
-                    f"{transfer.after}, while its copy in another slot is used up to step {last_use}"
-                )
+        stays = windows[transfer.bundle]
+        # The stay before it, in this pass or at the end of the one before.
+        at = bisect_left(stays, (transfer.needed_by,)) - 1
+        last_use = stays[at][1] - (0 if at >= 0 else len(plan.steps))
+        if transfer.after < last_use:
+            _fail(
+                f"the transfer of bundle {transfer.bundle} for step {transfer.needed_by} may begin after step "
+                f"{transfer.after}, while its copy in another slot is used up to step {last_use}"
+            )
     for number, step in enumerate(plan.steps):
         for bundle in step.reads:
             if bundle in resident:
@@ -365,6 +366,11 @@ def _check_host(trace: Trace, plan: Plan, machine: Machine | None) -> None:
         _fail(f"it has {has}, and machine {machine.name!r} {link} link from disk to host memory")
     if plan.host is None:
         return
+    if plan.made or plan.offloads:
+        _fail(
+            f"it has a host part and places for {len(plan.made)} tensors that are born in the pass; over two links "
+            "they stay"
+        )
     below = as_plan(plan)
     try:
         _check_transfers(below)

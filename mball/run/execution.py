@@ -294,7 +294,7 @@ class Execution:
     def abort(self) -> None:
         """Makes the state consistent after an exception: nothing in use, no copy running, no copy half known."""
         self._in_use = ()
-        self._at_home = {}
+        self._leave_homes()
         self.device.synchronize()
         for bundle, occupant in list(self._occupants.items()):
             if occupant.event is not None:

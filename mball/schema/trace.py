@@ -266,6 +266,13 @@ class Trace(Document):
                 )
         for number, step in enumerate(self.steps):
             self._check_step(number, step)
+        for index, tensor in self.movable():
+            live = tensor.live
+            if live is not None and live.end - 1 > live.first and index not in self.steps[live.end - 1].reads:
+                raise SchemaError(
+                    f"tensor {tensor.name!r} lives in steps [{live.first}, {live.end}) and may leave the device; its "
+                    f"last step, {self.steps[live.end - 1].name!r}, does not read it, so nobody would bring it back"
+                )
 
     def _check_step(self, number: int, step: Step) -> None:
         if step.scratch_bytes < 0 or step.flops < 0 or (step.time_s is not None and not step.time_s >= 0):

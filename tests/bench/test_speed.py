@@ -281,7 +281,6 @@ def test_plans_of_a_small_model(tmp_path: Path) -> None:
     assert len(names) == len(found)
     assert names["smallest"].median == names["before_smallest"].median < weight_bytes(scale.checkpoint)
     assert names["smallest_bytes"].median > names["budget_75_bytes"].median > 0
-    assert 0.1 < names["budget_75_change"].median < 10
     assert names["predicted_off"].num_samples == 2 * scale.rounds[Kind.DECODE]
     path = record(
         name="speed-plans", topic=Topic.SPEED, device=Device.CPU, headline="{smallest}", measurements=found,

@@ -8,12 +8,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mball.plan import explain, make_plan, simulate, smallest_budget, validate
+from mball.errors import PlanError, SchemaError
+from mball.plan import explain, make_plan, simulate, smallest_budget, utility_curve, validate
 from mball.plan.bundles import born_bundles, finest_bundles
 from mball.plan.draft import draft_plan
 from mball.plan.leaving import WAYS
 from mball.plan.partition import Partition
-from mball.schema import Machine, Plan, Trace, Treatment
+from mball.schema import Link, LiveRange, Machine, Plan, Tier, Trace, Treatment
 from mball.units import MIB, round_down
 from tests.plan.traces import PAGE_BYTES, make_machine, make_training
 
@@ -140,6 +141,61 @@ def test_an_explanation_says_what_leaves() -> None:
     assert len(found.offloaded) == len(plan.offloads)
     assert found.anew == ()
     assert max(use.total_bytes for use in found.memory) <= 6 * MIB
+
+
+def test_memory_that_spares_making_tensors_anew_shows_in_the_curve() -> None:
+    # Nothing is streamed in any of these passes, and yet more memory helps.
+    trace = make_training(8, 0, MIB, may=ANEW, recompute_s=1e-3)
+    points = utility_curve(trace, make_machine(), [3 * MIB, 6 * MIB, 12 * MIB])
+    passes = [point.prediction.pass_s for point in points if point.prediction is not None]
+    assert len(passes) == 3
+    assert passes[0] > passes[1] > passes[2] == pytest.approx(24e-3)
+
+
+def test_a_wait_for_a_write_is_explained() -> None:
+    trace = make_training(8, 0, MIB, may=OFFLOAD)
+    machine = make_machine(bandwidth=1e10, write_bandwidth=2e8)
+    found = explain(trace, planned(trace, machine, 3 * MIB), machine)
+    writes = [stall for stall in found.stalls if stall.is_write]
+    assert writes
+    assert all(stall.weights and stall.size_bytes and stall.lead_s >= 0 for stall in writes)
+    assert sum(stall.stall_s for stall in found.stalls) == pytest.approx(found.prediction.stall_s)
+
+
+def test_what_may_leave_must_be_read_in_its_last_step() -> None:
+    trace = make_training(4, 0, MIB, may=OFFLOAD)
+    kept = replace(trace.tensors[4], live=LiveRange(first=0, end=8))
+    unread = replace(trace.steps[7], reads=(0,))
+    with pytest.raises(SchemaError, match="its last step, 'backward0', does not read it"):
+        make_plan(
+            replace(trace, tensors=(*trace.tensors[:4], kept, *trace.tensors[5:]), steps=(*trace.steps[:7], unread)),
+            make_machine(),
+            64 * MIB,
+        )
+
+
+def test_over_two_links_it_stays() -> None:
+    trace = make_training(4, MIB, MIB, may=OFFLOAD)
+    machine = replace(
+        make_machine(),
+        link=Link(bandwidth_bytes_per_s=1e10, latency_s=0.0, source=Tier.HOST),
+        disk_link=Link(bandwidth_bytes_per_s=1e9, latency_s=0.0, source=Tier.DISK, target=Tier.HOST),
+    )
+    plan = make_plan(trace, machine, 7 * MIB, host_budget_bytes=8 * MIB)
+    validate(trace, plan, machine)
+    assert not plan.made
+    placed = make_plan(trace, make_machine(), 4 * MIB)
+    with pytest.raises(PlanError, match="over two links they stay"):
+        validate(trace, replace(placed, host=plan.host), machine)
+
+
+def test_other_bundles_take_over_only_for_a_gain() -> None:
+    trace = make_training(6, MIB, MIB, may=OFFLOAD)
+    machine = make_machine(bandwidth=1e9)
+    plan = make_plan(trace, machine, 9 * MIB)
+    again = make_plan(trace, machine, 9 * MIB, previous=plan)
+    assert again.bundles == plan.bundles
+    assert again.prediction.pass_s <= plan.prediction.pass_s
 
 
 @pytest.mark.parametrize("bandwidth", [3e8, 1e9])

@@ -585,3 +585,16 @@ def test_a_plan_that_waits_for_itself_is_refused() -> None:
         validate(trace, stuck, MACHINE)
     with pytest.raises(PlanError, match="waits for what waits for it"):
         simulate(trace, _with_transfer(plan, 0, replace(late, after_step=len(plan.steps) - 1)), MACHINE)
+
+
+def test_less_host_memory_than_before_does_not_narrow_the_search() -> None:
+    # Bundles of the plan before are larger than all of host memory now.
+    trace, machine = make_chain(200, 100 * KIB, time_s=1e-5), two_links(disk=5e9)
+    ample = make_plan(trace, machine, 8 * MIB, host_budget_bytes=64 * MIB)
+    largest = max(bundle.size_bytes for bundle in ample.bundles)
+    few_bytes = smallest_host_budget(trace, machine, 8 * MIB).size_bytes
+    assert few_bytes < largest
+    fresh = make_plan(trace, machine, 8 * MIB, host_budget_bytes=few_bytes)
+    after = make_plan(trace, machine, 8 * MIB, host_budget_bytes=few_bytes, previous=ample)
+    validate(trace, after, machine)
+    assert after.prediction.pass_s <= 1.01 * fresh.prediction.pass_s

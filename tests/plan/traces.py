@@ -129,7 +129,7 @@ def movable(draw: st.DrawFn, name: str, index: int, steps: list[Step]) -> tuple[
         may=(Treatment.STAY, *leaves),
         recompute_s=draw(st.sampled_from([0.0, 1e-5, 2e-3])) if Treatment.RECOMPUTE in leaves else None,
     )
-    readers = draw(st.sets(st.integers(live.first, live.end - 1)))
+    readers = draw(st.sets(st.integers(live.first, live.end - 1))) | {live.end - 1}
     return tensor, [
         replace(step, reads=(*step.reads, index)) if number in readers else step for number, step in enumerate(steps)
     ]

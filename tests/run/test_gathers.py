@@ -360,3 +360,18 @@ def test_rows_are_brought_by_the_pages_that_hold_them(tmp_path: Path) -> None:
     ):
         indices = torch.tensor(list(rows), dtype=torch.int32).reshape(-1, 1)
         assert homes.prefetch_rows(weight, indices) == pages * 4096, rows
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_a_lookup_that_fails_leaves_nothing_at_home(capture: str, tmp_path: Path) -> None:
+    plain, model = make(Reader), make(Reader)
+    wrap_hostile(model, 2 * MIB, swap_dir=tmp_path, **CAPTURES[capture])
+    asked = tokens(2, 9)
+    for _ in range(2):
+        run(model, lambda m: m(asked))
+    wrong = asked.clone()
+    wrong[-1, -1] = VOCABULARY
+    with pytest.raises(IndexError):
+        run(model, lambda m: m(wrong))
+    assert engine_of(model).homes.touched_bytes() == 0
+    assert_same(run(model, lambda m: m(asked)), run(plain, lambda m: m(asked)))
