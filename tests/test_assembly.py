@@ -12,6 +12,7 @@ from mball.assembly import Machinery, Storage
 from mball.config import Config
 from mball.memory import Arena, CpuDevice
 from mball.run.homes import Homes
+from mball.run.segments import OperatorReads
 
 
 def test_nothing_is_left_of_an_engine_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,8 +27,9 @@ def test_nothing_is_left_of_an_engine_that_cannot_start(tmp_path: Path, monkeypa
     config = Config.of(budget="1MiB", swap_dir=tmp_path)
     storage = Storage.open(config)
     threads = threading.active_count()
+    homes = Homes([], [], storage.swap)
     with pytest.raises(IndexError):  # no home is weight 7
-        Machinery.start(config, storage, Homes([], [], storage.swap), lambda: pytest.fail("not asked"), expected=[(7,)])
+        Machinery.start(config, storage, homes, lambda: pytest.fail("not asked"), expected=[OperatorReads((7,))])
     assert [each.closed for each in arenas] == [True]
     assert threading.active_count() == threads
     storage.close()

@@ -77,7 +77,7 @@ def smoke(checkpoint: Path) -> Scale:
         checkpoint=checkpoint,
         kin=checkpoint,
         prompt_tokens=16,
-        percents=(75,),
+        percents=(50,),
         step_bytes=MIB // 2,
         rounds={Kind.DECODE: 2},
         bursts={Kind.DECODE: Burst(warm=1, timed=2)},

@@ -16,7 +16,6 @@ from bisect import bisect_right, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from mball import torch_private
@@ -235,17 +234,17 @@ class Homes:
         """
         file, home = self._file_of_weight[weight], self.homes[weight]
         num_rows = home.tensor.shape[0]
-        rows = np.unique(indices.numpy(force=True))
-        rows = np.unique(rows[(rows >= -num_rows) & (rows < num_rows)].astype(np.int64) % num_rows)
-        if not len(rows):
-            return 0
+        # Not by numpy: what it imports when it is first called would be taken for workspace of the step.
+        rows = sorted({row % num_rows for row in indices.reshape(-1).tolist() if -num_rows <= row < num_rows})
         row_bytes = home.span_bytes // num_rows
-        begins = home.offset_bytes - file.mapped_from + rows * row_bytes
-        firsts, ends = begins // PAGE_BYTES * PAGE_BYTES, -(-(begins + row_bytes) // PAGE_BYTES) * PAGE_BYTES
-        is_apart = np.ones(len(rows), dtype=bool)
-        is_apart[1:] = firsts[1:] > ends[:-1]
-        heads = np.flatnonzero(is_apart)
-        ranges = list(zip(firsts[heads].tolist(), ends[np.append(heads[1:], len(rows)) - 1].tolist(), strict=True))
+        ranges: list[tuple[int, int]] = []
+        for row in rows:
+            begin = home.offset_bytes - file.mapped_from + row * row_bytes
+            first, end = round_down(begin, PAGE_BYTES), round_up(begin + row_bytes, PAGE_BYTES)
+            if ranges and first <= ranges[-1][1]:
+                ranges[-1] = ranges[-1][0], end
+            else:
+                ranges.append((first, end))
         file.mapping.prefetch(ranges)
         return sum(end - first for first, end in ranges)
 

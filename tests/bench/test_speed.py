@@ -256,19 +256,19 @@ def test_a_session_of_a_small_model(tmp_path: Path) -> None:
         pairs = fits(field, quiet)
     names = {measurement.name: measurement for measurement in found}
     assert len(names) == len(found)
-    assert 0.1 < names["eager_decode_75"].median < 100
-    assert names["eager_decode_75_bytes"].median > 0
-    assert "target" in (names["eager_decode_75"].compared_with or "")
+    assert 0.1 < names["eager_decode_50"].median < 100
+    assert names["eager_decode_50_bytes"].median > 0
+    assert "target" in (names["eager_decode_50"].compared_with or "")
     # Where they are not asked for apart, the pairs are the rounds.
     assert {pair.name for pair in pairs} <= names.keys()
     assert {pair.num_samples for pair in pairs if pair.unit == "s"} == {3}
     assert names["eager_decode_fits_read"].median == 0
     path = record(
-        name="speed-roofline", topic=Topic.SPEED, device=Device.CPU, headline="{eager_decode_75}", measurements=found,
+        name="speed-roofline", topic=Topic.SPEED, device=Device.CPU, headline="{eager_decode_50}", measurements=found,
         directory=tmp_path / "results",
     )  # fmt: skip
     text = table([read_result(path)])
-    assert names["eager_decode_75"].figure() in text
+    assert names["eager_decode_50"].figure() in text
 
 
 @pytest.mark.slow
@@ -280,15 +280,15 @@ def test_plans_of_a_small_model(tmp_path: Path) -> None:
     names = {measurement.name: measurement for measurement in found}
     assert len(names) == len(found)
     assert names["smallest"].median == names["before_smallest"].median < weight_bytes(scale.checkpoint)
-    assert names["smallest_bytes"].median > names["budget_75_bytes"].median > 0
+    assert names["smallest_bytes"].median > names["budget_50_bytes"].median > 0
     assert names["predicted_off"].num_samples == 2 * scale.rounds[Kind.DECODE]
     path = record(
         name="speed-plans", topic=Topic.SPEED, device=Device.CPU, headline="{smallest}", measurements=found,
         directory=tmp_path / "results",
     )  # fmt: skip
     text = table([read_result(path)])
-    assert names["budget_75_s"].figure() in text
-    assert "75 %, before" in text
+    assert names["budget_50_s"].figure() in text
+    assert "50 %, before" in text
 
 
 def test_page_says_what_the_files_say() -> None:
