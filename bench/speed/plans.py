@@ -19,7 +19,7 @@ from bench.speed.contender import CHECKOUT, Contender, ContenderError
 from bench.speed.field import RESIDENT_PERCENT
 from bench.speed.model import weight_bytes
 from bench.speed.ratios import Target, ratio, ratio_measurements
-from bench.speed.rounds import Sample, Say, interleave, larger, steps_of
+from bench.speed.rounds import Sample, Say, interleave, larger, reads_of, steps_of
 from bench.speed.scale import Scale
 from bench.speed.ways import Loading, Mode, Way
 from bench.speed.workload import Kind
@@ -124,7 +124,7 @@ def _measured(
         entry.contender.tell("burst", kind=KIND.value, warm=scale.settling, timed=1)
         spans = entry.contender.tell("spans")["spans"]
         entry.read_bytes = int(disk.tell("prepare", name=title, spans=spans)["size_bytes"])
-        sources[f"read_{title}"] = _bare_read(disk, title)
+        sources[f"read_{title}"] = reads_of(disk, title)
         sources[title] = steps_of(entry.contender, KIND, burst, entry.reports)
     samples = interleave(sources, scale.rounds[KIND], say, "plans")
     found = [Measurement.of("resident_s", samples["resident"], unit="s", description="a step with everything resident")]
@@ -171,7 +171,3 @@ def _against_least(scale: Scale, title: str, entry: _Entry, samples: dict[str, l
         "a step over max(compute, bare read of the weights that exceed the budget)",
         "the bound",
     )
-
-
-def _bare_read(disk: Contender, name: str) -> Sample:
-    return lambda: float(disk.tell("read", name=name)["steps_s"][0])

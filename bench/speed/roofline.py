@@ -8,10 +8,9 @@ from typing import Any
 
 from bench.results import Measurement
 from bench.speed import fio
-from bench.speed.contender import Contender
 from bench.speed.field import RESIDENT_PERCENT, Field
 from bench.speed.ratios import Target, ratio, ratio_measurements
-from bench.speed.rounds import Sample, Say, interleave, larger, smaller, steps_of
+from bench.speed.rounds import Sample, Say, interleave, larger, reads_of, smaller, steps_of
 from bench.speed.workload import Kind
 
 TARGET = Target(limit=1.10)
@@ -100,7 +99,7 @@ def _yardsticks(field: Field, kind: Kind, percent: int, sources: dict[str, Sampl
     size_bytes = int(setting["size_bytes"])
     say(f"{name}: {size_bytes / 1e9:.3f} GB a pass; preadv by {setting['num_threads']} × {setting['chunk_bytes']} B")
     names = [f"preadv_{percent}"]
-    sources[names[0]] = _bare_read(field.disk, name)
+    sources[names[0]] = reads_of(field.disk, name)
     if scale.with_fio and not fio.is_there():
         say("fio is not installed: the bare preadv loop alone is the yardstick")
     elif scale.with_fio:
@@ -109,10 +108,6 @@ def _yardsticks(field: Field, kind: Kind, percent: int, sources: dict[str, Sampl
         names.append(f"fio_{percent}")
         sources[names[1]] = lambda: fio.read(scale.weights, size_bytes, job)
     return names, size_bytes
-
-
-def _bare_read(disk: Contender, name: str) -> Sample:
-    return lambda: float(disk.tell("read", name=name)["steps_s"][0])
 
 
 def fits(field: Field, say: Say) -> list[Measurement]:

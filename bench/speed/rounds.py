@@ -45,6 +45,11 @@ def steps_of(contender: Contender, kind: Kind, burst: Burst, reports: list[dict[
     return sample
 
 
+def reads_of(disk: Contender, name: str) -> Sample:
+    """Returns a source: one bare read of the yardstick that was prepared under this name."""
+    return lambda: float(disk.tell("read", name=name)["steps_s"][0])
+
+
 def larger(samples: Mapping[str, list[float]], names: list[str]) -> str:
     """Returns which of the sources takes longer by its median."""
     return max(names, key=lambda name: statistics.median(samples[name]))
