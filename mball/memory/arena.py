@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -22,20 +22,39 @@ class Arena:
     hold the addresses: they stay readable after `close`, and the memory goes when the last of them goes.
     """
 
-    def __init__(self, memory: VirtualMemory, reserve_bytes: int) -> None:
-        """Reserves addresses for `reserve_bytes`; backs none. Raises DeviceError."""
+    def __init__(self, memory: VirtualMemory, reserve_bytes: int, *, region: Callable[..., Region] = Region) -> None:
+        """Reserves addresses for `reserve_bytes`; backs none. Raises DeviceError.
+
+        `region` makes tensors on them: `Region` of the host's memory, `CudaRegion` of a GPU's.
+        """
         self._memory = memory
         self._reservation = memory.reserve(reserve_bytes)
         release = partial(memory.release, self._reservation)
-        self._region = Region(self._reservation.address, self._reservation.size_bytes, release, what="arena")
+        self._region = region(self._reservation.address, self._reservation.size_bytes, release, what="arena")
         self._backed_bytes = 0
         self._reach_bytes = 0  # pages may be there up to here: more than is backed if an interrupt came at a bad time
         self._populated_bytes = 0
 
     @property
     def backed_bytes(self) -> int:
-        """Bytes of memory that the arena occupies now."""
+        """Bytes of memory that may be used now."""
         return self._backed_bytes
+
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes of memory that the arena occupies now: what is backed, and what cannot be split from it.
+
+        More than `backed_bytes` after shrinking on a device whose memory comes in pieces, by less than a piece; and
+        on one that cannot give memory back. 0 when closed.
+        """
+        return self.taken_bytes_at(self._backed_bytes)
+
+    def taken_bytes_at(self, num_bytes: int) -> int:
+        """Returns what `taken_bytes` would be after shrinking to `num_bytes`, to be held against a budget before."""
+        assert num_bytes <= self._backed_bytes, (num_bytes, self._backed_bytes)
+        if self.closed:
+            return 0
+        return self._memory.piece_end(self._reservation, round_up(num_bytes, self._memory.page_bytes))
 
     @property
     def reserved_bytes(self) -> int:
@@ -56,7 +75,8 @@ class Arena:
         """Grows or shrinks to `num_bytes`, rounded up to the page. On the host pages come when they are first written.
 
         Shrinking loses the content above the new size; nothing may use tensors there any more (on the host
-        such a use would quietly take memory again). New memory has undefined content.
+        such a use would quietly take memory again), and what used them on a stream has been waited for, by its event.
+        New memory has undefined content.
 
         Raises:
             DeviceError: closed, more than was reserved, or not enough memory; the size is then as before.

@@ -33,8 +33,10 @@ class Reservation:
 class VirtualMemory(Protocol):
     """A device's address space and its physical pages.
 
-    Ranges `[first, end)` are bytes relative to the reservation, multiples of `page_bytes`, inside it.
-    Nothing here is ordered with compute: the caller has waited for everything that uses the range.
+    Ranges `[first, end)` are bytes relative to the reservation, multiples of `page_bytes`, inside it. What is backed of
+    a reservation begins at its start: `back` goes on where that ends, `trim` takes from some point on all there is.
+    Nothing here is ordered with compute: the caller has waited for everything that uses the range, on a device
+    with streams for the event of the last work that does, never for the whole device.
     """
 
     @property
@@ -62,7 +64,15 @@ class VirtualMemory(Protocol):
     def trim(self, reservation: Reservation, first: int, end: int) -> None:
         """Gives the pages of a range back; their content is lost. Backed or not before. May block.
 
-        Raises DeviceError.
+        A piece of memory that begins below `first` stays whole where it cannot be split: see `piece_end`.
+
+        Raises DeviceError; all of the range that was backed is then backed still.
+        """
+
+    def piece_end(self, reservation: Reservation, offset: int) -> int:
+        """Returns up to where memory stays taken when all from `offset` on is trimmed: `offset`, or a little more.
+
+        `offset` is at most what is backed. Neither blocks nor raises.
         """
 
     def release(self, reservation: Reservation) -> None:
@@ -169,6 +179,10 @@ class HostMemory:
                 f"cannot give back {format_bytes(end - first)} ({end - first} bytes) of host memory: {_cause(error)}; "
                 "memory that was locked (mlock) cannot be given back: unlock it"
             ) from error
+
+    def piece_end(self, reservation: Reservation, offset: int) -> int:
+        self._check(reservation, offset, offset)
+        return offset
 
     def release(self, reservation: Reservation) -> None:
         try:

@@ -1,0 +1,33 @@
+"""In a process that the tests start for it, the stand-in for NVIDIA's driver; see `test_on_the_stand_in.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.memory.driver.standin import LIBRARY_VARIABLE, StandIn
+
+# Before torch is imported, which may ask for a driver on a machine that has one.
+LOADED = StandIn(Path(os.environ[LIBRARY_VARIABLE])) if LIBRARY_VARIABLE in os.environ else None
+# Their tests are for that process only.
+collect_ignore_glob = [] if LOADED else ["driver/test_*.py"]
+
+
+@pytest.fixture
+def standin() -> Iterator[StandIn]:
+    """The stand-in as it was at first. What a test takes of it has to be given back at its end."""
+    if LOADED is None:
+        pytest.skip("the stand-in for the CUDA driver is loaded in a process of its own")
+    LOADED.configure()
+    LOADED.forget()
+    yield LOADED
+    LOADED.forget()
+    LOADED.configure()
+    is_empty, num_contexts = LOADED.is_empty(), LOADED.num_contexts
+    LOADED.sweep()
+    LOADED.pop_contexts()
+    assert is_empty, "memory or addresses of the device are still taken"
+    assert num_contexts == 0, "a context was left current"

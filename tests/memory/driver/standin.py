@@ -1,0 +1,123 @@
+"""The stand-in for NVIDIA's driver, as tests use it. It is loaded in a process that is not the other tests'."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from mball.units import KIB, MIB
+
+LIBRARY_VARIABLE = "MBALL_STANDIN_FOR_CUDA"  # names the built library; set only in processes that shall load it
+SOURCE = Path(__file__).with_name("standin.c")
+CODES = {"INVALID_VALUE": 1, "OUT_OF_MEMORY": 2, "INVALID_CONTEXT": 201, "ILLEGAL_ADDRESS": 700, "NOT_SUPPORTED": 801}
+# Small, so that examples with many pieces are quick.
+GRANULE_BYTES = 64 * KIB
+EXTENT_BYTES = 4 * GRANULE_BYTES
+MEMORY_BYTES = 64 * MIB
+
+
+def missing() -> str:
+    """Returns what keeps the stand-in from being used on this machine, or an empty string."""
+    if shutil.which("cc") is None:
+        return "needs a C compiler, cc, for the stand-in for the CUDA driver"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "needs the package cuda-bindings"
+    return ""
+
+
+def build(folder: Path) -> Path:
+    """Compiles the stand-in; returns the library."""
+    library = folder / "libcuda.so.1"
+    command = ["cc", "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-shared", "-fPIC"]
+    command += ["-Wl,-soname,libcuda.so.1", "-o", str(library), str(SOURCE), "-ldl", "-lpthread"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return library
+
+
+class StandIn:
+    """The loaded stand-in: its settings, failures and counters."""
+
+    def __init__(self, library: Path) -> None:
+        """Loads it before anybody asks for a driver: bindings take the libcuda.so.1 that is there."""
+        self._library = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        found = ctypes.CDLL("libcuda.so.1", os.RTLD_NOLOAD)
+        assert hasattr(found, "standin_calls"), "a driver was loaded before the stand-in"
+        for name in ("taken_bytes", "mapped_bytes", "handle_bytes"):
+            getattr(self._library, f"standin_{name}").restype = ctypes.c_size_t
+        for name in ("calls", "num_handles", "num_ranges", "num_retained", "num_contexts"):
+            getattr(self._library, f"standin_{name}").restype = ctypes.c_long
+        self.configure()
+
+    def configure(
+        self,
+        *,
+        granule_bytes: int = GRANULE_BYTES,
+        memory_bytes: int = MEMORY_BYTES,
+        virtual_memory: bool = True,
+        descriptors: bool = True,
+        num_devices: int = 1,
+    ) -> None:
+        """Says what device there is from now on."""
+        self._library.standin_set(
+            ctypes.c_size_t(granule_bytes), ctypes.c_size_t(memory_bytes), virtual_memory, descriptors, num_devices
+        )
+
+    def fail(self, first: int, last: int | None = None, *, code: int, function: str = "") -> None:
+        """Has calls number `first` to `last` from now on fail, of `function` or of any; the first is number 1."""
+        last = first if last is None else last
+        self._library.standin_fail(function.encode(), ctypes.c_long(first), ctypes.c_long(last), code)
+
+    def forget(self) -> None:
+        """Ends all failures and counts from 0 again."""
+        self._library.standin_forget()
+
+    def calls(self, function: str = "") -> int:
+        """How often `function`, or any, was called since `forget`."""
+        return int(self._library.standin_calls(function.encode()))
+
+    def pop_contexts(self) -> None:
+        """Empties this thread's stack of contexts, for tests that had the call fail that does it."""
+        self._library.standin_pop_contexts()
+
+    def sweep(self) -> None:
+        """Gives up all there is, after a test that lost some of it."""
+        self._library.standin_sweep()
+
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes of the device's memory that are taken: by handles, mappings and plain allocations."""
+        return int(self._library.standin_taken_bytes())
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of all mappings."""
+        return int(self._library.standin_mapped_bytes())
+
+    @property
+    def handle_bytes(self) -> int:
+        """Bytes of the pages of all handles that were not released."""
+        return int(self._library.standin_handle_bytes())
+
+    @property
+    def num_ranges(self) -> int:
+        """Reservations and plain allocations."""
+        return int(self._library.standin_num_ranges())
+
+    @property
+    def num_retained(self) -> int:
+        """How often the primary context is held."""
+        return int(self._library.standin_num_retained())
+
+    @property
+    def num_contexts(self) -> int:
+        """How many contexts are on this thread's stack."""
+        return int(self._library.standin_num_contexts())
+
+    def is_empty(self) -> bool:
+        """Whether everything that was taken was given back."""
+        return (self.taken_bytes, self.mapped_bytes, self.handle_bytes, self.num_ranges) == (0, 0, 0, 0)
