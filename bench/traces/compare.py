@@ -37,7 +37,9 @@ traces that were recorded from real model classes on a CPU (`python -m bench.tra
 `validate`.
 
 Budgets: the smallest that works, and activations + {_SHARES} % of the weights that the pass reads.
-`compute × 20` takes steps to be 20 times as fast as they were recorded."""
+`compute × 20` takes steps to be 20 times as fast as they were recorded. Where its own search ends above the
+bound, mball also looks at the plans of swapadvisor, prefetch and flexgen, and takes one that is faster
+(`mball/plan/portfolio.py`)."""
 _MARGINS = """A policy's time over mball's: the median of the budgets, and the least in brackets. `÷ bound` is mball's
 time over max(compute, reads of what the budget cannot hold), which no plan beats: the median, and the largest in
 brackets."""

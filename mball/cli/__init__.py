@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--budget", required=True, help="memory for weights and activations, such as 6GiB")
     plan.add_argument("--bandwidth", help="bytes a second of the disk, such as 2GB (default: calibrated or measured)")
     plan.add_argument("--host-budget", help="host memory that weights come through to a GPU, such as 64GiB")
+    plan.add_argument(
+        "--offload-budget", help="the most that what is offloaded may take at one time below the device, such as 8GiB"
+    )
     plan.add_argument("--link-bandwidth", help="bytes a second from there to the GPU (default 20GB)")
     plan.add_argument("--curve", action="store_true", help="show what other budgets would give")
     plan.add_argument("--picture", metavar="FILE.png", help="draw memory and lanes over time (and the curve)")
@@ -56,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     budget=options.budget,
                     bandwidth=options.bandwidth,
                     host_budget=options.host_budget,
+                    offload_budget=options.offload_budget,
                     link_bandwidth=options.link_bandwidth,
                     curve=options.curve,
                     picture=options.picture,

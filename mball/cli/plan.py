@@ -18,7 +18,7 @@ from mball.cli.checkpoint_trace import trace_of_checkpoint
 from mball.config import calibration_directory
 from mball.errors import CheckpointError, ConfigError, StorageError
 from mball.plan import Explanation, UtilityPoint, explain, make_plan, smallest_budget, utility_curve
-from mball.schema import Link, Machine, Plan, Prediction, Tier, Trace
+from mball.schema import Lane, Link, Machine, Plan, Prediction, Tier, Trace
 from mball.storage import FileTable, find_calibrated_link, measure_link
 from mball.units import GIB, format_bytes, format_names, parse_bytes
 
@@ -43,6 +43,7 @@ class Request:
         bandwidth: of the link in bytes a second, such as ``"2GB"``; None takes the calibration of
             the disk that the weights lie on, or measures it.
         host_budget: of host memory, if the weights are to come through it to a device of its own; or None.
+        offload_budget: of what is offloaded to disk; None if that may be as much as it likes, or without meaning.
         link_bandwidth: of the link from host memory to that device in bytes a second; None takes that of PCIe 4.
         curve: whether to show what other budgets would give.
         picture: a PNG to draw, or None.
@@ -53,6 +54,7 @@ class Request:
     budget: str
     bandwidth: str | None = None
     host_budget: str | None = None
+    offload_budget: str | None = None
     link_bandwidth: str | None = None
     curve: bool = False
     picture: str | None = None
@@ -71,23 +73,24 @@ def run_plan(request: Request) -> int:
         raise ConfigError(f"a plan cannot be drawn to {request.picture!r}: its suffix must be .png")
     trace, origin = _read(Path(request.source))
     machine, link_origin = _machine(trace, bandwidth)
-    host_bytes = None
+    _check_tiers(request, machine)
+    host_bytes = offload_bytes = None
     if request.host_budget is not None:
         host_bytes = parse_bytes(request.host_budget, what="host budget")
         machine = _through_host(machine, request.link_bandwidth)
-    elif request.link_bandwidth is not None:
-        raise ConfigError(
-            f"link bandwidth {request.link_bandwidth!r} is of the link from host memory: say with --host-budget how "
-            "much of that there is, or leave --link-bandwidth out"
-        )
-    plan = make_plan(trace, machine, budget_bytes, host_budget_bytes=host_bytes)
+    if request.offload_budget is not None:
+        offload_bytes = parse_bytes(request.offload_budget, what="offload budget")
+    plan = make_plan(trace, machine, budget_bytes, host_budget_bytes=host_bytes, offload_budget_bytes=offload_bytes)
     explanation = explain(trace, plan, machine)
-    curve = _curve(trace, machine, budget_bytes, host_bytes) if request.curve else ()
+    curve = _curve(trace, machine, budget_bytes, host_bytes, offload_bytes) if request.curve else ()
     # What leaves the device could stay as well.
     missing_bytes = explanation.streamed_bytes + sum(
         plan.bundles[made.bundle].size_bytes for made in plan.made if made.is_anew
     )
-    more_bytes = min(GIB, missing_bytes + sum(plan.bundles[each.bundle].size_bytes for each in plan.offloads))
+    missing_bytes += sum(
+        plan.bundles[each.bundle].size_bytes for each in plan.offloads if not plan.bundles[each.bundle].extents
+    )
+    more_bytes = min(GIB, missing_bytes)
     if request.as_json:
         print(json.dumps(_document(trace, machine, plan, explanation, curve), indent=2))
     else:
@@ -97,7 +100,9 @@ def run_plan(request: Request) -> int:
         if explanation.stalls:
             console.print(_stalls(explanation))
         budgets = [budget_bytes, budget_bytes + more_bytes]
-        more = utility_curve(trace, machine, budgets, host_budget_bytes=host_bytes)[-1].prediction
+        more = utility_curve(trace, machine, budgets, host_budget_bytes=host_bytes, offload_budget_bytes=offload_bytes)[
+            -1
+        ].prediction
         if more is not None and more_bytes:
             console.print(f"     more  {format_bytes(more_bytes)} more: {_change(explanation.prediction, more)}")
         if curve:
@@ -105,6 +110,25 @@ def run_plan(request: Request) -> int:
     if request.picture is not None:
         _draw(Path(request.picture), trace, plan, explanation, curve)
     return 0
+
+
+def _check_tiers(request: Request, machine: Machine) -> None:
+    """Raises ConfigError when options do not go with each other, or with where the weights are."""
+    if machine.link.source is Tier.HOST and (request.host_budget or request.link_bandwidth) is not None:
+        raise ConfigError(
+            "--host-budget and --link-bandwidth are for weights that come from disk; those of this trace are in host "
+            "memory: leave them out, and say with --bandwidth how fast the link from there is"
+        )
+    if request.host_budget is None and request.link_bandwidth is not None:
+        raise ConfigError(
+            f"link bandwidth {request.link_bandwidth!r} is of the link from host memory: say with --host-budget how "
+            "much of that there is, or leave --link-bandwidth out"
+        )
+    if request.host_budget is not None and request.offload_budget is not None:
+        raise ConfigError(
+            f"offload budget {request.offload_budget!r}: with --host-budget what is offloaded shares host memory with "
+            "what comes from disk; leave --offload-budget out"
+        )
 
 
 def _read(source: Path) -> tuple[Trace, str]:
@@ -115,7 +139,10 @@ def _read(source: Path) -> tuple[Trace, str]:
             raise CheckpointError(f"the trace {str(source)!r} cannot be read: {error}") from error
         trace = Trace.from_json(text)
         return trace, "as saved"
-    return trace_of_checkpoint(source), "by their names, times guessed; activations and buffers come on top"
+    trace = trace_of_checkpoint(source)
+    tables = sum(bool(step.gathers) for step in trace.steps)
+    guessed = "times guessed" if not tables else f"times and {tables} as looked up by rows guessed"
+    return trace, f"by their names, {guessed}; activations and buffers come on top"
 
 
 def _machine(trace: Trace, bandwidth: int | None) -> tuple[Machine, str]:
@@ -125,11 +152,21 @@ def _machine(trace: Trace, bandwidth: int | None) -> tuple[Machine, str]:
         "assumed; measure yours and give --bandwidth",
     )
     homed = [tensor for _, tensor in trace.homed()]
+    write_link = None
+    is_home = any(tensor.home is not None and tensor.home.tier is Tier.HOST for tensor in homed)
+    if is_home or any(step.lane is Lane.HOST for step in trace.steps):
+        link = Link(bandwidth_bytes_per_s=ASSUMED_LINK_BYTES_PER_S, latency_s=ASSUMED_LINK_LATENCY_S, source=Tier.HOST)
+        write_link = Link(
+            bandwidth_bytes_per_s=bandwidth or link.bandwidth_bytes_per_s,
+            latency_s=link.latency_s,
+            source=Tier.DEVICE,
+            target=Tier.HOST,
+        )
     largest = max(homed, key=lambda tensor: tensor.size_bytes, default=None)
     file = largest.home.file if largest is not None and largest.home is not None else ""
     if bandwidth is not None:
         link, origin = dataclasses.replace(link, bandwidth_bytes_per_s=float(bandwidth)), "as given"
-    elif os.path.isfile(file):
+    elif write_link is None and os.path.isfile(file):
         files = FileTable()
         try:
             link, origin = _link_of(files, files.add_path(file))
@@ -137,7 +174,10 @@ def _machine(trace: Trace, bandwidth: int | None) -> tuple[Machine, str]:
             origin = "assumed: the file of the weights cannot be read"
         finally:
             files.close()
-    return Machine(name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link), origin
+    machine = Machine(
+        name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link, write_link=write_link
+    )
+    return machine, origin
 
 
 def _through_host(machine: Machine, link_bandwidth: str | None) -> Machine:
@@ -156,14 +196,16 @@ def _link_of(files: FileTable, name: str) -> tuple[Link, str]:
     return measure_link(files, name), f"measured on {os.path.basename(name)}"
 
 
-def _curve(trace: Trace, machine: Machine, budget_bytes: int, host_bytes: int | None) -> tuple[UtilityPoint, ...]:
+def _curve(
+    trace: Trace, machine: Machine, budget_bytes: int, host_bytes: int | None, offload_bytes: int | None
+) -> tuple[UtilityPoint, ...]:
     smallest = smallest_budget(trace, machine).size_bytes
     activations = max(trace.activation_bytes(), default=0)
     homed = [tensor.size_bytes for _, tensor in trace.homed()]
     largest = sum(homed) + activations + len(homed) * 2 * PAGE_BYTES
     step = max((largest - smallest) // (CURVE_POINTS - 1), 1)
     budgets = {budget_bytes, largest, *range(smallest, largest, step)}
-    return utility_curve(trace, machine, budgets, host_budget_bytes=host_bytes)
+    return utility_curve(trace, machine, budgets, host_budget_bytes=host_bytes, offload_budget_bytes=offload_bytes)
 
 
 def _lines(
@@ -173,6 +215,8 @@ def _lines(
     prediction = explanation.prediction
     smallest = smallest_budget(trace, machine)
     bound = "the link" if prediction.roofline_s > prediction.compute_s else "compute"
+    if bound == "the link" and prediction.host_s >= prediction.roofline_s:
+        bound = "the host lane"
     host = explanation.simulation.host
     if bound == "the link" and host is not None and host.disk_s >= prediction.roofline_s:
         bound = "the disk"
@@ -192,6 +236,7 @@ def _lines(
         f"{_named(explanation.streamed)}, by {explanation.slots} transfers a pass",
         *_gathers(explanation),
         *_leaving(trace, plan, explanation),
+        *_host_lane(trace, explanation),
         *_below(plan, explanation),
         f"     pass  {_ms(prediction.pass_s)} predicted: compute {_ms(prediction.compute_s)}, stall "
         f"{_ms(prediction.stall_s)}; at best {_ms(prediction.roofline_s)}, set by {bound} "
@@ -210,10 +255,19 @@ def _leaving(trace: Trace, plan: Plan, explanation: Explanation) -> list[str]:
     """Says what is born in the pass and leaves the device before it is read."""
     lines = []
     if explanation.offloaded:
-        size_bytes = sum(plan.bundles[offload.bundle].moved_bytes for offload in plan.offloads)
+        born = [plan.bundles[offload.bundle] for offload in plan.offloads]
+        size_bytes = sum(bundle.moved_bytes for bundle in born if not bundle.extents)
         lines.append(
             f" offloads  {format_bytes(size_bytes)} in {len(explanation.offloaded)} tensors"
-            f"{_named(explanation.offloaded)}"
+            f"{_named(explanation.offloaded)}, {format_bytes(explanation.offloaded_peak_bytes)} at one time"
+            f"{_most(plan)}"
+        )
+    if explanation.written_back:
+        names = set(explanation.written_back)
+        size_bytes = sum(tensor.size_bytes for tensor in trace.tensors if tensor.name in names)
+        lines.append(
+            f"  changes  {format_bytes(size_bytes)} in {len(names)} weights{_named(explanation.written_back)}, written "
+            "back in each pass"
         )
     if explanation.anew:
         seconds = sum(
@@ -225,6 +279,23 @@ def _leaving(trace: Trace, plan: Plan, explanation: Explanation) -> list[str]:
     return lines
 
 
+def _most(plan: Plan) -> str:
+    budget_bytes = plan.offload_budget_bytes
+    return "" if budget_bytes is None else f" of {format_bytes(budget_bytes)} that may be"
+
+
+def _host_lane(trace: Trace, explanation: Explanation) -> list[str]:
+    """Says what runs beside the device."""
+    steps = sum(step.lane is Lane.HOST for step in trace.steps)
+    if not steps:
+        return []
+    place = f"; {format_bytes(explanation.in_place_bytes)} in {len(explanation.in_place)} weights are used there only"
+    return [
+        f"host lane  {steps} steps, {_ms(explanation.prediction.host_s)}"
+        f"{place + _named(explanation.in_place) if explanation.in_place else ''}"
+    ]
+
+
 def _below(plan: Plan, explanation: Explanation) -> list[str]:
     """Returns what is said of host memory, if the weights come through it."""
     below = explanation.below
@@ -232,7 +303,8 @@ def _below(plan: Plan, explanation: Explanation) -> list[str]:
         return []
     return [
         f"     host  {format_bytes(plan.host.budget_bytes)}: {format_bytes(below.resident_bytes)} stay there in "
-        f"{len(below.resident)} weights{_named(below.resident)}",
+        f"{len(below.resident)} weights{_named(below.resident)}"
+        + (f", {format_bytes(below.offloaded_bytes)} are for what is offloaded" if below.offloaded_bytes else ""),
         f"     disk  {format_bytes(below.read_bytes)} in {len(below.read)} weights{_named(below.read)}, by "
         f"{below.slots} reads a pass",
     ]
@@ -244,7 +316,7 @@ def _named(names: Sequence[str]) -> str:
 
 def _stalls(explanation: Explanation) -> Table:
     stalls = explanation.stalls
-    title = f"where it waits: {len(stalls)} of {len(explanation.simulation.steps)} steps"
+    title = f"where it waits: {len(stalls)} times in {len(explanation.simulation.steps)} steps"
     table = Table(title=title + (f", the longest {SHOWN_STALLS}" if len(stalls) > SHOWN_STALLS else ""))
     table.title_justify = "left"
     table.add_column("step", ratio=3, overflow="fold")
@@ -254,6 +326,9 @@ def _stalls(explanation: Explanation) -> Table:
     for stall in stalls[:SHOWN_STALLS]:
         what = "the write of " if stall.is_write else ""
         waited_for = f"{what}{format_bytes(stall.size_bytes)}: {escape(format_names(stall.weights, 2))}"
+        if stall.host_step is not None:
+            waited_for = f"{waited_for}, after " if stall.weights else ""
+            waited_for += f"{escape(stall.host_step)} on the host lane"
         table.add_row(escape(stall.step), _ms(stall.stall_s), waited_for, _ms(stall.lead_s))
     return table
 

@@ -20,6 +20,7 @@ _MEMORY_HEIGHT_INCHES, _CURVE_HEIGHT_INCHES = 2.8, 2.8
 _COLORS = {
     Lane.COMPUTE: ("#3b6ea5", "#6d9bcb"),
     Lane.STALLS: ("#c8373a", "#e2696b"),
+    Lane.HOST: ("#a8782f", "#d9a441"),
     Lane.READS: ("#3f8f4f", "#7bbd87"),
     Lane.WRITES: ("#8a5fa8", "#b795cc"),
 }
@@ -166,5 +167,5 @@ def _label(timeline: Timeline, lane: Lane) -> str:
     spans = timeline.of(lane)
     if lane in (Lane.READS, Lane.WRITES):
         return f"{lane.value}\n{len(spans)} bundles, {format_bytes(sum(span.size_bytes or 0 for span in spans))}"
-    noun = "steps" if lane is Lane.COMPUTE else "waits"
+    noun = "waits" if lane is Lane.STALLS else "steps"
     return f"{lane.value}\n{len(spans)} {noun}, {sum(span.duration_s for span in spans) * 1e3:.1f} ms"

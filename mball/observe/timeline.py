@@ -25,6 +25,7 @@ class Lane(Enum):
 
     COMPUTE = "compute"
     STALLS = "stalls"
+    HOST = "host lane"
     READS = "reads"
     WRITES = "writes"
 
@@ -64,7 +65,7 @@ class Timeline:
 
     Its reads are those that were asked for during the pass, and those that were still under way when it began. So a
     read may begin before time zero, one may end after `pass_s`, and one that runs across the end of a pass is in the
-    timelines of both passes. Steps and stalls lie within `[0, pass_s]`.
+    timelines of both passes. Steps and stalls lie within `[0, pass_s]`; what runs on the host lane may end after.
     """
 
     spans: tuple[Span, ...]
@@ -76,8 +77,8 @@ class Timeline:
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
-        """All lanes, but that of writes only where something was written."""
-        return tuple(lane for lane in Lane if lane is not Lane.WRITES or self.of(lane))
+        """All lanes, but that of writes, and that of steps on the host, only where something is in them."""
+        return tuple(lane for lane in Lane if lane not in (Lane.WRITES, Lane.HOST) or self.of(lane))
 
     @property
     def stall_s(self) -> float:

@@ -5,7 +5,7 @@ from mball.plan.chain import simulate
 from mball.plan.curve import UtilityPoint, host_utility_curve, utility_curve
 from mball.plan.explain import BelowDevice, Explanation, MemoryUse, Stall, explain
 from mball.plan.planner import make_plan
-from mball.plan.simulate import HostSimulation, Simulation, StepTiming, TransferTiming
+from mball.plan.simulate import HostSimulation, Simulation, StepTiming, TransferTiming, written_bytes
 from mball.plan.smallest import SmallestBudget, smallest_budget
 from mball.plan.smallest_host import SmallestHostBudget, smallest_host_budget
 from mball.plan.validate import validate
@@ -31,4 +31,5 @@ __all__ = [
     "smallest_host_budget",
     "utility_curve",
     "validate",
+    "written_bytes",
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
+from mball.plan.at_home import changed_alike
 from mball.schema import Bundle, Extent, Home, Machine, Tensor, Trace
 from mball.units import KIB, round_down, round_up
 
@@ -32,7 +34,7 @@ def lay_out_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bu
     """
 
     if len(weights) == 1:
-        return _lay_out_one(weights[0], trace.tensors[weights[0]], machine)
+        return _lay_out_one(weights[0], trace.tensors[weights[0]], machine, even=False)
 
     def home(index: int) -> tuple[str, int, int]:
         home = home_of(trace.tensors[index])
@@ -65,27 +67,32 @@ def lay_out_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bu
     )
 
 
-def _lay_out_one(index: int, weight: Tensor, machine: Machine) -> Bundle:
-    """Does the same for one weight: most bundles of a large model are one."""
+def _lay_out_one(index: int, weight: Tensor, machine: Machine, *, even: bool) -> Bundle:
+    """Does what `lay_out_bundle` or `even_bundle` does for one weight: most bundles of a large model are one."""
     if not weight.size_bytes:
         return Bundle(tensors=(index,), offsets_bytes=(0,), extents=(), size_bytes=0)
     home, alignment = home_of(weight), machine.alignment_bytes
     start = home.offset_bytes - home.offset_bytes % alignment
     size = round_up(home.offset_bytes + weight.size_bytes - start, alignment)
     extent = Extent(file=home.file, offset_bytes=start, size_bytes=size, slot_offset_bytes=0)
+    size_bytes = round_up(size, machine.page_bytes)
     return Bundle(
         tensors=(index,),
         offsets_bytes=(home.offset_bytes - start,),
         extents=(extent,),
-        size_bytes=round_up(size, machine.page_bytes),
+        size_bytes=max(size_bytes, _even_part(weight.size_bytes, machine)) if even else size_bytes,
     )
 
 
 def weight_uses(trace: Trace) -> list[list[int]]:
     """Returns for each weight the trace steps that must find it on the device, ascending."""
+    return _uses_of(trace, trace.needs())
+
+
+def _uses_of(trace: Trace, needs: Sequence[Sequence[int]]) -> list[list[int]]:
     uses: list[list[int]] = [[] for _ in trace.tensors]
-    for number, needs in enumerate(trace.needs()):
-        for index in needs:
+    for number, step_needs in enumerate(needs):
+        for index in step_needs:
             uses[index].append(number)
     return uses
 
@@ -97,10 +104,14 @@ def group_weights(trace: Trace, machine: Machine, target_bytes: int) -> tuple[li
     operators a few steps apart. Bundles of read weights come first, in the order of first use. What is only gathered
     from has a bundle of its own: it may stay home.
     """
-    uses = weight_uses(trace)
-    first_used = list(dict.fromkeys(index for needs in trace.needs() for index in needs))
-    tiny = [index for index in first_used if trace.tensors[index].size_bytes <= TINY_WEIGHT_BYTES]
-    large = [index for index in first_used if trace.tensors[index].size_bytes > TINY_WEIGHT_BYTES]
+    needs = trace.needs()
+    uses, changed = _uses_of(trace, needs), changed_alike(trace)
+    tiny, large = list[int](), list[int]()
+    for index in dict.fromkeys(chain.from_iterable(needs)):
+        # What the host lane changes comes anew after that: a pool of it would come as often as there are such steps.
+        comes_anew = any(on_host for _, on_host in changed[index])
+        is_tiny = trace.tensors[index].size_bytes <= TINY_WEIGHT_BYTES and not comes_anew
+        (tiny if is_tiny else large).append(index)
     tables = {gather.tensor for gathers in trace.gathered() for gather in gathers if not uses[gather.tensor]}
     unread = [index for index, _ in trace.homed() if not uses[index] and index not in tables]
 
@@ -108,13 +119,19 @@ def group_weights(trace: Trace, machine: Machine, target_bytes: int) -> tuple[li
     filled_bytes = 0
     for index in large:
         size = trace.tensors[index].size_bytes
-        if groups and filled_bytes + size <= target_bytes and _used_alike(trace, uses[groups[-1][-1]], uses[index]):
+        if (
+            groups
+            and filled_bytes + size <= target_bytes
+            and changed[groups[-1][-1]] == changed[index]
+            and _used_alike(trace, uses[groups[-1][-1]], uses[index])
+        ):
             groups[-1].append(index)
             filled_bytes += size
         else:
             groups.append([index])
             filled_bytes = size
-    pools = _chunk(trace, tiny, target_bytes)
+    pools = _chunk(trace, [index for index in tiny if not changed[index]], target_bytes)
+    pools += _chunk(trace, [index for index in tiny if changed[index]], target_bytes)
     pooled = frozenset(range(len(groups), len(groups) + len(pools)))
     groups += pools + [[index] for index in sorted(tables)] + _chunk(trace, unread, target_bytes)
     return [even_bundle(group, trace, machine) for group in groups], pooled
@@ -126,6 +143,8 @@ def even_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bundl
     Weights that begin in the middle of a page may touch one page more than others. A slot with room for it can take the
     place of any other of its kind.
     """
+    if len(weights) == 1:
+        return _lay_out_one(weights[0], trace.tensors[weights[0]], machine, even=True)
     bundle = lay_out_bundle(weights, trace, machine)
     size_bytes = even_bytes(bundle, trace, machine)
     return bundle if size_bytes == bundle.size_bytes else replace(bundle, size_bytes=size_bytes)
@@ -134,15 +153,19 @@ def even_bundle(weights: Sequence[int], trace: Trace, machine: Machine) -> Bundl
 def even_bytes(bundle: Bundle, trace: Trace, machine: Machine) -> int:
     """Returns the size that `even_bundle` gives the slot of this bundle."""
     if len(bundle.extents) == 1:
-        parts = [sum(trace.tensors[index].size_bytes for index in bundle.tensors)]
+        parts = [sum([trace.tensors[index].size_bytes for index in bundle.tensors])]
     else:
         parts = [0] * len(bundle.extents)
         for index in bundle.tensors:
             weight = trace.tensors[index]
             if weight.size_bytes:
                 parts[next(n for n, extent in enumerate(bundle.extents) if _holds(extent, weight))] += weight.size_bytes
-    even = sum(round_up(size, machine.page_bytes) + machine.page_bytes for size in parts)
-    return max(bundle.size_bytes, even)
+    return max(bundle.size_bytes, sum(_even_part(size, machine) for size in parts))
+
+
+def _even_part(weights_bytes: int, machine: Machine) -> int:
+    """Returns the room that an extent with so many bytes of weights takes, wherever in a page it begins."""
+    return round_up(weights_bytes, machine.page_bytes) + machine.page_bytes
 
 
 def finest_bundles(trace: Trace, machine: Machine) -> list[Bundle]:
@@ -151,10 +174,11 @@ def finest_bundles(trace: Trace, machine: Machine) -> list[Bundle]:
     A weight a bundle, except that weights read by exactly the same steps share one where that is no larger
     (a norm's weight and bias on one page).
     """
-    uses = weight_uses(trace)
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for index in dict.fromkeys(index for needs in trace.needs() for index in needs):
-        alike.setdefault(tuple(uses[index]), []).append(index)
+    needs = trace.needs()
+    uses, changed = _uses_of(trace, needs), changed_alike(trace)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index in dict.fromkeys(chain.from_iterable(needs)):
+        alike.setdefault((changed[index], *uses[index]), []).append(index)
     bundles: list[Bundle] = []
     for group in alike.values():
         if len(group) == 1:
@@ -172,8 +196,13 @@ def finest_bundles(trace: Trace, machine: Machine) -> list[Bundle]:
     return bundles
 
 
-def born_bundles(trace: Trace, machine: Machine) -> list[Bundle]:
-    """Returns a bundle for each tensor that is born in the pass and may leave the device before it dies."""
+def born_bundles(trace: Trace, machine: Machine, *, must_leave: bool = False) -> list[Bundle]:
+    """Returns a bundle for each tensor that is born in the pass and may leave the device before it dies.
+
+    With `must_leave` only of those that cannot stay there: one lane bears them and the other one reads them. What the
+    host lane has for itself takes no room on the device.
+    """
+    must = crossing(trace)
     return [
         Bundle(
             tensors=(index,),
@@ -182,7 +211,18 @@ def born_bundles(trace: Trace, machine: Machine) -> list[Bundle]:
             size_bytes=round_up(tensor.size_bytes, machine.page_bytes),
         )
         for index, tensor in trace.movable()
+        if index in must or not (must_leave or trace.is_born_below(tensor))
     ]
+
+
+def crossing(trace: Trace) -> set[int]:
+    """Returns the tensors born in the pass that one lane bears and the other one reads."""
+    return {
+        index
+        for step in trace.steps
+        for index in step.reads
+        if (live := trace.tensors[index].live) is not None and trace.steps[live.first].lane is not step.lane
+    }
 
 
 def _aligned_reads(weights: Iterable[Tensor], alignment_bytes: int) -> list[tuple[str, int, int]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from mball.errors import BudgetError
+from mball.plan.offloading import check_offload_budget
 from mball.plan.planner import make_plan
 from mball.plan.simulate import trace_times
 from mball.plan.smallest import check_problem, smallest_budget
@@ -30,6 +31,7 @@ def utility_curve(
     budgets: Iterable[int],
     *,
     host_budget_bytes: int | None = None,
+    offload_budget_bytes: int | None = None,
     fixed_bytes: int = 0,
 ) -> tuple[UtilityPoint, ...]:
     """Returns a point for each budget, by ascending budget.
@@ -41,14 +43,15 @@ def utility_curve(
         trace: the pass.
         machine: the machine that runs it.
         budgets: bytes, in any order.
-        host_budget_bytes: as for `make_plan`; the same beside each budget.
+        host_budget_bytes, offload_budget_bytes: as for `make_plan`; the same beside each budget.
         fixed_bytes: device memory that never moves (buffers); part of each budget.
 
     Raises:
-        ConfigError: `fixed_bytes` is negative, or `host_budget_bytes` is missing or of no use.
+        ConfigError: as `make_plan`.
         SchemaError: trace or machine contradict themselves.
     """
     check_problem(trace, machine, fixed_bytes)
+    check_offload_budget(machine, offload_budget_bytes)
     check_host_budget(machine, host_budget_bytes)
     smallest = smallest_budget(trace, machine, fixed_bytes=fixed_bytes).size_bytes
 
@@ -56,8 +59,15 @@ def utility_curve(
         if budget < smallest:
             return None
         try:
-            plan = make_plan(trace, machine, budget, host_budget_bytes=host_budget_bytes, fixed_bytes=fixed_bytes)
-        except BudgetError:  # host memory is too small beside so little of the device
+            plan = make_plan(
+                trace,
+                machine,
+                budget,
+                host_budget_bytes=host_budget_bytes,
+                offload_budget_bytes=offload_budget_bytes,
+                fixed_bytes=fixed_bytes,
+            )
+        except BudgetError:  # what is below is too small beside so little of the device
             return None
         return plan.prediction
 

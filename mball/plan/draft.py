@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Self
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
+from typing import Self, TypeVar
 
 import numpy as np
 
 from mball.plan.arrays import Bools, Ints
+from mball.plan.at_home import AtHome
 from mball.plan.demand import Demand
 from mball.plan.flow import Flow
 from mball.plan.partition import Partition
 from mball.plan.placement import stack
 from mball.plan.simulate import run_plan
 from mball.plan.slots import Layout, Pool
-from mball.plan.uses import Visits
-from mball.schema import Bundle, Made, Offload, Placement, PlanStep, Prediction, Trace, Transfer
+from mball.plan.uses import NEVER, Uses, Visits
+from mball.schema import Bundle, Lane, Made, Offload, Placement, PlanStep, Prediction, Trace, Transfer
 
 _WORTHWHILE = 1e-6
+_Moved = TypeVar("_Moved", Transfer, Made, Offload)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,11 @@ class Draft:
     arena_bytes: int
     prediction: Prediction
 
+    @property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """Those of the partition."""
+        return self.partition.demand.bundles
+
     def cost(self) -> tuple[float, int, int]:
         """Returns what to minimise: pass time to four digits, then bytes on the link, then requests."""
         return float(f"{self.prediction.pass_s:.4g}"), self.prediction.streamed_bytes, len(self.transfers)
@@ -44,6 +51,13 @@ class Draft:
 # When each visit may begin at the earliest, whatever room there is: a trace step that must have been left, counted from
 # the pass that reads.
 Lead = Callable[[Visits], Ints]
+
+
+def shifted(moves: tuple[_Moved, ...], shift_bytes: int) -> tuple[_Moved, ...]:
+    """Returns the same moves so many bytes further on in the arena."""
+    if not shift_bytes:
+        return moves
+    return tuple(replace(each, offset_bytes=each.offset_bytes + shift_bytes) for each in moves)
 
 
 def draft_plan(
@@ -69,23 +83,33 @@ def draft_plan(
     if partition.uses.floor is not None:
         written = partition.uses.floor[visits.gap]
         earliest = written if earliest is None else np.maximum(earliest, written)
-    pool = Pool(
-        visits,
-        sizes,
-        arena_bytes - resident_bytes,
-        len(trace.steps),
-        cyclic=trace.cyclic,
-        earliest=earliest,
-    )
-    layouts = pool.layouts()
+    layouts: list[Layout] = []
+    for apart in _orders(partition.uses, visits):
+        pool = Pool(
+            visits,
+            sizes,
+            arena_bytes - resident_bytes,
+            len(trace.steps),
+            cyclic=trace.cyclic,
+            earliest=earliest,
+            apart=apart,
+        )
+        of_pool = pool.layouts()
+        if of_pool:
+            best = min(of_pool, key=lambda layout: flow.time(visits, layout.after).pass_s)
+            layouts.append(_refined(flow, visits, pool, best, moves) if moves else best)
     if not layouts:
         return None
-    best = min(layouts, key=lambda layout: flow.time(visits, layout.after).pass_s)
-    if moves:
-        best = _refined(flow, visits, pool, best, moves)
-    steps, step_of = _merge(trace, demand, visits, () if earliest is None else earliest.tolist())
-    movement = _Movement.of(demand.bundles, steps, visits, best, placements, resident_bytes, step_of)
-    _, prediction = run_plan(trace, partition.machine, movement, demand.moved_bytes)
+    stay = set(residents)
+    written_back = [back for back in partition.uses.written_back() if back[0] in stay]
+    cuts = {step + 1 for _, after, until in written_back for step in (after, until)}
+    steps, step_of = _merge(trace, demand, visits, () if earliest is None else earliest.tolist(), cuts)
+    found: list[tuple[float, int, _Movement, Prediction]] = []
+    for number, layout in enumerate(layouts):
+        movement = _Movement.of(partition, steps, visits, layout, placements, resident_bytes, step_of, written_back)
+        _, prediction = run_plan(trace, partition.machine, movement, demand.moved_bytes)
+        found.append((prediction.pass_s, number, movement, prediction))
+    _, number, movement, prediction = min(found, key=lambda each: each[:2])
     return Draft(
         partition=partition,
         steps=steps,
@@ -93,9 +117,19 @@ def draft_plan(
         transfers=movement.transfers,
         made=movement.made,
         offloads=movement.offloads,
-        arena_bytes=resident_bytes + int((best.offsets + sizes).max(initial=0)),
+        arena_bytes=resident_bytes + int((layouts[number].offsets + sizes).max(initial=0)),
         prediction=prediction,
     )
+
+
+def _orders(uses: Uses, visits: Visits) -> list[Bools | None]:
+    """Returns who may begin out of order: nobody, and where the host lane writes bundles those that wait for it.
+
+    Who waits for long does not hold up the others then, and who need not wait long comes before them.
+    """
+    if uses.host_floor is None:
+        return [None]
+    return [None, uses.host_floor[visits.gap] > NEVER]
 
 
 def _tables_beside(partition: Partition, residents: Sequence[int], arena_bytes: int) -> list[int]:
@@ -118,7 +152,7 @@ def _refined(flow: Flow, visits: Visits, pool: Pool, layout: Layout, limit: int)
     best_s = flow.time(visits, layout.after).pass_s
     tried = 0
     is_better = True
-    while is_better and best_s > flow.compute_s:
+    while is_better and best_s > flow.least_s:
         is_better = False
         for changed in pool.neighbours(layout):
             tried += 1
@@ -132,31 +166,37 @@ def _refined(flow: Flow, visits: Visits, pool: Pool, layout: Layout, limit: int)
 
 
 def _merge(
-    trace: Trace, demand: Demand, visits: Visits, earliest: Sequence[int]
+    trace: Trace, demand: Demand, visits: Visits, earliest: Sequence[int], others: Collection[int]
 ) -> tuple[tuple[PlanStep, ...], list[int]]:
     """Returns the plan steps, and for each trace step the plan step that runs it.
 
     A cut is made where a visit begins or ends, so that merging delays no transfer and holds no slot longer;
-    around operators outside any graph; and between lanes.
+    around operators outside any graph; around steps on the host lane; and before the steps `others`, which may lie in
+    the pass after.
     """
     num_steps = len(trace.steps)
     cuts = {0, num_steps}
     if num_steps:
+        cuts.update(step % num_steps for step in others)
         cuts.update((visits.first % num_steps).tolist())
         cuts.update((visits.end % num_steps).tolist())
         cuts.update((start + 1) % num_steps for start in earliest if start >= -num_steps)
         if visits.written is not None:
-            cuts.update((visits.written[visits.written >= 0] + 1).tolist())
+            assert visits.until is not None
+            cuts.update(((visits.written[visits.written >= 0] + 1) % num_steps).tolist())
+            cuts.update(((visits.until + 1) % num_steps).tolist())
     for number, (one, other) in enumerate(pairwise(trace.steps), start=1):
-        if other.graph is None or other.graph != one.graph or other.lane is not one.lane:
+        if other.graph is None or other.graph != one.graph or Lane.HOST in (one.lane, other.lane):
             cuts.add(number)
     edges = sorted(cuts)
     steps: list[PlanStep] = []
     step_of: list[int] = []
     for first, end in pairwise(edges):
-        reads = dict.fromkeys(bundle for number in range(first, end) for bundle in demand.reads[number])
+        reads = demand.reads[first]
+        if end - first > 1:
+            reads = tuple(dict.fromkeys(chain.from_iterable(demand.reads[first:end])))
         step_of += [len(steps)] * (end - first)
-        steps.append(PlanStep(first=first, end=end, reads=tuple(reads)))
+        steps.append(PlanStep(first=first, end=end, reads=reads))
     return tuple(steps), step_of
 
 
@@ -174,20 +214,35 @@ class _Movement:
     @classmethod
     def of(
         cls,
-        bundles: tuple[Bundle, ...],
+        partition: Partition,
         steps: tuple[PlanStep, ...],
         visits: Visits,
         layout: Layout,
         residents: tuple[Placement, ...],
         base: int,
         step_of: list[int],
+        written_back: Sequence[tuple[int, int, int]],
     ) -> Self:
+        trace, bundles = partition.trace, partition.demand.bundles
         count, num_steps = len(step_of), len(steps)
+        at_home = AtHome.of(trace, bundles, steps)
 
         def step(number: int) -> int:
             """Returns the plan step of a trace step of this pass or one beside it."""
             passes, within = divmod(number, count)
             return step_of[within] + passes * num_steps
+
+        def offload(bundle: int, offset: int, after: int, until: int) -> Offload:
+            """Returns the write after one trace step until another: a step on the device waits for it."""
+            while trace.steps[until % count].lane is Lane.HOST:
+                until -= 1
+            written, done = step(after), step(until)
+            return Offload(
+                bundle=bundle,
+                offset_bytes=offset,
+                after=written % num_steps,
+                until=done - written // num_steps * num_steps,
+            )
 
         transfers: list[Transfer] = []
         made: list[Made] = []
@@ -196,10 +251,14 @@ class _Movement:
         born = nobody if visits.born is None else visits.born.tolist()
         anew = nobody if visits.anew is None else visits.anew.tolist()
         written = nothing if visits.written is None else visits.written.tolist()
-        for bundle, first, end, within, after, is_born, is_anew, leaves in zip(
+        ends = (visits.end - 1).tolist()
+        lasts = ends if visits.last is None else visits.last.tolist()
+        untils = ends if visits.until is None else visits.until.tolist()
+        for bundle, first, used_last, until, within, after, is_born, is_anew, leaves in zip(
             visits.bundle.tolist(),
             visits.first.tolist(),
-            visits.end.tolist(),
+            lasts,
+            untils,
             layout.offsets.tolist(),
             layout.after.tolist(),
             born,
@@ -207,18 +266,24 @@ class _Movement:
             written,
             strict=True,
         ):
-            offset, last = base + within, step(end - 1)
+            offset, last, begin = base + within, step(used_last), step(after)
             if leaves >= 0:
-                offloads.append(Offload(bundle=bundle, offset_bytes=offset, after=step(leaves), until=last))
-                last = step(leaves)
+                offloads.append(offload(bundle, offset, leaves, until))
             if is_born or is_anew:
                 made.append(Made(bundle=bundle, offset_bytes=offset, step=step(first), last_use=last, is_anew=is_anew))
             else:
                 transfers.append(
                     Transfer(
-                        bundle=bundle, offset_bytes=offset, after=step(after), needed_by=step(first), last_use=last
+                        bundle=bundle,
+                        offset_bytes=offset,
+                        after=begin,
+                        needed_by=step(first),
+                        last_use=last,
+                        after_host=at_home.host_write(bundle, begin, num_steps, cyclic=trace.cyclic),
                     )
                 )
+        places = {placement.bundle: placement.offset_bytes for placement in residents}
+        offloads += [offload(bundle, places[bundle], after, until) for bundle, after, until in written_back]
         return cls(
             bundles=bundles,
             steps=steps,

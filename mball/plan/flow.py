@@ -17,6 +17,7 @@ from enum import IntEnum
 import numpy as np
 
 from mball.plan.arrays import Floats, Ints, prefix_sums
+from mball.plan.beside import Beside
 from mball.plan.demand import Demand
 from mball.plan.leaving import Ways
 from mball.plan.uses import Visits
@@ -70,9 +71,11 @@ class Flow:
         machine: its link brings bundles.
         cyclic: whether the pass repeats.
         floor: see `Uses.floor`.
-        ways: how tensors born in the pass leave; None if there are none.
+        ways: how tensors born in the pass leave, and what changes; None if nothing does.
+        beside: what happens beside the visits; None for nothing.
 
     Attributes:
+        least_s: no pass is faster: that of the busier lane of steps.
         cost_s: of each bundle, what it costs on a link or in compute to leave and come again.
     """
 
@@ -85,12 +88,15 @@ class Flow:
         cyclic: bool,
         floor: Ints | None = None,
         ways: Ways | None = None,
+        beside: Beside | None = None,
     ) -> None:
         link = machine.link
         self.sizes: Ints = np.array([bundle.size_bytes for bundle in demand.bundles], dtype=np.int64)
         self.link_s: Floats = np.array(demand.moved_bytes, dtype=np.float64) / link.bandwidth_bytes_per_s
         self.before_s = prefix_sums(compute_s)
         self.compute_s = float(self.before_s[-1])
+        self.least_s = self.compute_s if beside is None else max(self.compute_s, beside.host_s)
+        self._beside = beside
         self.num_steps = len(compute_s)
         self.cyclic = cyclic
         self.floor = floor
@@ -98,7 +104,8 @@ class Flow:
         self._ways = ways
         self._write_latency_s: float | None = None
         if ways is not None:
-            self.cost_s = np.where(ways.is_anew, ways.anew_s, self.link_s + ways.write_s)
+            write_s = np.where(ways.always_written, 0.0, ways.write_s)
+            self.cost_s = np.where(ways.is_anew, ways.anew_s, self.link_s + write_s)
             if machine.write_link is not None:
                 self._write_latency_s = machine.write_link.latency_s
         self._latency_s = link.latency_s
@@ -142,7 +149,8 @@ class Flow:
         """Returns the timing of these visits if each may begin once step `after` of its pass has been left."""
         count, num = self.num_steps, len(visits)
         if not num:
-            return Timing(self.compute_s, np.empty(0), np.empty(0, dtype=np.int64))
+            pass_s = max(self.least_s, sum(self._back_s(visits)))
+            return Timing(pass_s, np.empty(0), np.empty(0, dtype=np.int64))
         if visits.born is not None:
             return self._time_moves(visits, after)
         is_ahead = after < 0
@@ -158,33 +166,34 @@ class Flow:
         link, whole = self._latency_s, 0.0
         late = [0.0] * (num + 1)  # how late the pass is after each visit's first step
         begins: list[int] = []
+        window_s = self._window_s
+        # When those ahead may begin is known before the pass; the others wait for what is late in it.
+        ahead_s, ahead_known = np.array(free_s[:num_ahead]), np.array(known[:num_ahead], dtype=np.int64)
+        within_known, within_s = [0] * num_ahead + known[num_ahead:], free_s[num_ahead:]
         for number in range(MAX_TIMED_PASSES if self.cyclic else 1):
-            before, late = late, [0.0]
+            ready_s = ahead_s + np.array(late)[ahead_known] - whole if number else np.zeros(num_ahead)
+            late = [0.0]
+            append = late.append
             current, begins = 0.0, []
-            for v, (k, free, need, duration) in enumerate(zip(known, free_s, need_s, link_s, strict=True)):
-                if v >= num_ahead:
-                    ready = free + late[k]
-                elif number:
-                    ready = free + before[k] - whole
-                else:
-                    ready = 0.0
+            for k, free, need, duration in zip(within_known, ready_s.tolist() + within_s, need_s, link_s, strict=True):
+                ready = free + late[k]
                 if ready > link:
                     link = ready
-                    begins.append(v)
+                    begins.append(len(late) - 1)
                 link += duration
                 landed = link
-                if self._window_s:
-                    landed = self._shared(v, link, late, requests)
+                if window_s:
+                    landed = self._shared(len(late) - 1, link, late, requests)
                 if landed - need > current:
                     current = landed - need
-                late.append(current)
+                append(current)
             last, whole = whole, self.compute_s + current
             link -= whole
             if abs(last - whole) <= _SAME * whole:
                 break
         period = np.zeros(num, dtype=np.int64)
         period[begins] = 1
-        return Timing(whole, np.diff(np.array(late)), np.cumsum(period))
+        return Timing(max(whole, self.least_s), np.diff(np.array(late)), np.cumsum(period))
 
     def _time_moves(self, visits: Visits, after: Ints) -> Timing:
         """Does the same where steps make some of the visits and others are written below.
@@ -193,12 +202,15 @@ class Flow:
         it takes. A wait for a write counts as one for the visit that brings the tensor back. Windows are left out.
         """
         count, num = self.num_steps, len(visits)
-        events = _events(visits)
+        events, back = _events(visits), self._written_back(visits)
+        events += [(until + 1, _Event.LEAVES, num + number) for number, (_, _, until) in enumerate(back)]
+        events.sort()
         steps = np.array([step for step, _, _ in events], dtype=np.int64)
         is_ahead = after < 0
         left = after + np.where(is_ahead, count, 0)  # never ahead in the only pass
         known = np.searchsorted(steps, left, side="right").tolist()
         free_s = (self.before_s[np.clip(left + 1, 0, count)] + self._latency_s).tolist()
+        delay_s = self._delay_s(visits, after)
         need_s = self.before_s[visits.first].tolist()
         link_s = self.link_s[visits.bundle].tolist()
         own_latency_s = self._write_latency_s
@@ -206,12 +218,18 @@ class Flow:
         ways = self._ways
         assert ways is not None
         assert visits.written is not None
+        assert visits.until is not None
         anew_s = ways.anew_s[visits.bundle].tolist()
-        write_s = (ways.write_s[visits.bundle] - out_latency_s).tolist()
-        written = visits.written
+        bundle, written, until = visits.bundle, visits.written, visits.until
+        if back:
+            others = np.array(back, dtype=np.int64).T
+            bundle, written, until = (
+                np.concatenate(each) for each in zip((bundle, written, until), others, strict=True)
+            )
+        write_s = (ways.write_s[bundle] - out_latency_s).tolist()
         write_known = np.searchsorted(steps, written, side="right").tolist()
-        write_free_s = (self.before_s[written + 1] + out_latency_s).tolist()
-        write_need_s = self.before_s[np.minimum(visits.end, count)].tolist()
+        write_free_s = (self._left_s(written) + out_latency_s).tolist()
+        write_need_s = self._left_s(until).tolist()
         link, out, whole = self._latency_s, out_latency_s, 0.0
         late = [0.0] * (len(events) + 1)
         begins: list[int] = []
@@ -225,6 +243,11 @@ class Flow:
                         ready = free_s[v] + late[k]
                     elif number:
                         ready = free_s[v] + before[k] - whole
+                    if delay_s[v] and (number or not is_ahead[v]):  # others go first while it waits for the host lane
+                        current = max(current, max(link, ready + delay_s[v]) + link_s[v] - need_s[v])
+                        link += link_s[v]
+                        late.append(current)
+                        continue
                     if ready > link:
                         link = ready
                         begins.append(v)
@@ -245,13 +268,39 @@ class Flow:
             out -= whole
             if abs(last - whole) <= _SAME * whole:
                 break
-        stall_s = np.zeros(num)
-        back = _brought_back(visits)
+        stall_s = np.zeros(num + len(back))
+        brought = _brought_back(visits)
         for (_, kind, v), delay_s in zip(events, np.diff(np.array(late)).tolist(), strict=True):
-            stall_s[back.get(v, v) if kind is _Event.LEAVES else v] += delay_s
+            stall_s[brought.get(v, v) if kind is _Event.LEAVES else v] += delay_s
         period = np.zeros(num, dtype=np.int64)
         period[begins] = 1
-        return Timing(whole, stall_s, np.cumsum(period))
+        return Timing(max(whole, self.least_s), stall_s[:num], np.cumsum(period))
+
+    def _left_s(self, steps: Ints) -> Floats:
+        """Returns when steps of this pass, or of those beside it, have been left if no step waits."""
+        passes, within = np.divmod(steps, self.num_steps)
+        return self.before_s[within + 1] + passes * self.compute_s
+
+    def _delay_s(self, visits: Visits, after: Ints) -> list[float]:
+        """Returns how long visits that may begin once step `after` has been left wait for the host lane."""
+        if self._beside is None or self._beside.ready_s is None:
+            return [0.0] * len(visits)
+        found: list[float] = self._beside.delay_s(visits.gap, self._left_s(after)).tolist()
+        return found
+
+    def _written_back(self, visits: Visits) -> list[tuple[int, int, int]]:
+        """Returns of the bundles that are written back those that stay: see `Uses.written_back`."""
+        if self._beside is None or not self._beside.written_back:
+            return []
+        comes = set(visits.bundle.tolist())
+        return [back for back in self._beside.written_back if back[0] not in comes]
+
+    def _back_s(self, visits: Visits) -> list[float]:
+        """Returns the seconds on the link of those."""
+        return [
+            0.0 if self._ways is None else float(self._ways.write_s[bundle])
+            for bundle, _, _ in self._written_back(visits)
+        ]
 
     def _shared(self, visit: int, landed: float, late: list[float], requests: _Requests) -> float:
         """Returns when a visit has landed that shares the link with those behind it within the window.
@@ -289,10 +338,11 @@ def _events(visits: Visits) -> list[tuple[int, _Event, int]]:
     assert visits.anew is not None
     assert visits.written is not None
     events = []
-    for v, (first, end, is_born, is_anew, written) in enumerate(
+    assert visits.until is not None
+    for v, (first, until, is_born, is_anew, written) in enumerate(
         zip(
             visits.first.tolist(),
-            visits.end.tolist(),
+            visits.until.tolist(),
             visits.born.tolist(),
             visits.anew.tolist(),
             visits.written.tolist(),
@@ -301,7 +351,7 @@ def _events(visits: Visits) -> list[tuple[int, _Event, int]]:
     ):
         events.append((first, _Event.BORN if is_born else _Event.ANEW if is_anew else _Event.ARRIVES, v))
         if written >= 0:
-            events.append((end, _Event.LEAVES, v))
+            events.append((until + 1, _Event.LEAVES, v))
     return sorted(events)
 
 

@@ -18,7 +18,7 @@ from math import inf
 from mball.errors import PlanError
 from mball.plan.draft import Draft
 from mball.plan.partition import Partition
-from mball.plan.simulate import run_passes, step_times
+from mball.plan.simulate import Writes, busy_times, gathered_bytes, run_passes
 from mball.schema import Bundle, HostTransfer, Link, Machine, Plan, PlanStep, Step, Tensor, Trace, Transfer
 
 
@@ -72,7 +72,16 @@ def host_partition(draft: Draft, machine: Machine) -> Partition:
             if copies and (before or trace.cyclic):
                 writes[(before - 1) % len(copies)].append(bundle)
     moved = [bundles[copy.bundle].moved_bytes for copy in copies]
-    times = _copy_times(step_times(trace, draft.steps), copies, moved, machine.link, cyclic=trace.cyclic)
+    left = [bundles[offload.bundle].moved_bytes for offload in draft.offloads]
+    gathered = gathered_bytes(trace, bundles, {placement.bundle for placement in draft.residents})
+    times = _copy_times(
+        busy_times(trace, machine, draft, gathered),
+        copies,
+        moved,
+        machine.link,
+        Writes(draft.offloads, left, machine.write_link),
+        cyclic=trace.cyclic,
+    )
     below = Trace(
         name=trace.name,
         # A tensor for each bundle: what is in it is of no matter here.
@@ -106,13 +115,19 @@ def host_partition(draft: Draft, machine: Machine) -> Partition:
 
 
 def _copy_times(
-    compute_s: Sequence[float], copies: Sequence[Transfer], moved_bytes: Sequence[int], link: Link, *, cyclic: bool
+    compute_s: Sequence[float],
+    copies: Sequence[Transfer],
+    moved_bytes: Sequence[int],
+    link: Link,
+    writes: Writes,
+    *,
+    cyclic: bool,
 ) -> list[float]:
     """Returns the seconds from the latest begin of each copy that delays nothing to that of the next one."""
     if not copies:
         return []
-    timings = run_passes(compute_s, copies, moved_bytes, link, cyclic=cyclic)
-    pass_s = timings[-1].end_s
+    timings = run_passes(compute_s, copies, moved_bytes, link, cyclic=cyclic, writes=writes)
+    pass_s = timings[-1].end_s + timings[-1].write_s
     begins = [0.0] * len(copies)
     following = inf
     # Twice, for what the first copies of the next pass ask of the last ones.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
+from mball.plan.beside import Beside
 from mball.plan.bundles import TINY_WEIGHT_BYTES, even_bytes, lay_out_bundle
 from mball.plan.demand import Demand
 from mball.plan.flow import Flow
@@ -63,18 +65,27 @@ class Partition:
             return None
         if sorted(index for bundle in weights for index in bundle.tensors) != [index for index, _ in trace.homed()]:
             return None
+        known = {bundle.tensors: bundle for bundle in finest.demand.bundles}
+        is_finest = len(bundles) == len(finest.demand.bundles)
         for bundle in weights:
-            here = lay_out_bundle(bundle.tensors, trace, machine)
+            here = known.get(bundle.tensors)
+            if here is None:
+                here, is_finest = lay_out_bundle(bundle.tensors, trace, machine), False
+            if bundle == here:
+                continue
+            is_finest = False
             if (bundle.tensors, bundle.offsets_bytes, bundle.extents) != (
                 here.tensors,
                 here.offsets_bytes,
                 here.extents,
             ) or bundle.size_bytes not in (here.size_bytes, even_bytes(here, trace, machine)):
                 return None
-        if set(bundles) == set(finest.demand.bundles):
+        if is_finest and bundles == finest.demand.bundles:
+            return cls(trace, machine, finest.demand, Leaving())
+        if is_finest:
             return cls.of(trace, machine, bundles, leaving=Leaving())
         tiny = {index for index, tensor in trace.homed() if tensor.size_bytes <= TINY_WEIGHT_BYTES}
-        read = {index for needs in trace.needs() for index in needs}
+        read = set(chain.from_iterable(trace.needs()))
         pooled = frozenset(
             number
             for number, bundle in enumerate(weights)
@@ -89,8 +100,11 @@ class Partition:
 
     @cached_property
     def ways(self) -> Ways | None:
-        """How tensors that are born in the pass leave and come again, None if there are none."""
-        return ways_out(self.trace, self.machine, self.demand, self.leaving) if any(self.demand.born) else None
+        """How tensors that are born in the pass leave and come again, and what changes; None if nothing does."""
+        at_home = self.demand.at_home
+        if not any(self.demand.born) and not at_home.device_writes and not at_home.host_writes:
+            return None
+        return ways_out(self.trace, self.machine, self.demand, self.leaving)
 
     @cached_property
     def flow(self) -> Flow:
@@ -105,6 +119,7 @@ class Partition:
             cyclic=self.trace.cyclic,
             floor=self.uses.floor,
             ways=self.ways,
+            beside=Beside.of(self.trace, self.machine, self.demand, self.uses),
         )
 
     @property

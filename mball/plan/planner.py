@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from mball.errors import BudgetError, PlanError
-from mball.plan.draft import Draft
+from mball.plan.bundles import crossing
+from mball.plan.draft import Draft, shifted
+from mball.plan.leaving import WAYS
+from mball.plan.offloading import (
+    check_offload_budget,
+    drafts_within,
+    narrowed,
+    offload_error,
+    peak_offloaded,
+    placed_before,
+)
 from mball.plan.partition import Partition
+from mball.plan.portfolio import best_policy
 from mball.plan.problem import Problem
 from mball.plan.search import MANY_USES, best_draft, fastest_s, partitions
-from mball.plan.simulate import simulate
+from mball.plan.simulate import run_plan
 from mball.plan.tiers import check_host_budget, plan_tiers
 from mball.plan.validate import validate
 from mball.schema import Machine, Plan, Trace
@@ -21,6 +33,7 @@ from mball.schema import Machine, Plan, Trace
 WORTH_OTHER_BUNDLES = 1.02
 # The finest slots, which take no byte too many, each have a size of their own: nothing else fits in their place.
 WORTH_ODD_SIZES = 1.005
+_SAME = 1e-9
 
 
 def make_plan(
@@ -29,6 +42,7 @@ def make_plan(
     budget_bytes: int,
     *,
     host_budget_bytes: int | None = None,
+    offload_budget_bytes: int | None = None,
     fixed_bytes: int = 0,
     previous: Plan | None = None,
 ) -> Plan:
@@ -36,55 +50,89 @@ def make_plan(
 
     Args:
         host_budget_bytes: host memory for bundles that come from disk through it; needed exactly where the machine has
-            a `disk_link`.
+            a `disk_link`. Tensors that are offloaded take their bytes of it.
+        offload_budget_bytes: where the machine has no `disk_link`, the most bytes that offloaded tensors may take at
+            one time on the tier below; None if they may take as many as they like.
         fixed_bytes: device memory that never moves (buffers); part of the budget.
         previous: the plan whose residents are in the arena now. Its bundles are kept while no others are faster by
             more than 2 %, and so are the places of its residents where they leave room for the others. Where it still
             fits, no plan is returned that is predicted to be slower than it is now.
 
     Raises:
-        BudgetError: a budget is below the smallest that works, which the error names.
-        ConfigError: `fixed_bytes` is negative, or `host_budget_bytes` is missing or of no use.
+        BudgetError: a budget is below the smallest that works, which the error names; of `offload_budget_bytes` it
+            names the smallest that is known to.
+        ConfigError: `fixed_bytes` or `offload_budget_bytes` is negative, or `host_budget_bytes` is missing, or one of
+            the two is of no use.
         SchemaError: trace or machine contradict themselves.
     """
+    check_offload_budget(machine, offload_budget_bytes)
     check_host_budget(machine, host_budget_bytes)
-    if host_budget_bytes is not None:
-        problem = Problem.of(
-            trace,
-            machine,
-            budget_bytes,
-            fixed_bytes=fixed_bytes,
-            previous=previous,
-            host_budget_bytes=host_budget_bytes,
-        )
-        return plan_tiers(problem, _best_draft)
     problems: list[Problem] = []
     errors: list[BudgetError] = []
-    for moves_born in (True, False) if any(trace.movable()) else (False,):
+    for moves_born in (True, False) if {index for index, _ in trace.movable()} - crossing(trace) else (False,):
         try:
             problems.append(
                 Problem.of(
-                    trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous, moves_born=moves_born
+                    trace,
+                    machine,
+                    budget_bytes,
+                    fixed_bytes=fixed_bytes,
+                    previous=previous,
+                    moves_born=moves_born,
+                    host_budget_bytes=host_budget_bytes,
+                    offload_budget_bytes=offload_budget_bytes,
                 )
             )
         except BudgetError as error:
             errors.append(error)
     if not problems:
         raise min(errors, key=lambda error: error.smallest_bytes)
+    if host_budget_bytes is not None:
+        return plan_tiers(problems, _best_draft)
     best: tuple[tuple[float, tuple[float, int, int]], Problem, Draft] | None = None
+    least_bytes: int | None = None
+    for problem, draft in _drafts(problems):
+        offloaded = peak_offloaded(draft)
+        least_bytes = offloaded if least_bytes is None else min(least_bytes, offloaded)
+        if offload_budget_bytes is not None and offloaded > offload_budget_bytes:
+            continue
+        # One of them may have the bundles that are in the arena now.
+        is_there = previous is not None and draft.bundles == previous.bundles
+        worth = 1 / WORTH_OTHER_BUNDLES if is_there else 1.0
+        cost = float(f"{draft.prediction.pass_s * worth:.4g}"), draft.cost()
+        if best is None or cost < best[0]:
+            best = cost, problem, draft
+    if best is None:
+        assert least_bytes is not None, "there is a problem, or an error was raised"
+        raise offload_error(problems[0], least_bytes)
+    return best[1].plan(best[2])
+
+
+def _drafts(problems: Sequence[Problem]) -> Iterator[tuple[Problem, Draft]]:
+    """Yields the fastest draft of each problem; where it needs too much below, also those found that do not."""
     for problem in problems:
         draft = _best_draft(problem)
         assert draft is not None, (
             "the finest bundles, nothing resident and no bridging fit every budget that is allowed"
         )
-        # One of them may have the bundles that are in the arena now.
-        is_there = previous is not None and draft.partition.demand.bundles == previous.bundles
-        worth = 1 / WORTH_OTHER_BUNDLES if is_there else 1.0
-        cost = float(f"{draft.prediction.pass_s * worth:.4g}"), draft.cost()
-        if best is None or cost < best[0]:
-            best = cost, problem, draft
-    assert best is not None, "there is a problem, or an error was raised"
-    return best[1].plan(best[2])
+        yield problem, draft
+        limit_bytes = problem.offload_budget_bytes
+        if limit_bytes is not None and peak_offloaded(draft) > limit_bytes:
+            yield from drafts_within(problem, draft, limit_bytes, _best_draft)
+    if problems[0].born:
+        yield from _draft_before(problems[0])
+
+
+def _draft_before(problem: Problem) -> Iterator[tuple[Problem, Draft]]:
+    """Yields the plan before as it is, if it still fits: other tensors may have had no place in it."""
+    previous = problem.previous
+    for placed in placed_before(problem):
+        narrower = narrowed(problem, placed, problem.offload_budget_bytes)
+        if narrower is not None and previous is not None:
+            same = Partition.like(narrower.finest, previous.bundles)
+            draft = None if same is None else _as_before(narrower, same, previous)
+            if draft is not None:
+                yield narrower, draft
 
 
 def _best_draft(problem: Problem) -> Draft | None:
@@ -97,7 +145,8 @@ def _best_draft(problem: Problem) -> Draft | None:
         for placement in previous.residents:
             size_bytes = previous.bundles[placement.bundle].size_bytes
             stayed[placement.bundle] = placement.offset_bytes + size_bytes
-        kept = _faster(best_draft([same], arena_bytes, stayed), _as_before(problem, same, previous))
+        ways = [replace(same, leaving=leaving) for leaving in WAYS] if problem.born else [same]
+        kept = _faster(best_draft(ways, arena_bytes, stayed), _as_before(problem, same, previous))
         if kept is not None and kept.prediction.pass_s <= WORTH_OTHER_BUNDLES * fastest_s(same, arena_bytes):
             return kept
     candidates = partitions(trace, machine, arena_bytes, problem.born, problem.host_arena_bytes)
@@ -109,9 +158,24 @@ def _best_draft(problem: Problem) -> Draft | None:
         odd = best_draft([finest], arena_bytes)
         if odd is not None and (best is None or odd.prediction.pass_s * WORTH_ODD_SIZES < best.prediction.pass_s):
             best = odd
+    # What takes over from a plan that is there has to be faster by more than policies were, and where no step was
+    # measured a thousandth means nothing.
+    is_measured = any(step.time_s is not None for step in trace.steps)
+    if previous is None and is_measured and len(finest.uses) <= MANY_USES:
+        best = _at_least_as_fast_as_policies(problem, best)
     if kept is not None and (best is None or kept.prediction.pass_s <= WORTH_OTHER_BUNDLES * best.prediction.pass_s):
         best = kept
     return best
+
+
+def _at_least_as_fast_as_policies(problem: Problem, best: Draft | None) -> Draft | None:
+    if best is not None and best.prediction.pass_s <= (1 + _SAME) * fastest_s(problem.finest, problem.arena_bytes):
+        return best
+    policy = best_policy(problem)
+    if policy is None or best is None:
+        return best or policy
+    # To the last digit: a user who compares them should not have to wonder.
+    return policy if policy.prediction.pass_s < best.prediction.pass_s * (1 - _SAME) else best
 
 
 def _as_before(problem: Problem, partition: Partition, previous: Plan) -> Draft | None:
@@ -121,11 +185,13 @@ def _as_before(problem: Problem, partition: Partition, previous: Plan) -> Draft 
         budget_bytes=problem.budget_bytes,
         fixed_bytes=problem.fixed_bytes,
         activation_bytes=problem.activation_bytes,
+        offload_budget_bytes=problem.offload_budget_bytes,
     )
     try:
         validate(problem.trace, there, problem.machine)
     except PlanError:  # or it is of another pass over the same weights
         return None
+    _, prediction = run_plan(problem.trace, problem.machine, there, partition.demand.moved_bytes)
     # In a draft residents lie one behind the other and slots follow; where they lie is said when the plan is made.
     sizes = [previous.bundles[placement.bundle].size_bytes for placement in previous.residents]
     ends = [placement.offset_bytes + size for placement, size in zip(previous.residents, sizes, strict=True)]
@@ -134,11 +200,11 @@ def _as_before(problem: Problem, partition: Partition, previous: Plan) -> Draft 
         partition=partition,
         steps=previous.steps,
         residents=previous.residents,
-        transfers=tuple(replace(each, offset_bytes=each.offset_bytes - apart_bytes) for each in previous.transfers),
-        made=tuple(replace(each, offset_bytes=each.offset_bytes - apart_bytes) for each in previous.made),
-        offloads=tuple(replace(each, offset_bytes=each.offset_bytes - apart_bytes) for each in previous.offloads),
+        transfers=shifted(previous.transfers, -apart_bytes),
+        made=shifted(previous.made, -apart_bytes),
+        offloads=shifted(previous.offloads, -apart_bytes),
         arena_bytes=previous.arena_bytes - apart_bytes,
-        prediction=simulate(problem.trace, there, problem.machine).prediction,
+        prediction=prediction,
     )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from mball.errors import BudgetError, SchemaError
-from mball.plan.bundles import born_bundles, finest_bundles
-from mball.plan.draft import Draft
+from mball.plan.bundles import born_bundles, even_bundle, finest_bundles
+from mball.plan.draft import Draft, shifted
 from mball.plan.partition import Partition
 from mball.plan.placement import keep_in_place
 from mball.plan.smallest import check_problem, smallest_for
-from mball.schema import Bundle, Machine, Plan, Trace
+from mball.schema import Bundle, Lane, Machine, Plan, Trace
 from mball.units import format_bytes, round_down
 
 
@@ -29,6 +30,8 @@ class Problem:
         born: the bundles of tensors born in the pass that leave where that helps.
         previous: the plan whose residents are in the arena now.
         host_budget_bytes: the cap of host memory, where bundles come through it.
+        offload_budget_bytes: the cap of what offloaded tensors take below at one time, part of that of host memory if
+            there is one; None if there is none but that.
     """
 
     finest: Partition
@@ -39,6 +42,8 @@ class Problem:
     born: tuple[Bundle, ...]
     previous: Plan | None
     host_budget_bytes: int | None = None
+    offload_budget_bytes: int | None = None
+    _even: dict[tuple[int, ...], Bundle] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -51,8 +56,10 @@ class Problem:
         previous: Plan | None = None,
         moves_born: bool = False,
         host_budget_bytes: int | None = None,
+        offload_budget_bytes: int | None = None,
     ) -> Self:
-        """Returns the problem. Tensors born in the pass leave the device with `moves_born` if they may; else they stay.
+        """Returns the problem. Tensors born in the pass leave the device with `moves_born` if they may; else they stay,
+        but for those that one lane bears and the other one reads.
 
         Raises:
             BudgetError: the budget is below the smallest that works, which the error names.
@@ -66,7 +73,7 @@ class Problem:
                 f"machine {machine.name!r} has a disk_link, and this planner plans one link only: take `make_plan`, or "
                 "a machine without disk_link"
             )
-        born = born_bundles(trace, machine) if moves_born else []
+        born = born_bundles(trace, machine, must_leave=not moves_born)
         finest = Partition.of(trace, machine, [*finest_bundles(trace, machine), *born])
         smallest = smallest_for(trace, finest.demand, fixed_bytes)
         if budget_bytes < smallest.size_bytes:
@@ -87,7 +94,25 @@ class Problem:
             born=tuple(born),
             previous=previous,
             host_budget_bytes=host_budget_bytes,
+            offload_budget_bytes=offload_budget_bytes,
         )
+
+    @classmethod
+    def of_weights(
+        cls, trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int, previous: Plan | None = None
+    ) -> Self:
+        """Returns the problem for a policy that knows weights only, and one lane. Errors as for `of`.
+
+        Raises:
+            SchemaError: a step runs on the host lane, or as for `of`.
+        """
+        for step in trace.steps:
+            if step.lane is Lane.HOST:
+                raise SchemaError(
+                    f"step {step.name!r} of trace {trace.name!r} runs on the host lane, and this policy plans the "
+                    "device alone: take `make_plan`, or a trace without host steps"
+                )
+        return cls.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
 
     @property
     def trace(self) -> Trace:
@@ -104,7 +129,14 @@ class Problem:
         """What host memory has for slots, in whole pages; None where bundles do not come through it."""
         if self.host_budget_bytes is None:
             return None
-        return round_down(self.host_budget_bytes, self.machine.page_bytes)
+        return round_down(self.host_budget_bytes - (self.offload_budget_bytes or 0), self.machine.page_bytes)
+
+    def even_bundle(self, weights: Sequence[int]) -> Bundle:
+        """Returns the bundle that `even_bundle` makes of these weights; policies ask for the same ones many times."""
+        key = tuple(weights)
+        if key not in self._even:
+            self._even[key] = even_bundle(key, self.trace, self.machine)
+        return self._even[key]
 
     def plan(self, draft: Draft) -> Plan:
         """Returns the plan; what is resident stays where `previous` had it, where places allow."""
@@ -113,9 +145,12 @@ class Problem:
         if self.previous is not None:
             spare_bytes = self.arena_bytes - draft.arena_bytes
             residents, shift_bytes = keep_in_place(draft.partition.demand, residents, self.previous, spare_bytes)
-            transfers = tuple(replace(each, offset_bytes=each.offset_bytes + shift_bytes) for each in transfers)
-            made = tuple(replace(each, offset_bytes=each.offset_bytes + shift_bytes) for each in made)
-            offloads = tuple(replace(each, offset_bytes=each.offset_bytes + shift_bytes) for each in offloads)
+            transfers, made = shifted(transfers, shift_bytes), shifted(made, shift_bytes)
+            places = {each.bundle: each.offset_bytes for each in residents}
+            offloads = tuple(
+                replace(each, offset_bytes=places.get(each.bundle, each.offset_bytes))
+                for each in shifted(offloads, shift_bytes)
+            )
         return Plan(
             trace_name=self.trace.name,
             budget_bytes=self.budget_bytes,
@@ -129,4 +164,5 @@ class Problem:
             prediction=draft.prediction,
             made=made,
             offloads=offloads,
+            offload_budget_bytes=self.offload_budget_bytes if self.host_budget_bytes is None else None,
         )

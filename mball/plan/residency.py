@@ -129,7 +129,7 @@ class Residency:
         found = [choice]
         limit += len(self._known)
         is_better = True
-        while is_better and found[-1].pass_s > self._flow.compute_s * (1 + _SAME):
+        while is_better and found[-1].pass_s > self._flow.least_s * (1 + _SAME):
             is_better = False
             for keep in self._exchanges(found[-1].keep, arena_bytes):
                 rated = self.rate(keep, arena_bytes)

@@ -9,10 +9,11 @@ from itertools import islice
 from mball.plan.arrays import Ints
 from mball.plan.bundles import group_weights
 from mball.plan.draft import Draft, draft_plan
-from mball.plan.leaving import WAYS
+from mball.plan.leaving import AT_ONCE, WAYS
 from mball.plan.partition import Partition
 from mball.plan.residency import Choice, Residency
-from mball.schema import Bundle, Machine, Trace
+from mball.plan.simulate import trace_times
+from mball.schema import Bundle, Lane, Machine, Trace
 from mball.units import MIB
 
 LARGEST_TARGET_BYTES = 32 * MIB
@@ -56,13 +57,14 @@ def partitions(
     """
     smaller_bytes = arena_bytes if host_arena_bytes is None else min(arena_bytes, host_arena_bytes)
     found: list[tuple[Bundle, ...]] = []
+    is_changed = any(step.writes for step in trace.steps if step.lane is Lane.COMPUTE)
     for share in TARGETS_PER_ARENA:
         bundles, pooled = group_weights(trace, machine, min(LARGEST_TARGET_BYTES, smaller_bytes // share))
         if tuple(bundles) not in found:
             found.append(tuple(bundles))
             if host_arena_bytes is not None:
                 pooled |= {number for number, each in enumerate(bundles) if each.size_bytes > host_arena_bytes}
-            for leaving in WAYS if born else WAYS[:1]:
+            for leaving in WAYS if born else (WAYS[0], AT_ONCE) if is_changed else WAYS[:1]:
                 yield Partition.of(trace, machine, [*bundles, *born], pooled, leaving)
 
 
@@ -87,20 +89,28 @@ def best_draft(candidates: Iterable[Partition], arena_bytes: int, stayed: Ints |
 def fastest_s(partition: Partition, arena_bytes: int) -> float:
     """Returns a time that no plan for this arena can beat while anything is streamed.
 
-    That of the steps, with the rows that they look up at home, and of the bytes that cannot stay.
+    That of the steps, with the rows that they look up at home unless all tables can stay too, and of the bytes that
+    cannot stay, or change.
     """
-    demand = partition.demand
+    demand, machine, steps_s = partition.demand, partition.machine, partition.flow.least_s
+    is_cyclic = partition.trace.cyclic
+    fits = demand.slot_bytes([*demand.read_bundles(), *demand.tables()]) <= arena_bytes
+    if is_cyclic and fits and steps_s == partition.flow.compute_s:
+        steps_s = sum(trace_times(partition.trace))
     comes = sum(demand.moved_bytes[bundle] for bundle in demand.read_bundles() if not demand.born[bundle])
-    if partition.trace.cyclic:
-        comes = max(comes - arena_bytes, 0)
-    return max(partition.flow.compute_s, comes / partition.machine.link.bandwidth_bytes_per_s)
+    if is_cyclic:
+        anew = (bundle for bundle in demand.at_home.host_writes if demand.uses[bundle] and not demand.born[bundle])
+        comes = max(comes - arena_bytes, sum(demand.moved_bytes[bundle] for bundle in anew))
+    if machine.write_link is None:
+        comes += sum(demand.at_home.changed_bytes.values())
+    return max(steps_s, comes / machine.link.bandwidth_bytes_per_s)
 
 
 def _best_of(partition: Partition, arena_bytes: int, stayed: Ints | None) -> Draft | None:
     uses = partition.uses
-    if partition.read_slot_bytes <= arena_bytes and bool(uses.may_stay.all()):
+    if partition.read_slot_bytes <= arena_bytes and uses.all_may_stay:
         draft = draft_plan(partition, uses.may_stay, arena_bytes)
-        assert draft is not None, "residents alone are stacked"
+        assert draft is not None, "all are beside each other"
         return draft
     residency = Residency(partition)
     found = _choices(partition, residency, arena_bytes, stayed)

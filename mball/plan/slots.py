@@ -10,14 +10,14 @@ fit.
 from __future__ import annotations
 
 import statistics
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 
-from mball.plan.arrays import Ints
+from mball.plan.arrays import Bools, Ints
 from mball.plan.uses import Visits
 
 # With more visits than this in the pool at one time, looking for the place that was free first takes too long.
@@ -51,6 +51,7 @@ class Pool:
         num_steps: of the pass.
         cyclic: whether the pass repeats.
         earliest: a step that must have been left before each visit begins, whatever room there is.
+        apart: visits that need not keep to the order of the others; None for none.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Pool:
         *,
         cyclic: bool,
         earliest: Ints | None = None,
+        apart: Bools | None = None,
     ) -> None:
         turn = _quietest_step(visits, sizes_bytes, num_steps) if cyclic else 0
         first = visits.first - turn
@@ -78,6 +80,8 @@ class Pool:
         self._sizes: list[int] = sizes_bytes[self._order].tolist()
         self._floor = None if earliest is None else (earliest - self._turned)[self._order].tolist()
         made = None if visits.born is None or visits.anew is None else visits.born | visits.anew
+        if apart is not None:
+            made = apart if made is None else made | apart
         # Who a step makes: it takes its place when that step begins, and delays nobody on the link.
         self._made: list[bool] | None = None if made is None else made[self._order].tolist()
         self._pool_bytes = pool_bytes
@@ -162,7 +166,7 @@ class Pool:
                     pointer = base
                     rounds += 1
             previous = first
-            taken = sorted((offsets[other], offsets[other] + sizes[other]) for other in active)
+            taken = sorted((offsets[other], offsets[other] + sizes[other]) for other in active) if active else []
             offset = _next_gap(taken, size, pointer, self._pool_bytes)
             if offset is None:
                 offset = _next_gap(taken, size, base, self._pool_bytes)
@@ -184,7 +188,8 @@ class Pool:
         offsets = [0] * len(self._spans)
         if self._sizes and self._pool_bytes > MOST_SLOTS * statistics.median_high(self._sizes):
             return None
-        edges, last = [0, self._pool_bytes], [self._nobody, 0]
+        nobody = self._nobody
+        edges, last = [0, self._pool_bytes], [nobody, 0]
         for shift in (-self._num_steps, 0) if self._cyclic else (0,):
             for number, (first, end) in enumerate(self._spans):
                 size = self._sizes[number]
@@ -193,23 +198,26 @@ class Pool:
                 if len(edges) > 3 * MOST_SLOTS:
                     return None
                 best: tuple[int, int, int] | None = None
-                for begin, low in enumerate(edges):
-                    if low + size > self._pool_bytes:
-                        break
-                    stop = begin
-                    latest = self._nobody
-                    while edges[stop] < low + size:
-                        latest = max(latest, last[stop])
+                begin, limit = 0, first + shift
+                while edges[begin] + size <= self._pool_bytes:
+                    high = edges[begin] + size
+                    stop, latest = begin, nobody
+                    while edges[stop] < high and last[stop] < limit:
+                        if last[stop] > latest:
+                            latest = last[stop]
                         stop += 1
-                    rest = edges[stop] - low - size
-                    if latest < first + shift and (best is None or (latest, rest, low) < best):
-                        best = latest, rest, low
+                    if edges[stop] < high:  # these bytes are in the way of all places up to their own
+                        begin = stop + 1
+                        continue
+                    place = latest, edges[stop] - high, edges[begin]
+                    if best is None or place < best:
+                        best = place
+                        limit = latest + 1
+                    begin += 1
                 if best is None:
                     return None
-                offset = offsets[number] = best[2]
-                begin, stop = _cut(edges, last, offset), _cut(edges, last, offset + size)
-                edges[begin:stop] = [offset]
-                last[begin:stop] = [end - 1 + shift]
+                offsets[number] = best[2]
+                _take(edges, last, best[2], best[2] + size, end - 1 + shift)
         return offsets
 
     def _starts(self, offsets: Sequence[int]) -> list[int]:
@@ -220,17 +228,12 @@ class Pool:
         """
         # Byte range -> the step that last used it, as parallel lists cut at `edges`. Two passes: the first fills it.
         nobody = self._nobody
-        edges, last = [0], [nobody]
+        edges, last = [0, self._pool_bytes], [nobody, nobody]
         starts = [nobody] * len(self._spans)
         for shift in (-self._num_steps, 0) if self._cyclic else (0,):
-            for number, (_, end) in enumerate(self._spans):
-                low, size = offsets[number], self._sizes[number]
-                if not size:
-                    continue
-                begin, stop = _cut(edges, last, low), _cut(edges, last, low + size)
-                starts[number] = max(last[begin:stop])
-                edges[begin:stop] = [low]
-                last[begin:stop] = [end - 1 + shift]
+            for number, (low, size, (_, end)) in enumerate(zip(offsets, self._sizes, self._spans, strict=True)):
+                if size:
+                    starts[number] = _take(edges, last, low, low + size, end - 1 + shift)
         if self._cyclic:
             # A slot without bytes has no user before it, and must still not be held for more than a pass.
             starts = [max(s, end - 1 - self._num_steps) for s, (_, end) in zip(starts, self._spans, strict=True)]
@@ -263,13 +266,23 @@ def _quietest_step(visits: Visits, sizes_bytes: Ints, num_steps: int) -> int:
     return int(np.argmin(staying[:num_steps] + staying[num_steps : 2 * num_steps]))
 
 
-def _cut(edges: list[int], last: list[int], offset: int) -> int:
-    position = bisect_right(edges, offset) - 1
-    if edges[position] == offset:
-        return position
-    edges.insert(position + 1, offset)
-    last.insert(position + 1, last[position])
-    return position + 1
+def _take(edges: list[int], last: list[int], low: int, high: int, step: int) -> int:
+    """Notes that the bytes from `low` to `high` are used up to `step`; returns the last step that used one before.
+
+    Args:
+        edges: where ranges of bytes begin, and where the last one ends.
+        last: for each range the step that last used it.
+    """
+    begin = bisect_left(edges, low)
+    stop = bisect_left(edges, high, begin)
+    before = last[begin if edges[begin] == low else begin - 1 : stop]
+    if edges[stop] == high:
+        edges[begin:stop] = (low,)
+        last[begin:stop] = (step,)
+    else:  # the rest of the last range stays as it was
+        edges[begin:stop] = (low, high)
+        last[begin:stop] = (step, before[-1])
+    return max(before)
 
 
 def _next_gap(taken: Sequence[tuple[int, int]], size: int, pointer: int, pool_bytes: int) -> int | None:

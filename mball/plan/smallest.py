@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mball.errors import ConfigError, SchemaError
-from mball.plan.bundles import born_bundles, finest_bundles
+from mball.plan.bundles import born_bundles, crossing, finest_bundles
 from mball.plan.demand import Demand
-from mball.schema import Lane, Machine, Trace, Treatment
+from mball.schema import Lane, Machine, Tier, Trace, Treatment
 from mball.units import format_bytes
 
 
@@ -35,19 +36,16 @@ def check_problem(trace: Trace, machine: Machine, fixed_bytes: int) -> None:
 
     Raises:
         ConfigError: `fixed_bytes` is negative.
-        SchemaError: trace or machine contradict themselves or each other, or a step runs beside the device.
+        SchemaError: trace or machine contradict themselves or each other, or what steps do on the host lane, or write,
+            cannot be planned.
     """
     trace.check()
     machine.check()
-    for step in trace.steps:
-        if step.lane is not Lane.COMPUTE:
-            raise SchemaError(
-                f"step {step.name!r} of trace {trace.name!r} runs on the {step.lane.value} lane; this mball plans "
-                f"{Lane.COMPUTE.value} steps only"
-            )
+    _check_lanes(trace, machine)
+    stay, stream = Treatment.STAY, Treatment.STREAM
     for tensor in trace.tensors:
-        wanted = {Treatment.STAY} if tensor.home is None else {Treatment.STAY, Treatment.STREAM}
-        if not wanted.issubset(tensor.may):
+        if stay not in tensor.may or (tensor.home is not None and stream not in tensor.may):
+            wanted = {stay} if tensor.home is None else {stay, stream}
             raise SchemaError(
                 f"tensor {tensor.name!r} may {' and '.join(sorted(tensor.may))}; this mball plans tensors that may "
                 f"{' and '.join(sorted(wanted))}"
@@ -63,18 +61,44 @@ def check_problem(trace: Trace, machine: Machine, fixed_bytes: int) -> None:
         raise ConfigError(f"fixed_bytes is {fixed_bytes}; it must be zero or more")
 
 
+def _check_lanes(trace: Trace, machine: Machine) -> None:
+    """Checks that what steps use on the host lane, and what they write, is in host memory when they need it."""
+    for step in trace.steps:
+        on_host = step.lane is Lane.HOST
+        if machine.disk_link is not None and (on_host or step.writes):
+            does = "runs on the host lane" if on_host else f"writes {len(step.writes)} tensors"
+            raise SchemaError(
+                f"step {step.name!r} of trace {trace.name!r} {does}, and machine {machine.name!r} has a disk_link; "
+                "this mball plans host steps and writes over one link: take a machine whose link begins at the homes"
+            )
+        if on_host and machine.link.source is not Tier.HOST:
+            raise SchemaError(
+                f"step {step.name!r} of trace {trace.name!r} runs on the host lane and uses host memory; the "
+                f"link of machine {machine.name!r} begins at {machine.link.source.value}: give it a link from host "
+                "memory, and the tensors homes there"
+            )
+    for index in sorted(crossing(trace)):
+        tensor = trace.tensors[index]
+        if Treatment.OFFLOAD not in tensor.may:
+            born, read = ("host", "compute") if trace.is_born_below(tensor) else ("compute", "host")
+            raise SchemaError(
+                f"tensor {tensor.name!r} is born on the {born} lane and read on the {read} lane, and may "
+                f"{' and '.join(sorted(tensor.may))}; it has to go over the link: let it offload"
+            )
+
+
 def smallest_budget(trace: Trace, machine: Machine, *, fixed_bytes: int = 0) -> SmallestBudget:
     """Returns the smallest budget under which `trace` can be planned.
 
     There nothing is resident and each step waits for its own weights: the slots of the hungriest step, the
     largest activations of the pass and `fixed_bytes` must fit together. What is born in the pass and may leave is in
-    slots, or with the other activations, whatever takes less; over two links it stays with them.
+    slots, or with the other activations, whatever takes less.
     """
-    born = born_bundles(trace, machine)
+    born, must = born_bundles(trace, machine), born_bundles(trace, machine, must_leave=True)
     return min(
         (
             smallest_for(trace, Demand.of(trace, [*finest_bundles(trace, machine), *leaves]), fixed_bytes)
-            for leaves in ([born, []] if born and machine.disk_link is None else [[]])
+            for leaves in ([born, must] if born else [[]])
         ),
         key=lambda smallest: smallest.size_bytes,
     )
@@ -84,7 +108,7 @@ def smallest_for(trace: Trace, demand: Demand, fixed_bytes: int) -> SmallestBudg
     """Returns the smallest budget for the finest partition of the weights, given as its demand."""
     apart = {index for bundle in demand.bundles for index in bundle.tensors}
     activation = max(trace.activation_bytes(apart), default=0)
-    needs = [demand.slot_bytes(reads) for reads in demand.reads]
+    needs = [after - before for before, after in pairwise(demand.read_bytes_before)]
     slots = max(needs, default=0)
     limited_by = "no step reads a weight"
     if slots:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mball.errors import ConfigError
+from mball.errors import BudgetError, ConfigError
 from mball.plan.bundles import lay_out_bundle
 from mball.plan.demand import Demand
+from mball.plan.offloading import fewest_offloaded, most_offloaded, narrowed, offloadable
 from mball.plan.partition import Partition
 from mball.plan.problem import Problem
 from mball.schema import Bundle, Machine, Trace
@@ -18,8 +20,8 @@ class SmallestHostBudget:
     """The smallest feasible budget of host memory beside a budget of the device.
 
     Attributes:
-        size_bytes: the slot of the largest bundle that has to come to the device in each pass; this budget works, one
-            page less does not. 0 if all stays on the device.
+        size_bytes: the slot of the largest bundle that has to come to the device in each pass, and what has to be
+            offloaded; this budget works, one page less is refused. 0 if all stays on the device.
         limited_by: for people: what sets the number.
     """
 
@@ -44,19 +46,67 @@ def smallest_host_budget(
             f"machine {machine.name!r} has no disk_link: host memory needs no budget where bundles do not come through "
             "it; give the machine a disk_link"
         )
-    return smallest_host_for(Problem.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, host_budget_bytes=0))
+    problems, errors = [], []
+    for moves_born in (True, False) if any(trace.movable()) else (False,):
+        try:
+            problems.append(
+                Problem.of(
+                    trace,
+                    machine,
+                    budget_bytes,
+                    fixed_bytes=fixed_bytes,
+                    moves_born=moves_born,
+                    host_budget_bytes=0,
+                )
+            )
+        except BudgetError as error:
+            errors.append(error)
+    if not problems:
+        raise min(errors, key=lambda error: error.smallest_bytes)
+    return smallest_host_for(problems)[0]
 
 
-def smallest_host_for(problem: Problem) -> SmallestHostBudget:
-    """Returns the same for a problem."""
+def smallest_host_for(problems: Sequence[Problem]) -> tuple[SmallestHostBudget, Problem]:
+    """Returns the same for a pass, given as the problems in which its tensors leave or stay, and the one it is of.
+
+    Where tensors may leave, these are all of them, as few as can be offloaded, or none: the more leave the more is left
+    of the device for what would come through a large slot.
+    """
+    best: tuple[SmallestHostBudget, Problem] | None = None
+    for problem in problems:
+        for narrower in _narrower(problem) if problem.born else (problem,):
+            found = _smallest_slots(narrower)
+            if offloaded := narrower.offload_budget_bytes:
+                found = SmallestHostBudget(
+                    size_bytes=offloaded + found.size_bytes,
+                    limited_by=f"{format_bytes(offloaded)} of what is born in the pass are offloaded at one time, and "
+                    f"{found.limited_by}",
+                )
+            if best is None or found.size_bytes < best[0].size_bytes:
+                best = found, narrower
+    assert best is not None, "there is a problem, and it is one that fits the device"
+    return best
+
+
+def _narrower(problem: Problem) -> Iterator[Problem]:
+    """Yields the problem if none are offloaded, the fewest, or all that may be, with room for that."""
+    every = frozenset(each.index for each in offloadable(problem))
+    for allowed in dict.fromkeys((frozenset[int](), fewest_offloaded(problem), every)):
+        found = narrowed(problem, allowed, most_offloaded(problem, allowed))
+        if found is not None:
+            yield found
+
+
+def _smallest_slots(problem: Problem) -> SmallestHostBudget:
+    """Returns what the weights need."""
     if confined(problem, 0) is not None:
         return SmallestHostBudget(size_bytes=0, limited_by="all that is read stays on the device")
     demand = problem.finest.demand
-    read = set(demand.read_bundles())
+    read = _weights(demand)
     single = Demand.of(problem.trace, _split(problem, 0))
     sizes = sorted(
         {demand.bundles[bundle].size_bytes for bundle in read}
-        | {single.bundles[bundle].size_bytes for bundle in single.read_bundles()}
+        | {single.bundles[bundle].size_bytes for bundle in _weights(single)}
     )
     low, high = 0, len(sizes) - 1
     while low < high:
@@ -84,7 +134,7 @@ def confined(problem: Problem, largest_bytes: int) -> Partition | None:
     for bundles in (problem.finest.demand.bundles, _split(problem, largest_bytes)):
         partition = Partition.of(problem.trace, problem.machine, bundles)
         demand = partition.demand
-        large = {bundle for bundle in demand.read_bundles() if demand.bundles[bundle].size_bytes > largest_bytes}
+        large = {bundle for bundle in _weights(demand) if demand.bundles[bundle].size_bytes > largest_bytes}
         if large and not problem.trace.cyclic:
             continue
         uses = partition.uses
@@ -98,6 +148,11 @@ def confined(problem: Problem, largest_bytes: int) -> Partition | None:
         if kept_bytes + most_bytes <= problem.arena_bytes:
             return Partition.of(problem.trace, problem.machine, bundles, frozenset(large))
     return None
+
+
+def _weights(demand: Demand) -> list[int]:
+    """Returns the bundles that are read and come from disk."""
+    return [bundle for bundle in demand.read_bundles() if not demand.born[bundle]]
 
 
 def _split(problem: Problem, largest_bytes: int) -> list[Bundle]:

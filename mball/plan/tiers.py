@@ -9,8 +9,9 @@ for several speeds, host memory for each of these, and the fastest over both lin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice, product
 
 import numpy as np
 
@@ -18,6 +19,16 @@ from mball.errors import BudgetError, ConfigError, PlanError
 from mball.plan.chain import disk_bytes, simulate
 from mball.plan.draft import Draft, draft_plan
 from mball.plan.host import as_plan, from_disk, host_partition, written_steps
+from mball.plan.offloading import (
+    Search,
+    is_sound,
+    most_offloaded,
+    narrowed,
+    offloadable,
+    peak_offloaded,
+    placed_before,
+    sets_within,
+)
 from mball.plan.partition import Partition
 from mball.plan.placement import keep_in_place
 from mball.plan.problem import Problem
@@ -25,10 +36,14 @@ from mball.plan.search import CLOSE, MANY_USES, best_draft
 from mball.plan.smallest_host import confined, smallest_host_for
 from mball.plan.validate import validate
 from mball.schema import HostPlan, Link, Machine, Plan
-from mball.units import format_bytes
+from mball.units import format_bytes, round_down
 
 # The device is also planned as if the slower of the links were slower still by these factors.
 SLOWER = (3, 9)
+# Where tensors are offloaded it is also tried with at most so much of the room below, which weights have instead.
+SHARES = (1.0, 0.5, 0.25)
+# For each of these shares the device is planned for so many speeds only.
+NARROW_SPEEDS = 2
 # Beyond this factor what both links do together is another speed than that of one.
 _ALIKE = 1.02
 # Other bundles, and others in host memory, take over for a pass that is faster by this factor: they are all read again.
@@ -49,52 +64,95 @@ def check_host_budget(machine: Machine, host_budget_bytes: int | None) -> None:
         )
 
 
-def plan_tiers(problem: Problem, search: Callable[[Problem], Draft | None]) -> Plan:
+def plan_tiers(problems: Sequence[Problem], search: Search) -> Plan:
     """Returns the fastest plan found for both levels.
 
     Args:
-        problem: with a budget of host memory.
+        problems: the pass with a budget of host memory, once for each treatment of what is born in it: where that may
+            leave the device, that problem comes first.
         search: returns the fastest draft of the device for a problem on one link, None where it finds none.
 
     Raises:
         BudgetError: the budget of host memory is below the smallest that works, which the error names.
     """
-    _check_host_fits(problem)
-    bound_s = max(problem.finest.flow.compute_s, *_link_times(problem))
+    safe = _check_host_fits(problems)
     found: list[Plan] = []
-    tried: list[Draft] = []
-    for draft in _device_drafts(problem, search):
-        if not any(_is_same(draft, other) for other in tried):
-            tried.append(draft)
-            plan = _with_host(problem, draft)
-            if plan is not None:
-                found.append(plan)
-                if not disk_bytes(plan) or plan.prediction.pass_s <= CLOSE * bound_s:
-                    break
-    before = _as_before(problem)
+    for problem in problems:
+        bound_s = max(problem.finest.flow.compute_s, *_link_times(problem))
+        for narrower in _shares(problem, found):
+            if any(plan.prediction.pass_s <= CLOSE * bound_s for plan in found):
+                break
+            most = None if narrower is problem else NARROW_SPEEDS
+            found += (plan for plan in _plans(narrower, search, bound_s, most) if is_sound(problem.trace, plan))
+    before = _as_before(problems[0])
     if before is not None:
         found.append(before)
     if not found:
-        plan = _with_host(problem, _confined_draft(problem))
+        plan = _with_host(safe, _confined_draft(safe))
         assert plan is not None, "no bundle that comes is larger than the smallest budget of host memory"
         found.append(plan)
     best = min(found, key=_cost)
-    if problem.previous is not None:
-        bundles = problem.previous.bundles
-        kept = min((plan for plan in found if plan.bundles == bundles), key=_cost, default=best)
+    previous = problems[0].previous
+    if previous is not None:
+        kept = min((plan for plan in found if plan.bundles == previous.bundles), key=_cost, default=best)
         if kept.prediction.pass_s <= WORTH_MOVING * best.prediction.pass_s:
             return kept
     return best
 
 
-def _check_host_fits(problem: Problem) -> None:
+def _plans(problem: Problem, search: Search, bound_s: float, most: int | None) -> Iterator[Plan]:
+    """Yields the plans of a problem for at most so many speeds of the link, until one is as fast as can be."""
+    tried: list[Draft] = []
+    for draft in islice(_device_drafts(problem, search), most):
+        if not any(_is_same(draft, other) for other in tried):
+            tried.append(draft)
+            plan = _with_host(problem, draft)
+            if plan is not None:
+                yield plan
+                if not disk_bytes(plan) or plan.prediction.pass_s <= CLOSE * bound_s:
+                    break
+
+
+def _shares(problem: Problem, found: Sequence[Plan]) -> Iterator[Problem]:
+    """Yields the problem, then with less and less of host memory for what is offloaded.
+
+    Args:
+        problem: the pass.
+        found: the plans so far; those of the first problem are looked at.
+    """
+    yield problem
     budget_bytes = problem.host_budget_bytes
     assert budget_bytes is not None, "asked only where bundles come through host memory"
-    smallest = smallest_host_for(problem)
+    if not problem.born:
+        return
+    every = frozenset(each.index for each in offloadable(problem))
+    tried = {(every, False), (every, True)}
+    most = min(most_offloaded(problem, every), budget_bytes)
+    if found:
+        most = max(plan.host.offloaded_bytes for plan in found if plan.host is not None)
+    sets = placed_before(problem)
+    if most:
+        shares = SHARES if len(problem.finest.uses) <= MANY_USES else SHARES[:1]
+        sets += [chosen for share in shares for chosen in islice(sets_within(problem, int(share * most)), 2)]
+        sets.append(frozenset())
+    for chosen, in_slots in product(sets, (True, False)):
+        if (chosen, in_slots) not in tried:
+            tried.add((chosen, in_slots))
+            room_bytes = min(most_offloaded(problem, chosen), budget_bytes)
+            narrower = narrowed(problem, chosen, room_bytes, in_slots=in_slots)
+            if narrower is not None:
+                yield narrower
+
+
+def _check_host_fits(problems: Sequence[Problem]) -> Problem:
+    """Returns a problem that fits for sure, with a share of host memory for what is offloaded in it."""
+    budget_bytes = problems[0].host_budget_bytes
+    assert budget_bytes is not None, "asked only where bundles come through host memory"
+    smallest, safe = smallest_host_for(problems)
     if budget_bytes < smallest.size_bytes:
         raise BudgetError(
-            f"host budget {format_bytes(budget_bytes)} ({budget_bytes} B) is too small for {problem.trace.name!r} with "
-            f"{format_bytes(problem.budget_bytes)} on the device: the smallest that works is "
+            f"host budget {format_bytes(budget_bytes)} ({budget_bytes} B) is too small for {safe.trace.name!r} with "
+            f"{format_bytes(safe.budget_bytes)} on the device: the smallest that works is "
             f"{format_bytes(smallest.size_bytes)} ({smallest.size_bytes} B) of host memory, because "
             f"{smallest.limited_by}; raise the host budget to at least {smallest.size_bytes} B, or the budget of the "
             "device",
@@ -102,15 +160,19 @@ def _check_host_fits(problem: Problem) -> None:
             smallest_bytes=smallest.size_bytes,
             limited_by=smallest.limited_by,
         )
+    return safe
 
 
-def _device_drafts(problem: Problem, search: Callable[[Problem], Draft | None]) -> Iterator[Draft]:
+def _device_drafts(problem: Problem, search: Search) -> Iterator[Draft]:
     """Yields drafts of the device, each the fastest if bundles came at some speed."""
     previous = problem.previous and replace(problem.previous, host=None)
-    if previous is not None and any(each.size_bytes > (problem.host_arena_bytes or 0) for each in previous.bundles):
+    if previous is not None and any(
+        each.extents and each.size_bytes > (problem.host_arena_bytes or 0) for each in previous.bundles
+    ):
         previous = None  # the search would keep bundles that cannot come any more
     finest = confined(problem, problem.host_arena_bytes or 0)
-    assert finest is not None, "the budget of host memory was checked"
+    if finest is None:  # with as much of what is born in the pass on the device
+        return
     for link in _speeds(problem):
         machine = replace(problem.machine, link=link, disk_link=None)
         seen = Partition.of(problem.trace, machine, finest.demand.bundles, finest.demand.pooled)
@@ -144,7 +206,7 @@ def _link_times(problem: Problem) -> tuple[float, float]:
     """Returns for how long a pass keeps each link busy at least: with what neither level can hold."""
     machine, demand = problem.machine, problem.finest.demand
     assert machine.disk_link is not None, "asked only where there are two links"
-    comes = sum(demand.moved_bytes[bundle] for bundle in demand.read_bundles())
+    comes = sum(demand.moved_bytes[bundle] for bundle in demand.read_bundles() if not demand.born[bundle])
     below = comes
     if problem.trace.cyclic:
         comes = max(comes - problem.arena_bytes, 0)
@@ -153,10 +215,12 @@ def _link_times(problem: Problem) -> tuple[float, float]:
 
 
 def _is_same(one: Draft, other: Draft) -> bool:
-    return (one.partition.demand.bundles, one.residents, one.transfers) == (
-        other.partition.demand.bundles,
+    return (one.bundles, one.residents, one.transfers, one.made, one.offloads) == (
+        other.bundles,
         other.residents,
         other.transfers,
+        other.made,
+        other.offloads,
     )
 
 
@@ -165,7 +229,7 @@ def _confined_draft(problem: Problem) -> Draft:
     partition = confined(problem, problem.host_arena_bytes or 0)
     assert partition is not None, "the budget of host memory was checked"
     draft = best_draft([partition], problem.arena_bytes)
-    if draft is None or not _fits_host(draft, problem):
+    if draft is None or not _fits_host(draft, problem.host_arena_bytes or 0):
         kept = np.array(sorted(partition.demand.pooled), dtype=np.int64)
         keep = partition.uses.placeable(partition.demand, kept)
         draft = draft_plan(partition, keep, problem.arena_bytes)
@@ -173,17 +237,18 @@ def _confined_draft(problem: Problem) -> Draft:
     return draft
 
 
-def _fits_host(draft: Draft, problem: Problem) -> bool:
-    bundles = draft.partition.demand.bundles
-    return all(bundles[each.bundle].size_bytes <= (problem.host_arena_bytes or 0) for each in draft.transfers)
+def _fits_host(draft: Draft, arena_bytes: int) -> bool:
+    sizes = [draft.bundles[each.bundle].size_bytes for each in draft.transfers if draft.bundles[each.bundle].extents]
+    return max(sizes, default=0) <= arena_bytes
 
 
 def _with_host(problem: Problem, draft: Draft) -> Plan | None:
     """Returns the plan with host memory planned under this draft; None if a bundle is too large for that."""
-    machine, budget_bytes, arena_bytes = problem.machine, problem.host_budget_bytes, problem.host_arena_bytes
+    machine, budget_bytes = problem.machine, problem.host_budget_bytes
     assert budget_bytes is not None, "asked only where bundles come through host memory"
-    assert arena_bytes is not None, "asked only where bundles come through host memory"
-    if not _fits_host(draft, problem):
+    offloaded = peak_offloaded(draft)
+    arena_bytes = round_down(budget_bytes - offloaded, machine.page_bytes)
+    if arena_bytes < 0 or not _fits_host(draft, arena_bytes):
         return None
     demand = draft.partition.demand
     previous = problem.previous
@@ -201,6 +266,7 @@ def _with_host(problem: Problem, draft: Draft) -> Plan | None:
         arena_bytes=lower.arena_bytes + moved_bytes,
         residents=residents,
         transfers=tuple(replace(each, offset_bytes=each.offset_bytes + moved_bytes) for each in reads),
+        offloaded_bytes=offloaded,
     )
     plan = replace(problem.plan(draft), host=host)
     return replace(plan, prediction=simulate(problem.trace, plan, machine).prediction)
@@ -228,12 +294,13 @@ def _as_before(problem: Problem) -> Plan | None:
     previous = problem.previous
     if previous is None or previous.host is None or problem.host_budget_bytes is None:
         return None
+    apart = {index for bundle in previous.bundles for index in bundle.tensors}
     plan = replace(
         previous,
         trace_name=problem.trace.name,
         budget_bytes=problem.budget_bytes,
         fixed_bytes=problem.fixed_bytes,
-        activation_bytes=problem.activation_bytes,
+        activation_bytes=max(problem.trace.activation_bytes(apart), default=0),
         host=replace(previous.host, budget_bytes=problem.host_budget_bytes),
     )
     try:

@@ -15,6 +15,9 @@ from mball.plan.demand import Demand
 from mball.plan.leaving import Ways
 from mball.schema import Trace
 
+# Before any step that is asked about.
+NEVER = np.iinfo(np.int64).min // 4
+
 
 @dataclass(frozen=True, slots=True)
 class Visits:
@@ -23,12 +26,14 @@ class Visits:
     Attributes:
         bundle: who.
         first: the step of its first use, within the pass.
-        end: the step after its last use; past the end of the pass where it stays over it.
+        end: the step after the last in which it has its slot; past the end of the pass where it stays over it.
         gap: the gap that the visit ends: were it kept, the visit would be no visit of its own.
         born: whether a step bears it; None if the link brings all.
         anew: whether a step makes it anew; None likewise.
-        written: the step of its last use, if it is written below after that: `end` is then the step after the one that
-            is left only when that is done. -1 for others; None likewise.
+        written: the step after which it is written below: that of its last use, or the last that changes it, or the
+            last before a step on the host lane reads it. -1 for others; None likewise.
+        last: the step of its last use; None likewise.
+        until: the step that is left only when the write is done, or that of its last use; None likewise.
     """
 
     bundle: Ints
@@ -38,6 +43,8 @@ class Visits:
     born: Bools | None = None
     anew: Bools | None = None
     written: Ints | None = None
+    last: Ints | None = None
+    until: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.bundle)
@@ -55,11 +62,14 @@ class Uses:
         floor: of each gap the step that must have been left before the visit that ends it may begin, counted from the
             pass of that visit: another copy is in use until then, or the bytes are not written before. None if nothing
             is used twice or written.
+        host_floor: of each gap the last step on the host lane that writes or bears the bundle before that visit,
+            counted likewise: it must have ended too. `NEVER` where there is none; None if the host lane writes nothing.
     """
 
     def __init__(self, trace: Trace, demand: Demand, ways: Ways | None = None) -> None:
         counts = np.array([len(steps) for steps in demand.uses], dtype=np.int64)
         self.num_steps = len(trace.steps)
+        self._cyclic = trace.cyclic
         self._is_used: Bools = counts > 0
         self.bundle: Ints = np.repeat(np.arange(len(counts)), counts)
         self.step: Ints = np.array([step for steps in demand.uses for step in steps], dtype=np.int64)
@@ -79,23 +89,39 @@ class Uses:
         self.floor: Ints | None = None
         if not self._each_once:  # else its own slot says the same
             self.floor = self.step - np.where(is_last, self.num_steps, 0)
-        for gap, step in _written_gaps(trace, demand, self):
+        self.host_floor: Ints | None = None
+        for gap, step in _written_gaps(demand, self):
             if self.floor is None:
                 self.floor = np.full(len(self), -2 * self.num_steps, dtype=np.int64)
+            if self.host_floor is None:
+                self.host_floor = np.full(len(self), NEVER, dtype=np.int64)
             self.may_stay[gap] = False
             self.floor[gap] = max(int(self.floor[gap]), step)
+            self.host_floor[gap] = max(int(self.host_floor[gap]), step)
         self._ways = ways
+        self._changes = demand.at_home.device_writes
         if ways is not None:
             # From its last use to its birth in the next pass there is nothing to keep.
             self._is_dead: Bools = is_last & ways.is_born[self.bundle]
             self.may_stay[self._is_dead] = False
-            self._until: Ints = np.where(self._is_dead, self.step, ways.until(self.bundle, self.step, self.reaches))
-            lives = ways.is_born[self.bundle] & ~self._is_dead
-            assert self.floor is not None, "the step that bears and those that read are several"
-            self.floor[lives] = self._until[lives]
+            self.may_stay[_read_gaps(demand, self)] = False
+            self._written: Ints = self._last_written(ways)
+            reaches = self.reaches if trace.cyclic else np.minimum(self.reaches, self.num_steps)
+            is_written = self._written > NEVER
+            steps = np.where(is_written, self._written, self.step)
+            self._until: Ints = np.where(is_written, ways.until(self.bundle, steps, reaches), self.step)
+            assert self.floor is not None, "a step that bears or changes is there, so this pass has floors"
+            done = np.maximum(self._until, self.step) - np.where(is_last, self.num_steps, 0)
+            self.floor = np.where(is_written, np.maximum(self.floor, done), self.floor)
 
     def __len__(self) -> int:
         return len(self.step)
+
+    @property
+    def all_may_stay(self) -> bool:
+        """Whether each bundle can be there from its first use on: for good, or until what is born in the pass dies."""
+        stays = self.may_stay if self._ways is None else self.may_stay | self._is_dead
+        return bool(stays.all())
 
     def gaps_of(self, bundle: int) -> slice:
         """Returns where the gaps of a bundle that is used are."""
@@ -148,32 +174,89 @@ class Uses:
         bundle = self.bundle[starts]
         if self._ways is None:
             return Visits(bundle[order], first[order], end[order], dropped[order])
-        born, is_anew = self._is_dead[dropped], self._ways.is_anew[bundle]
-        written = np.where(born & ~is_anew & ~self._is_dead[ends], self.step[ends], -1)
-        end = np.where(written >= 0, self._until[ends] + 1, end)
-        anew = is_anew & ~born
-        return Visits(bundle[order], first[order], end[order], dropped[order], born[order], anew[order], written[order])
+        born = self._is_dead[dropped] & ~self._ways.is_below[bundle]
+        anew = self._ways.is_anew[bundle] & ~born
+        over = np.where(wraps, self.num_steps, 0)
+        last = end - 1
+        written = self._written[ends] + over
+        # What is below already is not written again; what changed is, if that was in this visit.
+        is_written = (born | self._ways.is_changed[bundle]) & (self._written[ends] > NEVER) & (written >= first)
+        written = np.where(is_written, written, -1)
+        until = np.where(is_written, self._until[ends] + over, last)
+        end = np.maximum(last, until) + 1
+        return Visits(
+            bundle[order],
+            first[order],
+            end[order],
+            dropped[order],
+            born[order],
+            anew[order],
+            written[order],
+            last[order],
+            until[order],
+        )
+
+    def written_back(self) -> list[tuple[int, int, int]]:
+        """Returns the bundles that steps on the device change and that may be resident, and the write of each if it is.
+
+        That is the step that changes it last in the pass, and the one that is left only when its write is done.
+        """
+        found = []
+        for bundle, steps in self._changes.items():
+            gaps = self.gaps_of(bundle)
+            if self._ways is not None and bool(self.may_stay[gaps].all()):
+                last, again = np.array([steps[-1]]), np.array([steps[0] + self.num_steps])
+                until = self._ways.until(np.array([bundle]), last, again)
+                found.append((bundle, steps[-1], int(until[0])))
+        return found
+
+    def _last_written(self, ways: Ways) -> Ints:
+        """Returns for each use the step after which its bundle is written if its visit ends there, `NEVER` if none is.
+
+        Counted from the pass of the use: what changed last in the pass before has negative steps.
+        """
+        is_made = ways.is_born & ~ways.is_below & ~ways.is_anew
+        written = np.where(is_made[self.bundle], self.step, NEVER)
+        written[self._is_dead & (ways.first_read[self.bundle] < 0)] = NEVER
+        for bundle in np.flatnonzero(ways.first_read >= 0).tolist():
+            gaps = self.gaps_of(bundle)
+            before = int(np.searchsorted(self.step[gaps], ways.first_read[bundle])) - 1
+            written[gaps] = np.minimum(self.step[gaps], self.step[gaps][before])
+        for bundle, steps in self._changes.items():
+            gaps = self.gaps_of(bundle)
+            before_each = np.searchsorted(steps, self.step[gaps], side="right") - 1
+            last = np.array(steps, dtype=np.int64)[before_each]
+            earlier = last - self.num_steps if self._cyclic else np.full(len(last), NEVER)
+            written[gaps] = np.where(before_each < 0, earlier, last)
+        return written
 
 
-def _written_gaps(trace: Trace, demand: Demand, uses: Uses) -> list[tuple[int, int]]:
-    """Returns the gaps in which something writes to the bundle, and the step that does, as `Uses.floor` counts.
+def _written_gaps(demand: Demand, uses: Uses) -> list[tuple[int, int]]:
+    """Returns the gaps in which the host lane writes or bears the bundle, and the steps that do: see `Uses.floor`."""
+    return [
+        _gap_at(uses, bundle, step)
+        for bundle, steps in demand.at_home.host_writes.items()
+        if demand.uses[bundle]
+        for step in steps
+    ]
 
-    A step reads before it writes, so a write of a step that also reads lies in the gap after that.
-    """
-    if not any(step.writes for step in trace.steps):
-        return []
-    home = {index: number for number, bundle in enumerate(demand.bundles) for index in bundle.tensors}
-    found: list[tuple[int, int]] = []
-    for number, step in enumerate(trace.steps):
-        for bundle in {home[index] for index in step.writes}:
-            if not demand.uses[bundle]:
-                continue
-            gaps = uses.gaps_of(bundle)
-            # The gap that a write lies in begins with the last use that is not after it.
-            before = int(np.searchsorted(uses.step[gaps], number, side="right")) - 1
-            if before < 0:  # before the first use
-                found.append((gaps.stop - 1, number))
-            else:
-                is_last = gaps.start + before == gaps.stop - 1
-                found.append((gaps.start + before, number - (uses.num_steps if is_last else 0)))
-    return found
+
+def _read_gaps(demand: Demand, uses: Uses) -> list[int]:
+    """Returns the gaps in which the host lane reads a home that steps on the device change: the bundle goes there."""
+    at_home = demand.at_home
+    return [
+        _gap_at(uses, bundle, step)[0]
+        for bundle in at_home.device_writes
+        for step in at_home.host_reads.get(bundle, ())
+    ]
+
+
+def _gap_at(uses: Uses, bundle: int, step: int) -> tuple[int, int]:
+    """Returns the gap of a bundle that a step lies in, and the step counted from the pass of the use after it."""
+    gaps = uses.gaps_of(bundle)
+    # It begins with the last use that is not after the step.
+    before = int(np.searchsorted(uses.step[gaps], step, side="right")) - 1
+    if before < 0:  # before the first use
+        return gaps.stop - 1, step
+    is_last = gaps.start + before == gaps.stop - 1
+    return gaps.start + before, step - (uses.num_steps if is_last else 0)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NoReturn
 
 from mball.errors import PlanError
+from mball.plan.bundles import crossing
+from mball.plan.check_home import check_home
 from mball.plan.demand import bundle_reads
 from mball.plan.host import as_plan, check_order
-from mball.plan.simulate import slots_held
-from mball.schema import Bundle, Machine, Made, Offload, Plan, Tensor, Trace, Treatment
+from mball.plan.simulate import offloaded_bytes, slots_held
+from mball.schema import Bundle, Lane, Machine, Made, Offload, Plan, Tensor, Trace, Treatment
 from mball.units import format_bytes
 
 
@@ -20,15 +22,18 @@ def validate(trace: Trace, plan: Plan, machine: Machine | None = None) -> None:
 
     Checked: bundles partition the weights and their layout is right; steps cover the trace in order; every read is
     resident or covered by a transfer, or by the step that makes it; what is born in the pass comes from where it was
-    written; no slot is overwritten while in use, also across the end of the pass; where there is only one pass, nothing
-    comes from another; all bytes are within the arena and the budget. The same of the host part, if there is one: every
-    transfer to the device finds its bundle in host memory, and nothing waits for itself. With `machine`, pages and
-    alignment too, and that there is a host part where it is needed.
+    written; what steps change is written back, and what the host lane uses or writes is there in time; no slot is
+    overwritten while in use, also across the end of the pass; where there is only one pass, nothing comes from another;
+    all bytes are within the arena and the budget, and what is offloaded within its own. The same of the host part, if
+    there is one: every transfer to the device finds its bundle in host memory, and nothing waits for itself. With
+    `machine`, pages and alignment too, and that there is a host part where it is needed.
 
     Raises:
         PlanError: an invariant is broken; the message says which, where, and by how much.
     """
     plan.check()
+    if plan.host is not None:
+        _check_one_link(trace)
     _check_partition(trace, plan)
     for number, bundle in enumerate(plan.bundles):
         _check_layout(trace, number, bundle, machine)
@@ -38,14 +43,23 @@ def validate(trace: Trace, plan: Plan, machine: Machine | None = None) -> None:
         _check_only_pass(plan)
     _check_reads(plan)
     _check_born(trace, plan)
-    _check_writes(trace, plan)
+    check_home(trace, plan)
     _check_bounds(trace, plan, machine)
     _check_overlap(plan)
+    _check_offloaded(plan)
     _check_host(trace, plan, machine)
 
 
 def _fail(message: str) -> NoReturn:
     raise PlanError(f"{message}: the plan is wrong, make it again")
+
+
+def _check_one_link(trace: Trace) -> None:
+    """Checks that a pass of a plan with a host part does nothing that is planned over one link only."""
+    for step in trace.steps:
+        if step.writes or step.lane is Lane.HOST:
+            does = "runs on the host lane" if step.lane is Lane.HOST else f"writes {len(step.writes)} tensors"
+            _fail(f"it has a host part, and step {step.name!r} {does}, which is planned over one link")
 
 
 def _check_partition(trace: Trace, plan: Plan) -> None:
@@ -134,11 +148,14 @@ def _check_steps(trace: Trace, plan: Plan) -> None:
         if step.first != expected or not step.first < step.end <= len(trace.steps):
             _fail(f"step {number} runs trace steps [{step.first}, {step.end}) instead of beginning at {expected}")
         expected = step.end
-        graphs = {(trace.steps[index].graph, trace.steps[index].lane) for index in range(step.first, step.end)}
-        if len(graphs) > 1 or (None in dict(graphs) and step.end - step.first > 1):
-            _fail(f"step {number} merges trace steps [{step.first}, {step.end}) that are not of one graph")
-        wanted = {bundle for index in range(step.first, step.end) for bundle in reads[index]}
-        if len(set(step.reads)) != len(step.reads) or set(step.reads) != wanted:
+        if step.end - step.first > 1:
+            if len({trace.steps[index].lane for index in range(step.first, step.end)}) > 1:
+                _fail(f"step {number} merges trace steps [{step.first}, {step.end}) that are not on one lane")
+            graphs = {trace.steps[index].graph for index in range(step.first, step.end)}
+            if len(graphs) > 1 or None in graphs:
+                _fail(f"step {number} merges trace steps [{step.first}, {step.end}) that are not of one graph")
+        read, wanted = set(step.reads), set(chain.from_iterable(reads[step.first : step.end]))
+        if len(read) != len(step.reads) or read != wanted:
             _fail(f"step {number} reads bundles {sorted(step.reads)}; its trace steps read {sorted(wanted)}")
     if expected != len(trace.steps):
         _fail(f"the steps end at trace step {expected} of {len(trace.steps)}")
@@ -221,6 +238,8 @@ def _check_reads(plan: Plan) -> None:
 
 def _check_born(trace: Trace, plan: Plan) -> None:
     """Checks that what is born in the pass is there after its birth only, and comes only from where it was written."""
+    if not plan.made and not plan.offloads and not any(trace.movable()):
+        return
     for placement in plan.residents:
         if any(trace.tensors[index].home is None for index in plan.bundles[placement.bundle].tensors):
             _fail(f"bundle {placement.bundle} is resident, and its tensor dies in the pass")
@@ -229,6 +248,8 @@ def _check_born(trace: Trace, plan: Plan) -> None:
     for made in plan.made:
         tensor = _born(trace, plan, made.bundle)
         birth = step_of[tensor.live.first] if tensor.live is not None else -1
+        if trace.is_born_below(tensor):
+            _fail(f"step {made.step} makes tensor {tensor.name!r}, which the host lane bears in host memory")
         if made.is_anew:
             if Treatment.RECOMPUTE not in tensor.may or made.step <= birth:
                 _fail(f"step {made.step} makes tensor {tensor.name!r} anew, which is born in step {birth}")
@@ -240,29 +261,33 @@ def _check_born(trace: Trace, plan: Plan) -> None:
             births[made.bundle] = made
     written: dict[int, Offload] = {}
     for offload in plan.offloads:
+        if all(trace.tensors[index].home is not None for index in plan.bundles[offload.bundle].tensors):
+            continue
         tensor = _born(trace, plan, offload.bundle)
         born = births.get(offload.bundle)
         if Treatment.OFFLOAD not in tensor.may or offload.bundle in written or born is None:
             _fail(f"tensor {tensor.name!r} is written below more often than it may be, or before it is born")
-        if (offload.after, offload.offset_bytes) != (born.last_use, born.offset_bytes):
+        if not born.step <= offload.after <= born.last_use or offload.offset_bytes != born.offset_bytes:
             _fail(
                 f"tensor {tensor.name!r} is written after step {offload.after} from {offload.offset_bytes} B; it is at "
-                f"{born.offset_bytes} B to step {born.last_use}"
-            )
-        if not offload.after <= offload.until < len(plan.steps):
-            _fail(
-                f"the write of tensor {tensor.name!r} after step {offload.after} is waited for in step "
-                f"{offload.until}, in a pass of {len(plan.steps)} steps"
+                f"{born.offset_bytes} B from step {born.step} to step {born.last_use}"
             )
         written[offload.bundle] = offload
     for transfer in plan.transfers:
         if any(trace.tensors[index].home is None for index in plan.bundles[transfer.bundle].tensors):
-            there = written.get(transfer.bundle)
-            if there is None or transfer.after < there.until or transfer.last_use >= len(plan.steps):
+            tensor, there = _born(trace, plan, transfer.bundle), written.get(transfer.bundle)
+            is_there = there is not None and there.until <= transfer.after
+            if tensor.live is not None and trace.is_born_below(tensor):
+                is_there = step_of[tensor.live.first] <= transfer.after
+            if not is_there or transfer.last_use >= len(plan.steps):
                 _fail(
                     f"the transfer of bundle {transfer.bundle} may begin after step {transfer.after}; nothing is "
                     "written below for it by then"
                 )
+    brought, crosses = {transfer.bundle for transfer in plan.transfers}, crossing(trace)
+    for bundle in written:
+        if bundle not in brought and crosses.isdisjoint(plan.bundles[bundle].tensors):
+            _fail(f"bundle {bundle} is written below, and nothing brings it back")
     order = [(offload.after, offload.until) for offload in plan.offloads]
     if order != sorted(order):
         _fail("offloads are not sorted by (after, until)")
@@ -272,42 +297,8 @@ def _born(trace: Trace, plan: Plan, bundle: int) -> Tensor:
     """Returns the tensor of a bundle that is born in the pass."""
     tensors = [trace.tensors[index] for index in plan.bundles[bundle].tensors]
     if len(tensors) != 1 or tensors[0].home is not None:
-        _fail(f"bundle {bundle} has a home; steps neither make it nor write it below")
+        _fail(f"bundle {bundle} has a home, and steps do not make it")
     return tensors[0]
-
-
-def _check_writes(trace: Trace, plan: Plan) -> None:
-    """Checks that no step reads bytes that were brought before another step wrote them anew."""
-    written: dict[int, list[int]] = {}
-    home = {index: number for number, bundle in enumerate(plan.bundles) for index in bundle.tensors}
-    for number, step in enumerate(trace.steps):
-        for bundle in {home[index] for index in step.writes}:
-            written.setdefault(bundle, []).append(number)
-    if not written:
-        return
-    for placement in plan.residents:
-        if placement.bundle in written:
-            _fail(
-                f"bundle {placement.bundle} is resident, and step {written[placement.bundle][0]} of the trace writes it"
-            )
-    count, num_steps = len(trace.steps), len(plan.steps)
-    reads = bundle_reads(trace, plan.bundles)
-
-    def begin(step: int) -> int:
-        """Returns the trace step with which a plan step of this pass, or one beside it, begins."""
-        return plan.steps[step % num_steps].first + step // num_steps * count
-
-    for transfer in plan.transfers:
-        if transfer.bundle not in written:
-            continue
-        window = range(begin(transfer.needed_by), begin(transfer.last_use + 1))
-        last = max((number for number in window if transfer.bundle in reads[number % count]), default=-count)
-        for number in written[transfer.bundle]:
-            if any(begin(transfer.after + 1) <= number + shift < last for shift in (-count, 0, count)):
-                _fail(
-                    f"the transfer of bundle {transfer.bundle} may begin before step {number} of the trace writes it, "
-                    f"and step {last % count} reads it after that"
-                )
 
 
 def _check_bounds(trace: Trace, plan: Plan, machine: Machine | None) -> None:
@@ -334,29 +325,60 @@ def _check_bounds(trace: Trace, plan: Plan, machine: Machine | None) -> None:
 
 def _check_overlap(plan: Plan) -> None:
     num_steps = len(plan.steps)
+    # Residents are many and never move: whoever comes and goes is held against them, and against the others like it.
+    residents = sorted(
+        _slot(plan, each.bundle, each.offset_bytes) for each in plan.residents if plan.bundles[each.bundle].size_bytes
+    )
+    for one, other in pairwise(residents if num_steps else ()):
+        _check_apart(0, other, one)
     # What takes a slot at each step, and what gives it back before that step.
     taken: list[list[tuple[int, int, int]]] = [[] for _ in range(num_steps)]
     given: list[list[tuple[int, int, int]]] = [[] for _ in range(num_steps + 1)]
-    ranges = [(p.bundle, p.offset_bytes, 0, num_steps) for p in plan.residents]
-    ranges += slots_held(plan)
-    for bundle, offset, first, end in ranges:
-        size = plan.bundles[bundle].size_bytes
-        if size and first < end:
-            taken[first].append((offset, offset + size, bundle))
-            given[end].append((offset, offset + size, bundle))
+    for bundle, offset, first, end in slots_held(plan):
+        if plan.bundles[bundle].size_bytes and first < end:
+            slot = _slot(plan, bundle, offset)
+            taken[first].append(slot)
+            given[end].append(slot)
     held: list[tuple[int, int, int]] = []
     for step in range(num_steps):
         for slot in given[step]:
             held.pop(bisect_left(held, slot))
         for slot in taken[step]:
+            for others in (residents, held):
+                at = bisect_left(others, slot)
+                for other in others[max(at - 1, 0) : at + 1]:
+                    _check_apart(step, slot, other)
             insort(held, slot)
-            at = bisect_left(held, slot)
-            for other in held[max(at - 1, 0) : at] + held[at + 1 : at + 2]:
-                if other[0] < slot[1] and slot[0] < other[1]:
-                    _fail(
-                        f"in step {step} bundles {other[2]} at [{other[0]}, {other[1]}) B and {slot[2]} at "
-                        f"[{slot[0]}, {slot[1]}) B of the arena overlap"
-                    )
+
+
+def _slot(plan: Plan, bundle: int, offset: int) -> tuple[int, int, int]:
+    return offset, offset + plan.bundles[bundle].size_bytes, bundle
+
+
+def _check_apart(step: int, slot: tuple[int, int, int], other: tuple[int, int, int]) -> None:
+    if other[0] < slot[1] and slot[0] < other[1]:
+        _fail(
+            f"in step {step} bundles {other[2]} at [{other[0]}, {other[1]}) B and {slot[2]} at "
+            f"[{slot[0]}, {slot[1]}) B of the arena overlap"
+        )
+
+
+def _check_offloaded(plan: Plan) -> None:
+    """Checks that what is offloaded has room below."""
+    peak = max(offloaded_bytes(plan), default=0)
+    if plan.offload_budget_bytes is not None and peak > plan.offload_budget_bytes:
+        _fail(f"offloaded tensors take {peak} B below at one time; their budget is {plan.offload_budget_bytes} B")
+    if plan.host is None:
+        return
+    if peak > plan.host.offloaded_bytes:
+        _fail(f"offloaded tensors take {peak} B of host memory; {plan.host.offloaded_bytes} B are set aside")
+    used = plan.host.arena_bytes + plan.host.offloaded_bytes
+    if used > plan.host.budget_bytes:
+        _fail(
+            f"slots, {format_bytes(plan.host.arena_bytes)}, and offloaded tensors, "
+            f"{format_bytes(plan.host.offloaded_bytes)}, exceed the budget of host memory by "
+            f"{used - plan.host.budget_bytes} B"
+        )
 
 
 def _check_host(trace: Trace, plan: Plan, machine: Machine | None) -> None:
@@ -366,11 +388,10 @@ def _check_host(trace: Trace, plan: Plan, machine: Machine | None) -> None:
         _fail(f"it has {has}, and machine {machine.name!r} {link} link from disk to host memory")
     if plan.host is None:
         return
-    if plan.made or plan.offloads:
-        _fail(
-            f"it has a host part and places for {len(plan.made)} tensors that are born in the pass; over two links "
-            "they stay"
-        )
+    placed = [each.bundle for each in plan.host.residents] + [each.bundle for each in plan.host.transfers]
+    for bundle in placed:
+        if not plan.bundles[bundle].extents:
+            _fail(f"bundle {bundle} has a slot in host memory, and nothing on disk that could fill it")
     below = as_plan(plan)
     try:
         _check_transfers(below)

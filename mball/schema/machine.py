@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 
 from mball.errors import SchemaError
 from mball.schema.document import Document
@@ -53,6 +54,8 @@ class Machine(Document):
         write_link: from the arena to where tensors are offloaded; None where they go the way of `link`, so that reads
             and writes take turns.
         disk_link: from disk to host memory, where homes on disk come through host memory.
+        host_bandwidth_bytes_per_s: of host memory, under steps on the host lane: none of them is faster than the bytes
+            that it reads and writes. None: they take the time that was measured.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Machine(Document):
     link: Link
     write_link: Link | None = None
     disk_link: Link | None = None
+    host_bandwidth_bytes_per_s: float | None = None
     version: int = MACHINE_VERSION
 
     def check(self) -> None:
@@ -89,14 +93,20 @@ class Machine(Document):
                     f"{self.link.source.value}; they must begin at disk and at host"
                 )
 
+        if self.host_bandwidth_bytes_per_s is not None and not self.host_bandwidth_bytes_per_s > 0:
+            raise SchemaError(
+                f"machine {self.name!r}: its host memory has {self.host_bandwidth_bytes_per_s} B/s of bandwidth, which "
+                "must be positive"
+            )
+
     def _check_link(self, name: str, link: Link, target: Tier) -> None:
         if link.target is not target:
             raise SchemaError(
                 f"machine {self.name!r}: its {name} goes from {link.source.value} to {link.target.value}; it must end "
                 f"in {target.value}"
             )
-        if not link.bandwidth_bytes_per_s > 0 or not link.latency_s >= 0 or link.window_bytes < 0:
+        if not 0 < link.bandwidth_bytes_per_s < inf or not 0 <= link.latency_s < inf or link.window_bytes < 0:
             raise SchemaError(
                 f"machine {self.name!r}, {name}: bandwidth {link.bandwidth_bytes_per_s} B/s must be positive, "
-                f"latency {link.latency_s} s and window {link.window_bytes} B not negative"
+                f"latency {link.latency_s} s and window {link.window_bytes} B not negative, and all finite"
             )

@@ -46,12 +46,17 @@ class Bundle:
     @property
     def moved_bytes(self) -> int:
         """What one transfer moves: what is read, or the slot of a tensor that was offloaded."""
+        if len(self.extents) == 1:
+            return self.extents[0].size_bytes
         return sum(extent.size_bytes for extent in self.extents) if self.extents else self.size_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanStep:
-    """Runs the trace steps `[first, end)`; all bundles in `reads` are present throughout."""
+    """Runs the trace steps `[first, end)`, all on one lane; all bundles in `reads` are present throughout.
+
+    One on the host lane reads none: it uses what lies below, and waits for the last write of that before it.
+    """
 
     first: int
     end: int
@@ -74,6 +79,12 @@ class Transfer:
     may start as soon as step `after` has been left. Steps count from the pass that `needed_by` lies in: `after` is -1
     for the last step of the pass before and `-len(steps)` for its first, and `last_use` may lie in the pass after.
     `needed_by` lies in `[0, len(steps))`, `after` before it, and a slot is held for one pass at most.
+
+    A step on the host lane counts as left as soon as the steps on the device before it have been.
+
+    Attributes:
+        after_host: where steps on the host lane write the bundle, or bear it, the last that does before the transfer,
+            counted as `after` is: it must have ended too. None if there is none.
     """
 
     bundle: int
@@ -81,6 +92,7 @@ class Transfer:
     after: int
     needed_by: int
     last_use: int
+    after_host: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +111,15 @@ class Made:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offload:
-    """Writes a tensor that is born in the pass to the tier below, from which a transfer brings it back.
+    """Writes to the tier below what is born in the pass, or what steps have changed of a bundle with a home.
 
-    It may start once step `after` has been left, and step `until` is left only when it is done. The slot is held until
-    then; both steps are of one pass.
+    It may start once step `after` has run, and step `until` is left only when it is done. The slot is held until then,
+    or until the bundle's last use there if that comes later. Steps count from the pass of `after`: `until` may lie in
+    the pass after, less than a pass away. Where steps on the host lane use what lies below, it starts only after the
+    last of them that comes before step `after` has ended.
+
+    Step `until` and those before it that look up rows of a changed bundle find them in the slot: its home has them only
+    when the write is done.
     """
 
     bundle: int
@@ -140,19 +157,21 @@ class HostPlan:
 
     Transfers of the plan copy from host memory to the device, one after another in their order, pass after pass. What
     they copy is in host memory for good, if its bundle is among `residents`, or was brought there by one of
-    `transfers`, for which the copy waits. A bundle without extents needs no place here.
+    `transfers`, for which the copy waits. A bundle without extents needs no slot here: it is empty, or was offloaded.
 
     Attributes:
-        budget_bytes: the cap of host memory.
+        budget_bytes: the cap of host memory: `arena_bytes + offloaded_bytes <= budget_bytes`.
         arena_bytes: bytes of it that slots use.
         residents: bundles that stay in host memory.
         transfers: from disk, in the order they are issued; sorted by (after, needed_by).
+        offloaded_bytes: bytes of it that are set aside for offloaded tensors: the most of them at one time.
     """
 
     budget_bytes: int
     arena_bytes: int
     residents: tuple[Placement, ...]
     transfers: tuple[HostTransfer, ...]
+    offloaded_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,9 +179,12 @@ class Prediction:
     """What `simulate` says of one steady pass, or of the only one.
 
     Attributes:
-        compute_s: of the steps, the rows that they wait for included.
+        compute_s: of the steps on the device, the rows that they wait for included.
+        stall_s: how long the device waits.
         streamed_bytes: what comes into the device, rows included.
         roofline_s: the time of the busiest lane of work or link if it never waits.
+        host_s: of the steps on the host lane.
+        written_bytes: what leaves the device.
     """
 
     pass_s: float
@@ -170,6 +192,8 @@ class Prediction:
     stall_s: float
     streamed_bytes: int
     roofline_s: float
+    host_s: float = 0.0
+    written_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +211,8 @@ class Plan(Document):
         made: where tensors born in the pass are made.
         offloads: in the order they are issued; sorted by (after, until).
         host: what host memory holds, if homes are below it; None if bundles come to the device from their homes.
+        offload_budget_bytes: the cap of what offloaded tensors take below at one time; None if there is none, or if
+            they share the budget of host memory.
     """
 
     trace_name: str
@@ -202,6 +228,7 @@ class Plan(Document):
     made: tuple[Made, ...] = ()
     offloads: tuple[Offload, ...] = ()
     host: HostPlan | None = None
+    offload_budget_bytes: int | None = None
     version: int = PLAN_VERSION
 
     def check(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import accumulate
+from math import inf
 from typing import Self
 
 from mball.errors import SchemaError
@@ -44,7 +45,7 @@ class Lane(StrEnum):
     """Where a step runs."""
 
     COMPUTE = "compute"  # on the device; what it reads must be there
-    HOST = "host"  # on the processor beside it; what it reads must be in host memory
+    HOST = "host"  # on the processor beside it, beside the compute; what it reads must be in host memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +124,7 @@ class Tensor:
 
     def check(self) -> None:
         """Raises SchemaError when the tensor contradicts itself."""
-        if self.size_bytes < 0 or min(self.shape, default=0) < 0 or (self.home and self.home.offset_bytes < 0):
+        if self.size_bytes < 0 or (self.shape and min(self.shape) < 0) or (self.home and self.home.offset_bytes < 0):
             offset = self.home.offset_bytes if self.home else 0
             raise SchemaError(
                 f"tensor {self.name!r}: size {self.size_bytes} B, offset {offset} B and shape {self.shape} "
@@ -133,6 +134,17 @@ class Tensor:
             raise SchemaError(f"tensor {self.name!r} must have either a home or a live range")
         if self.home is not None and self.home.tier is Tier.DEVICE:
             raise SchemaError(f"tensor {self.name!r} has its home in device memory; homes are below it")
+        # Sets of enumerations take as long as all the rest, and nearly all tensors may the same.
+        if self.may != (_USUAL_WITH_HOME if self.home else _USUAL_WITHOUT_HOME):
+            self._check_may()
+        is_priced = self.recompute_s is not None and 0 <= self.recompute_s < inf
+        if is_priced != (Treatment.RECOMPUTE in self.may) or (self.recompute_s is not None and not is_priced):
+            raise SchemaError(
+                f"tensor {self.name!r} takes {self.recompute_s} s to recompute and may {list(self.may)}: a time of "
+                "zero or more belongs to each tensor that may be recomputed, and to no other"
+            )
+
+    def _check_may(self) -> None:
         if len(set(self.may)) != len(self.may) or not self.may:
             raise SchemaError(f"tensor {self.name!r} may {list(self.may)}; each treatment once, and at least one")
         with_home = {Treatment.STREAM, Treatment.GATHER}
@@ -140,12 +152,10 @@ class Tensor:
         if wrong := (without_home if self.home else with_home).intersection(self.may):
             has = "a home" if self.home else "no home"
             raise SchemaError(f"tensor {self.name!r} has {has}, so it cannot {min(wrong).value}")
-        is_priced = self.recompute_s is not None and self.recompute_s >= 0
-        if is_priced != (Treatment.RECOMPUTE in self.may) or (self.recompute_s is not None and not is_priced):
-            raise SchemaError(
-                f"tensor {self.name!r} takes {self.recompute_s} s to recompute and may {list(self.may)}: a time of "
-                "zero or more belongs to each tensor that may be recomputed, and to no other"
-            )
+
+
+_USUAL_WITH_HOME = (Treatment.STAY, Treatment.STREAM)
+_USUAL_WITHOUT_HOME = (Treatment.STAY,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,10 +176,16 @@ class Step:
             plan. None for an operator that ran outside any graph.
         reads: indices of the tensors it reads as a whole, in order of first use; those that only stay may be left out.
         gathers: those of which it reads rows. One that may gather need not be on the device for it.
-        writes: indices of tensors with a home that it changes. Copies that were brought before are void then.
+        writes: indices of tensors with a home that it changes. On the compute lane it changes the copy on the device,
+            which must be there as if it were read, and is written back to its home after that. On the host lane it
+            changes the home in place, and copies that were brought before are void.
         scratch_bytes: peak of the tensors born and dying within the step.
         flops: floating point operations.
         time_s: measured seconds of compute, None when it never ran.
+        lane: where it runs. Each lane runs its steps in the order of the trace. A step on the host lane begins once the
+            compute steps before it have been left and what it reads is in host memory: it uses homes in place, and what
+            is born on the device once that has been offloaded. Compute steps wait for it only where they need what it
+            writes or bears.
     """
 
     name: str
@@ -216,37 +232,53 @@ class Trace(Document):
     def needs(self) -> list[tuple[int, ...]]:
         """Returns for each step the tensors with a home that must be on the device, in order of first use.
 
-        What it reads rows of at home, or may (see `gathered`), is not among them.
+        What it reads rows of at home, or may (see `gathered`), is not among them; what it writes is. A step on the host
+        lane needs nothing there.
         """
-        homed = [tensor.home is not None for tensor in self.tensors]
-        whole = [Treatment.GATHER not in tensor.may for tensor in self.tensors]
+        homeless = {index for index, tensor in enumerate(self.tensors) if tensor.home is None}
+        # Most steps of most traces read weights, and nothing else.
         return [
-            tuple(
-                index
-                for index in (*step.reads, *(gather.tensor for gather in step.gathers if whole[gather.tensor]))
-                if homed[index]
-            )
+            self._needs_of(step, homeless)
+            if step.gathers or step.writes or step.lane is Lane.HOST or not homeless.isdisjoint(step.reads)
+            else step.reads
             for step in self.steps
         ]
+
+    def _needs_of(self, step: Step, homeless: Collection[int]) -> tuple[int, ...]:
+        if step.lane is Lane.HOST:
+            return ()
+        whole = (each.tensor for each in step.gathers if Treatment.GATHER not in self.tensors[each.tensor].may)
+        uses = dict.fromkeys((*step.reads, *whole, *step.writes))
+        return tuple(index for index in uses if index not in homeless)
 
     def gathered(self) -> list[tuple[Gather, ...]]:
-        """Returns for each step what it reads rows of, at home unless the tensor is on the device."""
+        """Returns for each step on the device what it reads rows of, at home unless the tensor is on the device."""
         return [
             tuple(gather for gather in step.gathers if Treatment.GATHER in self.tensors[gather.tensor].may)
+            if step.gathers and step.lane is Lane.COMPUTE
+            else ()
             for step in self.steps
         ]
 
-    def activation_bytes(self, apart: Collection[int] = ()) -> list[int]:
-        """Returns for each step the bytes of what is born in the pass if it all stays, plus the step's own scratch.
+    def is_born_below(self, tensor: Tensor) -> bool:
+        """Returns whether a step on the host lane bears the tensor: it lives in host memory then."""
+        return tensor.live is not None and self.steps[tensor.live.first].lane is Lane.HOST
 
-        The tensors `apart`, by index, are left out: they have places of their own.
+    def activation_bytes(self, apart: Collection[int] = ()) -> list[int]:
+        """Returns for each step the bytes on the device of what is born in the pass if it all stays, plus its scratch.
+
+        The tensors `apart`, by index, are left out: they have places of their own. What a step on the host lane bears,
+        and its scratch, are in host memory.
         """
         deltas = [0] * (len(self.steps) + 1)
         for index, tensor in enumerate(self.tensors):
-            if tensor.live is not None and index not in apart:
+            if tensor.live is not None and index not in apart and not self.is_born_below(tensor):
                 deltas[tensor.live.first] += tensor.size_bytes
                 deltas[tensor.live.end] -= tensor.size_bytes
-        return [live + step.scratch_bytes for live, step in zip(accumulate(deltas), self.steps, strict=False)]
+        return [
+            live + (step.scratch_bytes if step.lane is Lane.COMPUTE else 0)
+            for live, step in zip(accumulate(deltas), self.steps, strict=False)
+        ]
 
     def check(self) -> None:
         """Raises SchemaError when the trace contradicts itself."""
@@ -275,15 +307,15 @@ class Trace(Document):
                 )
 
     def _check_step(self, number: int, step: Step) -> None:
-        if step.scratch_bytes < 0 or step.flops < 0 or (step.time_s is not None and not step.time_s >= 0):
+        if step.scratch_bytes < 0 or step.flops < 0 or (step.time_s is not None and not 0 <= step.time_s < inf):
             raise SchemaError(
                 f"step {step.name!r}: scratch {step.scratch_bytes} B, {step.flops} FLOPs and time {step.time_s} s "
-                "must not be negative"
+                "must not be negative, nor infinite"
             )
-        gathered = tuple(gather.tensor for gather in step.gathers)
-        uses = (*step.reads, *gathered)
-        _check_unique([str(index) for index in uses], f"step {step.name!r}: read of tensor")
-        _check_unique([str(index) for index in step.writes], f"step {step.name!r}: write of tensor")
+        uses = (*step.reads, *(gather.tensor for gather in step.gathers)) if step.gathers else step.reads
+        if len(set(uses)) < len(uses) or len(set(step.writes)) < len(step.writes):
+            _check_unique([str(index) for index in uses], f"step {step.name!r}: read of tensor")
+            _check_unique([str(index) for index in step.writes], f"step {step.name!r}: write of tensor")
         for index in (*uses, *step.writes):
             if not 0 <= index < len(self.tensors):
                 raise SchemaError(f"step {step.name!r} uses tensor {index}; there are {len(self.tensors)} tensors")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ import mball
 from mball.api import trace_and_plan
 from mball.cli import main
 from mball.cli.checkpoint_trace import trace_of_checkpoint
+from mball.cli.plan_picture import picture_of
 from mball.errors import ConfigError, StorageError, WrapError
-from mball.plan import validate
+from mball.observe.timeline import Lane
+from mball.plan import explain, make_plan, validate
 from mball.schema import Link, Plan, Trace, Treatment
 from mball.units import KIB, MIB
 from tests.calibrations import keep_calibration
-from tests.plan.traces import make_gathering, make_training
+from tests.plan.traces import make_gathering, make_host_machine, make_optimized, make_training
 from tests.run.harness import make, run
 from tests.run.zoo import Net, noise
 
@@ -47,6 +51,31 @@ def test_a_checkpoint_is_read_module_by_module_with_numbers_as_numbers(checkpoin
     assert names == ["model.embed", *(f"model.layers.{n}" for n in range(12)), "model.norm"]
     assert all(len(step.reads) == 2 for step in trace.steps[1:-1]), "a weight and its bias"
     trace.check()
+
+
+def test_embeddings_of_a_checkpoint_are_looked_up_where_the_head_is_another_matrix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = torch.zeros(512, 256)
+    tensors = {f"model.layers.{n}.weight": torch.zeros(256, 256) for n in range(4)}
+    tensors |= {"model.embed_tokens.weight": table, "model.embed_positions.weight": torch.zeros(300, 256)}
+    tied, untied = tmp_path / "tied.safetensors", tmp_path / "untied.safetensors"
+    save_file(tensors, tied)
+    save_file(tensors | {"lm_head.weight": table.clone()}, untied)
+    neox = tmp_path / "neox.safetensors"
+    both = {"gpt_neox.embed_in.weight": table, "embed_out.weight": table.clone()}
+    save_file(both | {"patch_embed.weight": torch.zeros(256, 256), "proj.weight": torch.zeros(256, 256)}, neox)
+
+    def gathered(path: Path) -> list[str]:
+        trace = trace_of_checkpoint(path)
+        trace.check()
+        return [trace.tensors[gather.tensor].name for step in trace.steps for gather in step.gathers]
+
+    assert gathered(tied) == ["model.embed_positions.weight"], "the head may be the same table"
+    assert gathered(untied) == ["model.embed_positions.weight", "model.embed_tokens.weight"]
+    assert gathered(neox) == ["gpt_neox.embed_in.weight"], "the head and layers are no tables"
+    assert main(["plan", str(untied), "--budget", "1MiB", "--bandwidth", "1GB"]) == 0
+    assert "2 as looked up by rows guessed" in capsys.readouterr().out
 
 
 def test_the_plan_of_a_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +188,61 @@ def test_what_is_born_in_a_pass_and_leaves(tmp_path: Path, capsys: pytest.Captur
     assert pictures[0] != pictures[1]
 
 
+def test_what_is_offloaded_has_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "training.json"
+    path.write_text(make_training(4, 0, MIB, may=(Treatment.STAY, Treatment.OFFLOAD)).to_json())
+    arguments = [str(path), "--budget", "3MiB", "--bandwidth", "1GB"]
+    assert main(["plan", *arguments, "--offload-budget", "1MiB"]) == 0
+    assert "1.00 MiB at one time of 1.00 MiB that may be" in capsys.readouterr().out
+    found = plan_of(*arguments, "--offload-budget", "1MiB", "--curve", capsys=capsys)
+    assert found["plan"]["offload_budget_bytes"] == MIB
+    assert found["curve"][0]["prediction"] is None, "less of the device needs more below"
+    assert main(["plan", *arguments, "--offload-budget", "1KiB"]) == 2
+    assert "on tier disk is too small" in capsys.readouterr().err
+    # Through host memory, its budget is for both.
+    through = ["--host-budget", "20MiB", "--link-bandwidth", "1GB"]
+    assert main(["plan", *arguments, *through]) == 0
+    assert "are for what is offloaded" in capsys.readouterr().out
+    assert main(["plan", *arguments, *through, "--offload-budget", "3MiB"]) == 2
+    assert "leave --offload-budget out" in capsys.readouterr().err
+
+
+def test_a_trace_with_an_optimizer_shows_both_lanes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path, pictures, said = tmp_path / "training.json", [], []
+    for on_device in (False, True):
+        path.write_text(make_optimized(6, MIB, host_s=2e-3, on_device=on_device).to_json())
+        target = tmp_path / "plan.png"
+        arguments = [str(path), "--budget", "9MiB", "--bandwidth", "2GB", "--picture", str(target)]
+        assert main(["plan", *arguments]) == 0
+        pictures.append(target.read_bytes())
+        said.append(capsys.readouterr().out)
+    beside, on_device_said = said
+    assert "host lane  6 steps, 12.0 ms; 12.00 MiB in 6 weights are used there only (w6, w7, w8 + 3 more)" in beside
+    assert "on the host lane" in beside, "what the first step waits for"
+    assert "changes" not in beside
+    assert "host lane" not in on_device_said
+    assert "  changes  18.00 MiB in 12 weights" in on_device_said
+    assert pictures[0] != pictures[1]
+    trace = make_optimized(6, MIB, host_s=2e-3)
+    machine = make_host_machine()
+    plan = make_plan(trace, machine, 9 * MIB)
+    picture = picture_of(trace, plan, explain(trace, plan, machine), ())
+    assert [span.name for span in picture.timeline.of(Lane.HOST)] == [f"update{n}" for n in reversed(range(6))]
+    assert list(picture.edges_s) == sorted(picture.edges_s)
+    assert len(picture.edges_s) == len(plan.steps) + 1
+
+
+def test_a_trace_is_planned_where_torch_is_not_installed(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text(make_training(4, 0, MIB).to_json())
+    call = f"main(['plan', {str(path)!r}, '--budget', '8MiB', '--bandwidth', '1GB'])"
+    script = f"import sys; sys.modules['torch'] = None; from mball.cli import main; sys.exit({call})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "budget  8.00 MiB" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -171,6 +255,11 @@ def test_what_is_born_in_a_pass_and_leaves(tmp_path: Path, capsys: pytest.Captur
         (["{checkpoint}", "--budget", "1GiB", "--picture", "/no/such/folder/p.png"], "cannot be written"),
         (["{checkpoint}", "--budget", "1MiB", "--host-budget", "1KiB"], "of host memory"),
         (["{checkpoint}", "--budget", "1MiB", "--link-bandwidth", "1GB"], "say with --host-budget"),
+        (
+            ["{checkpoint}", "--budget", "1MiB", "--host-budget", "1MiB", "--offload-budget", "1MiB"],
+            "leave --offload-budget out",
+        ),
+        (["{beside}", "--budget", "9MiB", "--host-budget", "1GiB"], "say with --bandwidth"),
         (["{future}", "--budget", "1GiB"], "has version 99"),
         (["{garbage}", "--budget", "1GiB"], "is no JSON"),
     ],
@@ -182,7 +271,8 @@ def test_bad_input_is_one_line(
         pytest.importorskip("matplotlib")
     (tmp_path / "future.json").write_text('{"version": 99}')
     (tmp_path / "garbage.json").write_text("not at all")
-    names = {"checkpoint": checkpoint, "future": tmp_path / "future.json", "garbage": tmp_path / "garbage.json"}
+    (tmp_path / "beside.json").write_text(make_optimized(6, MIB).to_json())
+    names = {"checkpoint": checkpoint, **{name: tmp_path / f"{name}.json" for name in ("future", "garbage", "beside")}}
     assert main(["plan", *(argument.format(**names) for argument in arguments)]) == 2
     output = capsys.readouterr()
     assert message in output.err

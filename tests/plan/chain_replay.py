@@ -1,8 +1,10 @@
 """Two links followed byte by byte: slow, and without any of the simulation's or `validate`'s reasoning.
 
-When things happen is worked out backwards: each step, copy and read asks for the end of what it waits for. Then all
-that begins or ends is gone through in the order of time, over pages that remember what was written into them: which
-part of which bundle, as its home was when the read began. Links have no window here.
+When things happen is worked out backwards: each step, copy, read and write asks for the end of what it waits for.
+Where copies and writes share a link, the order in which they are asked for is guessed, and worked out again until it is
+the order that follows from it. Then all that begins or ends is gone through in the order of time, over pages that
+remember what was written into them: which part of which bundle, as its home was when the read began, or in which pass
+it was born. Links have no window here.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from tests.plan.replay import BrokenPlanError
 
 _ENDS, _BEGINS = 0, 1
 
-# Of each page: bundle, which page of it, and how often its home had been written; None while it is being filled.
+# Of each page: bundle, which page of it, and how often its home had been written or in which pass it was born; None
+# while it is being filled.
 Page = tuple[int, int, int] | None
 
 
@@ -35,8 +38,7 @@ class ChainReplay:
         self._trace, self._plan, self._host, self._page = trace, plan, plan.host, machine.page_bytes
         # Before the first of passes that repeat, slots were filled by some that nobody followed.
         self._first_checked = int(trace.cyclic)
-        steps, copies, reads = len(plan.steps), len(plan.transfers), len(plan.host.transfers)
-        disk = machine.disk_link
+        steps, copies, disk = len(plan.steps), len(plan.transfers), machine.disk_link
         compute = step_times(trace, plan.steps)
         resident = {weight for place in plan.residents for weight in plan.bundles[place.bundle].tensors}
         home = {weight: number for number, bundle in enumerate(plan.bundles) for weight in bundle.tensors}
@@ -51,54 +53,31 @@ class ChainReplay:
                     disk.latency_s + size_bytes / disk.bandwidth_bytes_per_s for size_bytes in rows.values()
                 )
 
-        def seconds(bundle: int, link: Link) -> float:
-            return sum(extent.size_bytes for extent in plan.bundles[bundle].extents) / link.bandwidth_bytes_per_s
-
-        @cache
-        def step(number: int) -> tuple[float, float]:
-            if number < 0:
-                return 0.0, 0.0
-            turn, within = divmod(number, steps)
-            begin = step(number - 1)[1]
-            for at, transfer in enumerate(plan.transfers):
-                if transfer.needed_by == within:
-                    begin = max(begin, copy(turn * copies + at)[1])
-            return begin, begin + compute[within]
-
-        @cache
-        def copy(number: int) -> tuple[float, float]:
-            if number < 0:
-                return 0.0, 0.0
-            turn, within = divmod(number, copies)
-            transfer = plan.transfers[within]
-            ready = step(turn * steps + transfer.after)[1]
-            for at, each in enumerate(self._host.transfers):
-                for back in (0, 1):
-                    if (
-                        each.bundle == transfer.bundle
-                        and each.needed_by <= within + back * copies <= each.last_use
-                        and turn >= back
-                    ):
-                        ready = max(ready, read((turn - back) * reads + at)[1])
-            begin = max(ready + machine.link.latency_s, copy(number - 1)[1])
-            return begin, begin + seconds(transfer.bundle, machine.link)
-
-        @cache
-        def read(number: int) -> tuple[float, float]:
-            if number < 0:
-                return 0.0, 0.0
-            turn, within = divmod(number, reads)
-            each = self._host.transfers[within]
-            ready = copy(turn * copies + each.after)[1]
-            if each.after_step is not None:
-                ready = max(ready, step(turn * steps + each.after_step)[1])
-            begin = max(ready + disk.latency_s, read(number - 1)[1])
-            return begin, begin + seconds(each.bundle, disk)
-
-        self.steps = [step(number) for number in range(passes * steps)]
-        self.copies = [copy(number) for number in range(passes * copies)]
-        self.reads = [read(number) for number in range(passes * reads)]
-        self.pass_ends_s = [self.steps[(number + 1) * steps - 1][1] for number in range(passes)]
+        for made in plan.made:
+            if made.is_anew:
+                compute[made.step] += trace.tensors[plan.bundles[made.bundle].tensors[0]].recompute_s or 0.0
+        self._counts = {
+            "step": steps,
+            "copy": copies,
+            "read": len(plan.host.transfers),
+            "write": len(plan.offloads),
+        }
+        self.spans: dict[str, list[tuple[float, float]]] = {}
+        # By the step that they are asked for after: some order in which nothing waits for itself.
+        asked = [
+            (turn * steps + each.after, what, turn * len(all_of) + number)
+            for what, all_of in (("copy", plan.transfers), ("write", plan.offloads))
+            for turn in range(passes)
+            for number, each in enumerate(all_of)
+        ]
+        order = [(what, number) for _, what, number in sorted(asked, key=lambda each: (each[0], each[1] == "copy"))]
+        for _ in range(len(order) + 1):
+            requests = self._follow_time(compute, machine, order, passes)
+            guessed, order = order, sorted(order, key=lambda each: (requests[each], each[0] == "copy"))
+            if guessed == order or not plan.offloads:
+                break
+        else:
+            raise BrokenPlanError("no order of copies and writes follows from itself")
         self._served = {
             number: (turn, read)
             for read, each in enumerate(self._host.transfers)
@@ -108,11 +87,99 @@ class ChainReplay:
             and plan.transfers[number % copies].bundle == each.bundle
         }
 
+    def _follow_time(
+        self, compute: list[float], machine: Machine, order: list[tuple[str, int]], passes: int
+    ) -> dict[tuple[str, int], float]:
+        """Works out when all happens if copies and writes are served in this order; returns when each is asked for."""
+        plan, host = self._plan, self._host
+        steps, copies, reads, writes = (self._counts[what] for what in ("step", "copy", "read", "write"))
+        disk, out = machine.disk_link, machine.write_link or machine.link
+        assert disk is not None
+        lines = [order] if machine.write_link is None else [[e for e in order if e[0] == w] for w in ("copy", "write")]
+        before = {each: line[at - 1] for line in lines for at, each in enumerate(line) if at}
+
+        def seconds(bundle: int, link: Link) -> float:
+            return plan.bundles[bundle].moved_bytes / link.bandwidth_bytes_per_s
+
+        @cache
+        def begun(number: int) -> float:
+            turn, within = divmod(number, steps)
+            begin = left(number - 1)
+            for at, transfer in enumerate(plan.transfers):
+                if transfer.needed_by == within:
+                    begin = max(begin, served("copy", turn * copies + at)[1])
+            return begin
+
+        @cache
+        def computed(number: int) -> float:
+            return 0.0 if number < 0 else begun(number) + compute[number % steps]
+
+        @cache
+        def left(number: int) -> float:
+            turn, within = divmod(number, steps)
+            ends = [computed(number)]
+            for at, offload in enumerate(plan.offloads):
+                if offload.until == within and number >= 0:
+                    ends.append(served("write", turn * writes + at)[1])
+            return max(ends)
+
+        @cache
+        def asked(what: str, number: int) -> float:
+            if number < 0:
+                return 0.0
+            if what == "write":
+                turn, within = divmod(number, writes)
+                return computed(turn * steps + plan.offloads[within].after)
+            turn, within = divmod(number, copies)
+            transfer = plan.transfers[within]
+            ready = max(left(turn * steps + transfer.after), asked("copy", number - 1))
+            for at, each in enumerate(host.transfers):
+                for back in (0, 1):
+                    if (
+                        each.bundle == transfer.bundle
+                        and each.needed_by <= within + back * copies <= each.last_use
+                        and turn >= back
+                    ):
+                        ready = max(ready, read((turn - back) * reads + at)[1])
+            return ready
+
+        @cache
+        def served(what: str, number: int) -> tuple[float, float]:
+            if number < 0:
+                return 0.0, 0.0
+            link = machine.link if what == "copy" else out
+            each = plan.transfers[number % copies] if what == "copy" else plan.offloads[number % writes]
+            last = before.get((what, number))
+            begin = max(asked(what, number) + link.latency_s, served(*last)[1] if last else 0.0)
+            return begin, begin + seconds(each.bundle, link)
+
+        @cache
+        def read(number: int) -> tuple[float, float]:
+            if number < 0:
+                return 0.0, 0.0
+            turn, within = divmod(number, reads)
+            each = host.transfers[within]
+            ready = served("copy", turn * copies + each.after)[1]
+            if each.after_step is not None:
+                ready = max(ready, left(turn * steps + each.after_step))
+            begin = max(ready + disk.latency_s, read(number - 1)[1])
+            return begin, begin + seconds(each.bundle, disk)
+
+        self.spans = {
+            "step": [(begun(number), computed(number)) for number in range(passes * steps)],
+            "copy": [served("copy", number) for number in range(passes * copies)],
+            "read": [read(number) for number in range(passes * reads)],
+            "write": [served("write", number) for number in range(passes * writes)],
+        }
+        self.pass_ends_s = [left((number + 1) * steps - 1) for number in range(passes)]
+        return {each: asked(*each) for each in order}
+
     def follow_bytes(self) -> None:
-        """Raises BrokenPlanError when a step or a copy finds other bytes than it should."""
+        """Raises BrokenPlanError when a step, copy or write finds other bytes than it should, or a write no room."""
         plan, host = self._plan, self._host
         homes = {index: number for number, bundle in enumerate(plan.bundles) for index in bundle.tensors}
         versions = [0] * len(plan.bundles)
+        born = {bundle for bundle in range(len(plan.bundles)) if self._is_born(bundle)}
         device: dict[int, Page] = {}
         below: dict[int, Page] = {}
         for place in plan.residents:
@@ -120,9 +187,13 @@ class ChainReplay:
         for place in host.residents:
             below |= self._filled(place.bundle, place.offset_bytes, 0)
         under_way: dict[tuple[str, int], int] = {}
+        # What is offloaded, by bundle: the pass that it was written in. And of the bytes set aside those that are free:
+        # they are taken from the begin of a write to the end of the last copy back.
+        offloaded: dict[int, int] = {}
+        free = host.offloaded_bytes
+        last_back = {each.bundle: number for number, each in enumerate(plan.transfers) if each.bundle in born}
         for time_s, kind, what, number in sorted(self._events()):
-            count = {"step": len(plan.steps), "copy": len(plan.transfers), "read": len(host.transfers)}[what]
-            turn, within = divmod(number, count)
+            turn, within = divmod(number, self._counts[what])
             where = f"{what} {within} of pass {turn} at {time_s} s"
             if what == "read":
                 each = host.transfers[within]
@@ -131,6 +202,18 @@ class ChainReplay:
                     below |= dict.fromkeys(self._filled(each.bundle, each.offset_bytes, 0))
                 else:
                     below |= self._filled(each.bundle, each.offset_bytes, under_way.pop((what, number)))
+            elif what == "write":
+                offload = plan.offloads[within]
+                wanted = self._filled(offload.bundle, offload.offset_bytes, turn)
+                _require(
+                    all(device.get(at) == page for at, page in wanted.items()), f"{where} does not find its tensor"
+                )
+                if kind == _BEGINS:
+                    _require(offload.bundle in last_back, f"{where} is for nobody")
+                    free -= plan.bundles[offload.bundle].size_bytes
+                    _require(free >= 0, f"{where} needs {-free} B more than are set aside")
+                else:
+                    offloaded[offload.bundle] = turn
             elif what == "copy":
                 transfer = plan.transfers[within]
                 source = self._source(number)
@@ -141,6 +224,11 @@ class ChainReplay:
                     }, f"{where} does not find its bundle in host memory")  # fmt: skip
                 found = [page[2] for at in self._filled(transfer.bundle, source or 0, 0) if (page := below.get(at))]
                 version = min(found, default=versions[transfer.bundle]) if source is not None else 0
+                if transfer.bundle in born:
+                    version = turn
+                    _require(offloaded.get(transfer.bundle) == turn, f"{where} brings back what was not written")
+                    if kind != _BEGINS and last_back[transfer.bundle] == within:
+                        free += plan.bundles[transfer.bundle].size_bytes
                 filled = self._filled(transfer.bundle, transfer.offset_bytes, version)
                 if kind == _BEGINS:
                     under_way[what, number] = version
@@ -153,12 +241,19 @@ class ChainReplay:
                     device |= filled
             else:
                 plan_step = plan.steps[within]
+                for made in plan.made:
+                    if kind == _BEGINS and made.step == within:
+                        device |= self._filled(made.bundle, made.offset_bytes, turn)
                 for bundle in plan_step.reads if turn >= self._first_checked else ():
                     places = [place.offset_bytes for place in plan.residents if place.bundle == bundle]
                     places += [each.offset_bytes for each in plan.transfers if each.bundle == bundle]
-                    wanted = [self._filled(bundle, place, versions[bundle]) for place in places]
+                    places += [made.offset_bytes for made in plan.made if made.bundle == bundle]
+                    version = turn if bundle in born else versions[bundle]
                     _require(
-                        any(all(device.get(at) == page for at, page in each.items()) for each in wanted),
+                        any(
+                            all(device.get(at) == page for at, page in self._filled(bundle, place, version).items())
+                            for place in places
+                        ),
                         f"{where} does not find bundle {bundle} as its home is",
                     )
                 if kind == _ENDS:
@@ -166,10 +261,13 @@ class ChainReplay:
                         for index in trace_step.writes:
                             versions[homes[index]] += 1
 
+    def _is_born(self, bundle: int) -> bool:
+        return any(self._trace.tensors[index].home is None for index in self._plan.bundles[bundle].tensors)
+
     def _events(self) -> list[tuple[float, int, str, int]]:
         found = []
         end_s = self.pass_ends_s[-1]
-        for what, spans in (("step", self.steps), ("copy", self.copies), ("read", self.reads)):
+        for what, spans in self.spans.items():
             for number, (begin, end) in enumerate(spans):
                 # What takes no time ends where it begins, which comes last.
                 found.append((begin, _BEGINS, what, number))

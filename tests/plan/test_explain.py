@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mball.plan import explain, make_plan, smallest_budget
-from mball.schema import Machine, Trace
+from mball.schema import Lane, Machine, Trace
 from mball.units import MIB
 from tests.plan.test_tiers import budgets_of
 from tests.plan.test_tiers import machines as chained
-from tests.plan.traces import machines, make_chain, make_machine, traces
+from tests.plan.traces import machines, make_chain, make_changing, make_host_machine, make_machine, traces
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -57,7 +60,7 @@ def test_a_stall_names_what_it_waits_for() -> None:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(trace=traces(), machine=chained, device=st.floats(0, 0.8), host=st.floats(0, 0.8))
+@given(trace=traces(writing=False), machine=chained, device=st.floats(0, 0.8), host=st.floats(0, 0.8))
 def test_what_comes_through_host_memory_adds_up(trace: Trace, machine: Machine, device: float, host: float) -> None:
     budget, host_bytes = budgets_of(trace, machine, device, host)
     plan = make_plan(trace, machine, budget, host_budget_bytes=host_bytes)
@@ -75,3 +78,35 @@ def test_what_comes_through_host_memory_adds_up(trace: Trace, machine: Machine, 
 def test_one_link_has_no_host_memory_to_explain() -> None:
     trace, machine = make_chain(6, MIB), make_machine()
     assert explain(trace, make_plan(trace, machine, 3 * MIB), machine).below is None
+
+
+def test_a_wait_for_a_write_names_all_that_is_written() -> None:
+    trace, machine = make_changing(4, 100_000, num_weights=3), make_host_machine()
+    plan = make_plan(trace, machine, 64 * MIB)
+    assert [bundle.tensors for bundle in plan.bundles] == [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)]
+    waits = [stall for stall in explain(trace, plan, machine).stalls if stall.is_write]
+    assert sorted(stall.weights for stall in waits) == sorted(
+        tuple(f"w{3 * layer + number}" for number in range(3)) for layer in range(4)
+    )
+    assert all(stall.size_bytes == 300_000 for stall in waits)
+
+
+@pytest.mark.parametrize("lane", list(Lane))
+def test_explaining_takes_longer_about_as_the_changed_weights_get_more(lane: Lane) -> None:
+    def explaining_s(num_layers: int) -> float:
+        trace, machine = make_changing(num_layers, 300_000), make_host_machine(host_bandwidth=1e9)
+        trace = replace(trace, steps=tuple(replace(step, lane=lane) for step in trace.steps))
+        plan = make_plan(trace, machine, num_layers * 75_000)
+        times = []
+        for _ in range(3):  # the shortest, since others run too
+            start = time.process_time()
+            found = explain(trace, plan, machine)
+            times.append(time.process_time() - start)
+        if lane is Lane.HOST:
+            assert len(found.in_place) == num_layers
+        else:
+            assert sum(stall.is_write for stall in found.stalls) == num_layers
+        return min(times)
+
+    # Five times as many layers; what is quadratic takes 25 times as long.
+    assert explaining_s(3000) < 10 * explaining_s(600)

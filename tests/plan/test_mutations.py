@@ -19,7 +19,7 @@ from mball.units import KIB, MIB
 from tests.plan.replay import BrokenPlanError, replay
 from tests.plan.traces import PAGE_BYTES, machines, make_chain, make_machine, make_tied, make_training, traces
 
-few = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 Chance = random.Random
 T = TypeVar("T")
@@ -95,6 +95,11 @@ def change_offload(chance: Chance, plan: Plan) -> Plan:
     changed = chance.choice([exchange(plan.offloads, at, new), exchange(plan.offloads, at), (*plan.offloads, one)])
     in_order = sorted(changed, key=lambda each: (each.after, each.until)) if chance.random() < 0.5 else changed
     return replace(plan, offloads=tuple(in_order))
+
+
+def change_offload_budget(chance: Chance, plan: Plan) -> Plan:
+    size = sum(plan.bundles[offload.bundle].size_bytes for offload in plan.offloads)
+    return replace(plan, offload_budget_bytes=chance.choice([0, PAGE_BYTES, size // 2, size - 1, size]))
 
 
 def count_transfers(chance: Chance, plan: Plan) -> Plan:
@@ -246,6 +251,7 @@ MUTATIONS: dict[Mutation, Callable[[Plan], Sequence[object]]] = {
     change_bytes: lambda plan: [plan],
     change_made: lambda plan: plan.made,
     change_offload: lambda plan: plan.offloads,
+    change_offload_budget: lambda plan: plan.offloads,
 }
 
 
@@ -293,6 +299,7 @@ ONLY = {
     change_resident: ("chain", "tied"),
     change_made: ("trained", "made anew"),
     change_offload: ("trained",),
+    change_offload_budget: ("trained",),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,17 +11,30 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from mball.errors import BudgetError, ConfigError, PlanError, SchemaError
+from mball.errors import BudgetError, ConfigError, SchemaError
 from mball.plan import lay_out_bundle, make_plan, simulate, smallest_budget, smallest_host_budget, validate
 from mball.plan.baselines import BASELINES
 from mball.plan.chain import disk_bytes, run_chain
-from mball.schema import HostPlan, HostTransfer, Link, Machine, Placement, Plan, Tier, Trace, Treatment
+from mball.plan.host import host_partition
+from mball.plan.problem import Problem
+from mball.plan.search import CLOSE, best_draft, partitions
+from mball.plan.simulate import simulate as simulate_link
+from mball.schema import HostPlan, Link, Machine, Plan, Tier, Trace, Treatment
 from mball.units import KIB, MIB
 from tests.plan.chain_replay import ChainReplay
-from tests.plan.replay import BrokenPlanError
-from tests.plan.traces import PAGE_BYTES, make_chain, make_machine, make_step, make_tied, make_weights, traces
+from tests.plan.traces import (
+    PAGE_BYTES,
+    make_chain,
+    make_gathering,
+    make_machine,
+    make_step,
+    make_tied,
+    make_training,
+    make_weights,
+    traces,
+)
 
-few = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 Chance = random.Random
 
@@ -35,9 +47,15 @@ def two_links(
     link_latency_s: float = 1e-5,
     disk_latency_s: float = 1e-4,
     disk_window_bytes: int = 0,
+    write: float | None = None,
 ) -> Machine:
+    """`write` is of a link of its own for what is offloaded; None: it shares the one from host memory."""
+    out = None
+    if write is not None:
+        out = Link(bandwidth_bytes_per_s=write, latency_s=link_latency_s, source=Tier.DEVICE, target=Tier.HOST)
     return replace(
         make_machine(page_bytes=page_bytes),
+        write_link=out,
         link=Link(bandwidth_bytes_per_s=link, latency_s=link_latency_s, source=Tier.HOST),
         disk_link=Link(
             bandwidth_bytes_per_s=disk,
@@ -59,7 +77,8 @@ def streamed_weights(trace: Trace) -> Trace:
 
 def one_link(machine: Machine) -> Machine:
     """The same machine if homes were where host memory is."""
-    return replace(machine, link=replace(machine.link, source=Tier.DISK), disk_link=None)
+    out = machine.write_link and replace(machine.write_link, target=Tier.DISK)
+    return replace(machine, link=replace(machine.link, source=Tier.DISK), write_link=out, disk_link=None)
 
 
 machines = st.builds(
@@ -69,6 +88,7 @@ machines = st.builds(
     disk=st.sampled_from([1e7, 1e9, 5e10]),
     link_latency_s=st.sampled_from([1e-6, 1e-4]),
     disk_latency_s=st.sampled_from([1e-6, 1e-3]),
+    write=st.sampled_from([None, None, 1e8]),
 )
 shares = st.floats(0, 1.1)
 
@@ -83,10 +103,11 @@ def budgets_of(trace: Trace, machine: Machine, device: float, host: float) -> tu
 
 
 def bound_s(trace: Trace, machine: Machine, budget_bytes: int, host_bytes: int) -> float:
-    """A time that no plan beats: compute, or what neither level can hold on its link."""
+    """A time that no plan beats: what neither level can hold on its link."""
     read = {index for step in trace.steps for index in step.reads}
     weights = sum(tensor.size_bytes for index, tensor in trace.homed() if index in read)
-    left = weights - budget_bytes + max(trace.activation_bytes(), default=0) if trace.cyclic else weights
+    stays = max(trace.activation_bytes({index for index, _ in trace.movable()}), default=0)
+    left = weights - budget_bytes + stays if trace.cyclic else weights
     below = left - host_bytes if trace.cyclic else weights
     assert machine.disk_link is not None
     return max(left / machine.link.bandwidth_bytes_per_s, below / machine.disk_link.bandwidth_bytes_per_s)
@@ -96,32 +117,35 @@ def bound_s(trace: Trace, machine: Machine, budget_bytes: int, host_bytes: int) 
 
 
 @few
-@given(trace=traces(), machine=machines, device=shares, host=shares)
+@given(trace=traces(writing=False), machine=machines, device=shares, host=shares)
 def test_every_pair_of_budgets_gives_a_valid_plan(trace: Trace, machine: Machine, device: float, host: float) -> None:
     budget, host_bytes = budgets_of(trace, machine, device, host)
     plan = make_plan(trace, machine, budget, host_budget_bytes=host_bytes)
     validate(trace, plan, machine)
     validate(trace, plan)
     assert plan.host is not None
-    assert plan.host.arena_bytes <= host_bytes
+    assert plan.host.arena_bytes + plan.host.offloaded_bytes <= host_bytes
     simulation = simulate(trace, plan, machine)
     assert simulation.prediction == plan.prediction
     assert simulation.host is not None
     assert simulation.host.peak_arena_bytes <= plan.host.arena_bytes
+    assert simulation.peak_offloaded_bytes == plan.host.offloaded_bytes
     assert simulation.peak_arena_bytes <= plan.arena_bytes
     assert simulation.host.streamed_bytes == disk_bytes(plan)
     assert len(simulation.host.transfers) == len(plan.host.transfers)
     assert len(simulation.transfers) == len(plan.transfers)
     prediction = plan.prediction
-    assert prediction.roofline_s == max(prediction.compute_s, simulation.link_s, simulation.host.disk_s)
+    write_s = sum(each.end_s - each.start_s for each in simulation.offloads)
+    lanes_s = [simulation.link_s + write_s] if machine.write_link is None else [simulation.link_s, write_s]
+    assert prediction.roofline_s == pytest.approx(max(prediction.compute_s, *lanes_s, simulation.host.disk_s))
     assert prediction.pass_s >= bound_s(trace, machine, budget, host_bytes) * (1 - 1e-9)
     assert Plan.from_json(plan.to_json()) == plan
     assert make_plan(trace, machine, budget, host_budget_bytes=host_bytes) == plan
-    event(f"reads from disk: {bool(plan.host.transfers)}, written: {any(step.writes for step in trace.steps)}")
+    event(f"reads from disk: {bool(plan.host.transfers)}, offloads: {bool(plan.offloads)}")
 
 
 @few
-@given(trace=traces(max_steps=9), machine=machines, device=shares, host=shares)
+@given(trace=traces(max_steps=9, writing=False), machine=machines, device=shares, host=shares)
 def test_a_replay_of_the_bytes_agrees_with_the_simulation(
     trace: Trace, machine: Machine, device: float, host: float
 ) -> None:
@@ -134,35 +158,39 @@ def test_a_replay_of_the_bytes_agrees_with_the_simulation(
     replay = ChainReplay(trace, plan, machine, len(chain.pass_ends_s) + trace.cyclic)
     assert replay.pass_ends_s[: len(chain.pass_ends_s)] == pytest.approx(chain.pass_ends_s, rel=1e-9)
     replay.follow_bytes()
+    event(f"offloads: {bool(plan.offloads)}, on the link of the copies: {machine.write_link is None}")
     # The steady pass and its transfers are those of the replay too.
     steady = len(chain.pass_ends_s) - 1
     start_s = chain.pass_ends_s[-2] if steady else 0.0
     for number, (transfer, copy) in enumerate(zip(plan.transfers, chain.copies, strict=True)):
         turn = steady + (transfer.after < 0 and trace.cyclic)
-        begin_s, end_s = replay.copies[turn * len(plan.transfers) + number]
+        begin_s, end_s = replay.spans["copy"][turn * len(plan.transfers) + number]
         assert (copy.start_s + start_s, copy.end_s + start_s) == pytest.approx((begin_s, end_s), rel=1e-9, abs=1e-12)
     for number, (each, read) in enumerate(zip(plan.host.transfers, chain.reads, strict=True)):
         turn = steady + (plan.transfers[each.needed_by].after < 0 and trace.cyclic)
-        begin_s, end_s = replay.reads[turn * len(plan.host.transfers) + number]
+        begin_s, end_s = replay.spans["read"][turn * len(plan.host.transfers) + number]
         assert (read.start_s + start_s, read.end_s + start_s) == pytest.approx((begin_s, end_s), rel=1e-9, abs=1e-12)
         assert read.end_s <= chain.copies[each.needed_by].start_s + 1e-9, "a copy begins when its bundle is there"
 
 
 @few
-@given(trace=traces(), machine=machines, device=shares)
+@given(trace=traces(writing=False), machine=machines, device=shares)
 def test_host_memory_that_holds_all_weights_is_as_good_as_a_home(trace: Trace, machine: Machine, device: float) -> None:
     trace = replace(streamed_weights(trace), cyclic=True)
     budget, _ = budgets_of(trace, machine, device, 0)
-    ample = total_bytes(trace) + 3 * machine.page_bytes * len(trace.tensors)
+    ample = sum(tensor.size_bytes for tensor in trace.tensors) + 3 * machine.page_bytes * len(trace.tensors)
     plan = make_plan(trace, machine, budget, host_budget_bytes=max(ample, budget))
     alone = make_plan(trace, one_link(machine), budget)
     assert plan.host is not None
     assert plan.host.transfers == ()
-    assert (plan.residents, plan.transfers, plan.prediction) == (alone.residents, alone.transfers, alone.prediction)
+    if any(trace.movable()):  # more ways are tried over two links, until one is close to what no plan beats
+        assert plan.prediction.pass_s <= CLOSE * alone.prediction.pass_s
+    else:
+        assert (plan.residents, plan.transfers, plan.prediction) == (alone.residents, alone.transfers, alone.prediction)
 
 
 @few
-@given(trace=traces(), machine=machines, host=shares)
+@given(trace=traces(writing=False), machine=machines, host=shares)
 def test_a_device_that_holds_all_reads_nothing(trace: Trace, machine: Machine, host: float) -> None:
     trace = replace(streamed_weights(trace), cyclic=True)
     budget = total_bytes(trace) + 3 * machine.page_bytes * len(trace.tensors) + max(trace.activation_bytes(), default=0)
@@ -173,7 +201,7 @@ def test_a_device_that_holds_all_reads_nothing(trace: Trace, machine: Machine, h
 
 
 @few
-@given(trace=traces(), machine=machines, device=shares)
+@given(trace=traces(writing=False), machine=machines, device=shares)
 def test_the_smallest_host_budget_is_exact(trace: Trace, machine: Machine, device: float) -> None:
     budget, smallest = budgets_of(trace, machine, device, 0)
     plan = make_plan(trace, machine, budget, host_budget_bytes=smallest)
@@ -188,18 +216,19 @@ def test_the_smallest_host_budget_is_exact(trace: Trace, machine: Machine, devic
 
 
 @few
-@given(trace=traces(), machine=machines, device=shares)
+@given(trace=traces(writing=False), machine=machines, device=shares)
 def test_no_smaller_host_budget_could_hold_what_has_to_come(trace: Trace, machine: Machine, device: float) -> None:
     budget, smallest = budgets_of(trace, machine, device, 0)
-    room = budget - max(trace.activation_bytes(), default=0)
-    written = {index for step in trace.steps for index in step.writes}
+    movable = {index for index, _ in trace.movable()}
+    room = budget - max(trace.activation_bytes(movable), default=0)
+    alone = budget - max(trace.activation_bytes(), default=0)
 
     def least(sizes: list[int], room_bytes: int) -> int:
         """The largest that comes if as many of the largest as possible stay, whatever else it takes."""
         for limit in sorted({0, *sizes}):
             read = {index for needs in trace.needs() for index in needs}
             stay = {index for index in read if sizes[index] > limit}
-            if stay and (not trace.cyclic or stay & written):
+            if stay and not trace.cyclic:
                 continue
             comes = [sum(sizes[index] for index in needs if index not in stay) for needs in trace.needs()]
             if sum(sizes[index] for index in stay) + max(comes, default=0) <= room_bytes:
@@ -210,12 +239,12 @@ def test_no_smaller_host_budget_could_hold_what_has_to_come(trace: Trace, machin
     assert least(data, room) <= smallest, "not even without pages"
     slots = [lay_out_bundle([n], trace, machine).size_bytes if t.home else 0 for n, t in enumerate(trace.tensors)]
     needs = max((sum(slots[index] for index in needs) for needs in trace.needs()), default=0)
-    if needs <= room // machine.page_bytes * machine.page_bytes:
-        assert smallest <= least(slots, room // machine.page_bytes * machine.page_bytes), "each weight by itself fits"
+    if needs <= alone // machine.page_bytes * machine.page_bytes:
+        assert smallest <= least(slots, alone // machine.page_bytes * machine.page_bytes), "each weight by itself fits"
 
 
 @few
-@given(trace=traces(), machine=machines, device=shares, window=st.sampled_from([0, 200_000]))
+@given(trace=traces(writing=False), machine=machines, device=shares, window=st.sampled_from([0, 200_000]))
 def test_a_disk_that_takes_no_time_is_as_good_as_none(
     trace: Trace, machine: Machine, device: float, window: int
 ) -> None:
@@ -235,8 +264,8 @@ def test_a_disk_that_takes_no_time_is_as_good_as_none(
     event(f"reads: {bool(plan.host and plan.host.transfers)}")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(trace=traces(), machine=machines, device=shares, growing=st.lists(shares, min_size=2, max_size=4))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(trace=traces(writing=False), machine=machines, device=shares, growing=st.lists(shares, min_size=2, max_size=4))
 def test_growing_the_host_budget_never_predicts_a_slower_pass(
     trace: Trace, machine: Machine, device: float, growing: list[float]
 ) -> None:
@@ -336,6 +365,20 @@ def test_what_was_in_host_memory_stays_there_first() -> None:
     assert set(one.host.residents) <= set(other.host.residents), "same bundles in the same places"
 
 
+def test_less_host_memory_than_before_does_not_narrow_the_search() -> None:
+    # Bundles of the plan before are larger than all of host memory now. Were they kept on the device, all would come
+    # through one slot, 2.6 % slower.
+    trace, machine = make_chain(40, 70 * KIB, time_s=1e-5), two_links(disk=5e9)
+    ample = make_plan(trace, machine, 280 * KIB, host_budget_bytes=80 * 70 * KIB)
+    largest = max(bundle.size_bytes for bundle in ample.bundles)
+    few_bytes = smallest_host_budget(trace, machine, 280 * KIB).size_bytes
+    assert few_bytes < largest
+    fresh = make_plan(trace, machine, 280 * KIB, host_budget_bytes=few_bytes)
+    after = make_plan(trace, machine, 280 * KIB, host_budget_bytes=few_bytes, previous=ample)
+    validate(trace, after, machine)
+    assert after.prediction.pass_s <= 1.01 * fresh.prediction.pass_s
+
+
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -377,224 +420,17 @@ def test_too_small_a_host_budget_names_the_one_that_works() -> None:
     validate(trace, plan, machine)
 
 
-# -- broken plans --------------------------------------------------------------------------------------------------
-
-
-def _host_of(plan: Plan) -> HostPlan:
-    assert plan.host is not None
-    return plan.host
-
-
-def _with_transfer(plan: Plan, at: int, *new: HostTransfer) -> Plan:
-    host = _host_of(plan)
-    transfers = sorted((*host.transfers[:at], *new, *host.transfers[at + 1 :]), key=lambda t: (t.after, t.needed_by))
-    return replace(plan, host=replace(host, transfers=tuple(transfers)))
-
-
-def change_transfer(chance: Chance, plan: Plan) -> Plan:
-    host, count = _host_of(plan), len(plan.transfers)
-    at = chance.randrange(len(host.transfers))
-    one, other = host.transfers[at], chance.choice(host.transfers)
-    by = chance.choice([1, -1, 2, -2, count, -count])
-    new = chance.choice([
-        lambda: replace(one, after=one.after + by),
-        lambda: replace(one, after=other.after),
-        lambda: replace(one, needed_by=one.needed_by + by),
-        lambda: replace(one, last_use=one.last_use + by),
-        lambda: replace(one, after=one.after + by, needed_by=one.needed_by + by, last_use=one.last_use + by),
-        lambda: replace(one, offset_bytes=other.offset_bytes),
-        lambda: replace(one, offset_bytes=one.offset_bytes + chance.choice([PAGE_BYTES, -PAGE_BYTES, 512])),
-        lambda: replace(one, bundle=chance.randrange(-1, len(plan.bundles) + 1)),
-        lambda: replace(one, after_step=chance.choice([None, -1, 0, 3])),
-    ])()  # fmt: skip
-    return _with_transfer(plan, at, new)
-
-
-def count_transfers(chance: Chance, plan: Plan) -> Plan:
-    host = _host_of(plan)
-    at, other = chance.randrange(len(host.transfers)), chance.randrange(len(host.transfers))
-    one = host.transfers[at]
-    swapped = list(host.transfers)
-    swapped[at], swapped[other] = swapped[other], swapped[at]
-    return chance.choice([
-        _with_transfer(plan, at),
-        _with_transfer(plan, at, one, one),
-        replace(plan, host=replace(host, transfers=tuple(swapped))),
-    ])  # fmt: skip
-
-
-def change_resident(chance: Chance, plan: Plan) -> Plan:
-    host = _host_of(plan)
-    at = chance.randrange(len(host.residents))
-    one, other = host.residents[at], chance.choice(host.residents)
-    new: tuple[Placement, ...] = chance.choice([
-        (),
-        (one, one),
-        (replace(one, offset_bytes=other.offset_bytes),),
-        (replace(one, offset_bytes=one.offset_bytes + chance.choice([PAGE_BYTES, -PAGE_BYTES, 512])),),
-        (replace(one, bundle=chance.randrange(len(plan.bundles))),),
-        (one, Placement(bundle=host.transfers[0].bundle, offset_bytes=one.offset_bytes)),
-    ])  # fmt: skip
-    return replace(plan, host=replace(host, residents=(*host.residents[:at], *new, *host.residents[at + 1 :])))
-
-
-def change_bytes(chance: Chance, plan: Plan) -> Plan:
-    host, by = _host_of(plan), chance.choice([1, -1, PAGE_BYTES, -PAGE_BYTES])
-    return replace(plan, host=chance.choice([
-        replace(host, arena_bytes=host.arena_bytes + by),
-        replace(host, budget_bytes=host.arena_bytes - abs(by)),
-    ]))  # fmt: skip
-
-
-def change_copies(chance: Chance, plan: Plan) -> Plan:
-    """The device's part, which the host part follows."""
-    at = chance.randrange(len(plan.transfers))
-    return replace(plan, transfers=plan.transfers[:at] + plan.transfers[at + 1 :])
-
-
-Mutation = Callable[[Chance, Plan], Plan]
-MUTATIONS: dict[Mutation, Callable[[Plan], Sequence[object]]] = {
-    change_transfer: lambda plan: _host_of(plan).transfers,
-    count_transfers: lambda plan: _host_of(plan).transfers,
-    change_resident: lambda plan: _host_of(plan).residents if _host_of(plan).transfers else (),
-    change_bytes: lambda plan: [plan],
-    change_copies: lambda plan: plan.transfers,
-}
-
-
-def is_refused(trace: Trace, plan: Plan, machine: Machine) -> bool:
-    try:
-        validate(trace, plan, machine)
-    except (PlanError, SchemaError):
-        return True
-    return False
-
-
-def is_wrong(trace: Trace, plan: Plan, machine: Machine) -> bool:
-    """What the replay of its bytes, or its budget, says of a plan."""
-    host = _host_of(plan)
-    if host.arena_bytes > host.budget_bytes:
-        return True
-    places = [(each.bundle, each.offset_bytes) for each in (*host.residents, *host.transfers)]
-    if any(not 0 <= bundle < len(plan.bundles) for bundle, _ in places):
-        return True
-    if any(at < 0 or at + plan.bundles[bundle].size_bytes > host.arena_bytes for bundle, at in places):
-        return True
-    try:
-        ChainReplay(trace, plan, machine, 4 if trace.cyclic else 1).follow_bytes()
-    except (BrokenPlanError, RecursionError):
-        return True
-    return False
-
-
-WRITING = replace(
-    make_chain(9, 128 * KIB),
-    steps=tuple(
-        replace(step, writes=(3, 5) if number == 4 else ()) for number, step in enumerate(make_chain(9, 1).steps)
-    ),
-)
-SHAPES: dict[str, tuple[Trace, int, int]] = {
-    "chain": (make_chain(12, 128 * KIB), 3 * 128 * KIB, 5 * 144 * KIB),
-    "visits": (make_tied(8, 128 * KIB, 256 * KIB), 4 * 128 * KIB, 4 * 144 * KIB),
-    "written": (WRITING, 3 * 128 * KIB, 4 * 144 * KIB),
-    "once": (replace(make_chain(9, 128 * KIB), cyclic=False), 4 * 128 * KIB, 3 * 144 * KIB),
-}
-MACHINE = two_links(link=1e9, disk=2e8, link_latency_s=1e-6, disk_latency_s=1e-5)
-
-
-# What only some shapes have.
-ONLY: dict[Mutation, tuple[str, ...]] = {change_resident: ("chain", "written")}
-
-
-@pytest.mark.parametrize(
-    ("shape", "mutation"),
-    [(shape, mutation) for mutation in MUTATIONS for shape in ONLY.get(mutation, tuple(SHAPES))],
-    ids=lambda value: value if isinstance(value, str) else value.__name__,
-)
-def test_a_host_part_that_was_broken_is_refused(shape: str, mutation: Mutation) -> None:
-    trace, budget, host_bytes = SHAPES[shape]
-    plan = make_plan(trace, MACHINE, budget, host_budget_bytes=host_bytes)
-    validate(trace, plan, MACHINE)
-    assert not is_wrong(trace, plan, MACHINE)
-    assert MUTATIONS[mutation](plan), "there is something to change"
-    outcomes: Counter[tuple[bool, bool]] = Counter()
-    for seed in range(60):
-        mutant = mutation(random.Random(seed), plan)
-        wrong = is_wrong(trace, mutant, MACHINE)
-        outcomes[wrong, is_refused(trace, mutant, MACHINE)] += 1
-        assert not wrong or is_refused(trace, mutant, MACHINE), f"seed {seed}"
-    assert outcomes[True, True] >= 8, outcomes
-
-
-@few
-@given(trace=traces(max_steps=8), machine=machines, device=shares, chance=st.randoms(use_true_random=False))
-def test_validate_refuses_every_mutation_of_a_host_part_that_breaks_it(
-    trace: Trace, machine: Machine, device: float, chance: Chance
-) -> None:
-    budget, host_bytes = budgets_of(trace, machine, device * 0.6, chance.random() * 0.4)
-    plan = make_plan(trace, machine, budget, host_budget_bytes=host_bytes)
-    for _ in range(3):
-        fitting = [one for one, needs in MUTATIONS.items() if needs(plan)]
-        mutation = chance.choice(fitting)
-        mutant = mutation(chance, plan)
-        # The device's part is for other tests; here it is whole.
-        if mutation is not change_copies and plan.transfers and is_wrong(trace, mutant, machine):
-            event(f"{mutation.__name__}: broken")
-            assert is_refused(trace, mutant, machine), mutation.__name__
-
-
-def test_a_plan_without_the_part_that_its_machine_needs_is_refused() -> None:
-    trace = make_chain(12, MIB)
-    plan = make_plan(trace, MACHINE, 4 * MIB, host_budget_bytes=4 * MIB)
-    with pytest.raises(PlanError, match="no host part"):
-        validate(trace, replace(plan, host=None), MACHINE)
-    with pytest.raises(PlanError, match="a host part"):
-        validate(trace, plan, one_link(MACHINE))
-
-
-def test_a_read_before_the_write_it_should_bring_is_refused() -> None:
-    trace, budget, host_bytes = SHAPES["written"]
-    plan = make_plan(trace, MACHINE, budget, host_budget_bytes=host_bytes)
-    host = _host_of(plan)
-    written = [number for number, each in enumerate(host.transfers) if each.after_step is not None]
-    assert len(written) == 2
-    for number in written:
-        early = replace(host.transfers[number], after_step=None)
-        with pytest.raises(PlanError, match="may begin before step"):
-            validate(trace, _with_transfer(plan, number, early), MACHINE)
-
-
-def test_reads_that_overtake_each_other_are_refused() -> None:
-    trace = make_chain(12, MIB)
-    plan = make_plan(trace, MACHINE, 3 * MIB, host_budget_bytes=8 * MIB)
-    host = _host_of(plan)
-    late = replace(host.transfers[0], after=host.transfers[0].needed_by - 1)
-    assert host.transfers[1].after < late.after, "so that the second comes before the first"
-    with pytest.raises(PlanError, match="overtake each other"):
-        validate(trace, _with_transfer(plan, 0, late), MACHINE)
-
-
-def test_a_plan_that_waits_for_itself_is_refused() -> None:
-    trace = make_chain(12, MIB)
-    plan = make_plan(trace, MACHINE, 4 * MIB, host_budget_bytes=4 * MIB)
-    host = _host_of(plan)
-    first = host.transfers[0]
-    late = replace(first, after_step=plan.transfers[first.needed_by].after + 1)
-    stuck = _with_transfer(plan, 0, late)
-    with pytest.raises(PlanError, match="waits for step"):
-        validate(trace, stuck, MACHINE)
-    with pytest.raises(PlanError, match="waits for what waits for it"):
-        simulate(trace, _with_transfer(plan, 0, replace(late, after_step=len(plan.steps) - 1)), MACHINE)
-
-
-def test_less_host_memory_than_before_does_not_narrow_the_search() -> None:
-    # Bundles of the plan before are larger than all of host memory now.
-    trace, machine = make_chain(200, 100 * KIB, time_s=1e-5), two_links(disk=5e9)
-    ample = make_plan(trace, machine, 8 * MIB, host_budget_bytes=64 * MIB)
-    largest = max(bundle.size_bytes for bundle in ample.bundles)
-    few_bytes = smallest_host_budget(trace, machine, 8 * MIB).size_bytes
-    assert few_bytes < largest
-    fresh = make_plan(trace, machine, 8 * MIB, host_budget_bytes=few_bytes)
-    after = make_plan(trace, machine, 8 * MIB, host_budget_bytes=few_bytes, previous=ample)
-    validate(trace, after, machine)
-    assert after.prediction.pass_s <= 1.01 * fresh.prediction.pass_s
+def test_copies_have_the_time_that_rows_take_and_what_is_made_anew() -> None:
+    machine = two_links(link=1e9, disk=1e8)
+    rows = make_gathering(8, MIB, 64 * MIB, 8 * MIB)
+    anew = make_training(8, MIB, MIB, may=(Treatment.STAY, Treatment.RECOMPUTE), recompute_s=5e-3)
+    for trace, share in ((rows, 3), (anew, 6)):
+        problem = Problem.of(trace, machine, share * MIB, fixed_bytes=0, moves_born=True, host_budget_bytes=64 * MIB)
+        found = partitions(trace, machine, problem.arena_bytes, problem.born, problem.host_arena_bytes)
+        draft = best_draft(found, problem.arena_bytes)
+        assert draft is not None
+        pass_s = simulate_link(trace, problem.plan(draft), machine).pass_s
+        compute_s = sum(step.time_s or 0.0 for step in trace.steps)
+        assert pass_s > compute_s + 0.02, "rows, or what is made anew"
+        copies = host_partition(draft, machine).trace.steps
+        assert sum(copy.time_s or 0.0 for copy in copies) == pytest.approx(pass_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,7 +12,15 @@ from mball.errors import PlanError
 from mball.plan import make_plan, validate
 from mball.schema import Placement, Plan, PlanStep, Trace
 from mball.units import MIB
-from tests.plan.traces import PAGE_BYTES, make_chain, make_machine, make_step, make_weights
+from tests.plan.traces import (
+    PAGE_BYTES,
+    make_chain,
+    make_changing,
+    make_host_machine,
+    make_machine,
+    make_step,
+    make_weights,
+)
 
 MACHINE = make_machine()
 TRACE: Trace = make_chain(12, MIB)
@@ -170,3 +179,19 @@ def test_a_second_copy_must_not_come_while_the_first_is_used() -> None:
             continue
         with pytest.raises(PlanError, match="its copy in another slot is used up to step 0"):
             validate(trace, broken, MACHINE)
+
+
+def test_checking_takes_longer_about_as_the_changed_weights_get_more() -> None:
+    def checking_s(num_layers: int) -> float:
+        trace, machine = make_changing(num_layers, 300_000), make_host_machine()
+        plan = make_plan(trace, machine, num_layers * 75_000)
+        assert len(plan.offloads) == num_layers
+        times = []
+        for _ in range(3):  # the shortest, since others run too
+            start = time.process_time()
+            validate(trace, plan, machine)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    # Five times as many layers; what is quadratic takes 25 times as long.
+    assert checking_s(3000) < 10 * checking_s(600)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from mball.schema import Gather, Link, LiveRange, Machine, Step, Tensor, Tier, Trace, Treatment
+from mball.schema import Gather, Lane, Link, LiveRange, Machine, Step, Tensor, Tier, Trace, Treatment
 
 PAGE_BYTES = 4096
 LEAVES = (Treatment.OFFLOAD, Treatment.RECOMPUTE)
@@ -95,6 +95,92 @@ def make_training(
     return Trace(name="training", tensors=tensors, steps=tuple(steps))
 
 
+def make_optimized(
+    num_layers: int,
+    weight_bytes: int,
+    *,
+    time_s: float = 1e-3,
+    host_s: float | None = None,
+    on_device: bool = False,
+    activation_bytes: int = 0,
+    state_bytes: int | None = None,
+) -> Trace:
+    """Training with an optimizer: weights, gradients of their size, and a state of twice that, homes in host memory.
+
+    A step a layer forward and another, twice as long, backward, which bears the gradient; after it a step changes
+    weight and state: on the host lane, or on the device itself.
+
+    Args:
+        host_s: of each step of the optimizer.
+        on_device: whether it runs there.
+        activation_bytes: what forward bears for backward; 0: nothing.
+        state_bytes: of each weight.
+    """
+    num_state = 2 * weight_bytes if state_bytes is None else state_bytes
+    homed = [
+        replace(tensor, home=tensor.home and replace(tensor.home, tier=Tier.HOST))
+        for tensor in make_weights([weight_bytes] * num_layers + [num_state] * num_layers, start_bytes=0)
+    ]
+    may = (Treatment.STAY, Treatment.OFFLOAD)
+    steps = [make_step(f"forward{layer}", layer, time_s=time_s) for layer in range(num_layers)]
+    born: list[Tensor] = []
+    for layer in reversed(range(num_layers)):
+        backward, update = len(steps), len(steps) + 1
+        gradient = 2 * num_layers + len(born)
+        live = LiveRange(first=backward, end=update + 1)
+        born.append(replace(Tensor.activation(f"g{layer}", size_bytes=weight_bytes, live=live), may=may))
+        reads = [layer]
+        if activation_bytes:
+            live = LiveRange(first=layer, end=backward + 1)
+            reads.append(2 * num_layers + len(born))
+            born.append(replace(Tensor.activation(f"a{layer}", size_bytes=activation_bytes, live=live), may=may))
+        steps.append(make_step(f"backward{layer}", *reads, time_s=2 * time_s))
+        optimizer = make_step(f"update{layer}", gradient, num_layers + layer, time_s=host_s)
+        steps.append(
+            replace(
+                optimizer,
+                reads=(*optimizer.reads, layer),
+                writes=(layer, num_layers + layer),
+                graph="optimizer",
+                lane=Lane.COMPUTE if on_device else Lane.HOST,
+            )
+        )
+    return Trace(name="optimized", tensors=(*homed, *born), steps=tuple(steps))
+
+
+def make_changing(num_layers: int, size_bytes: int, *, num_weights: int = 1, time_s: float = 1e-5) -> Trace:
+    """A chain whose steps read `num_weights` weights each, homes in host memory, and change them."""
+    weights = make_weights([size_bytes] * num_weights * num_layers, start_bytes=0)
+    own = [range(layer * num_weights, (layer + 1) * num_weights) for layer in range(num_layers)]
+    steps = [make_step(f"layer{layer}", *reads, time_s=time_s) for layer, reads in enumerate(own)]
+    return Trace(
+        name="changing",
+        tensors=tuple(replace(each, home=each.home and replace(each.home, tier=Tier.HOST)) for each in weights),
+        steps=tuple(replace(step, writes=step.reads) for step in steps),
+    )
+
+
+def make_host_machine(
+    *,
+    page_bytes: int = PAGE_BYTES,
+    bandwidth: float = 1e9,
+    latency_s: float = 0.0,
+    write_bandwidth: float | None = None,
+    host_bandwidth: float | None = None,
+) -> Machine:
+    """Homes are in host memory. `write_bandwidth` as for `make_machine`."""
+    machine = make_machine(page_bytes=page_bytes, bandwidth=bandwidth, latency_s=latency_s)
+    out = None
+    if write_bandwidth is not None:
+        out = Link(bandwidth_bytes_per_s=write_bandwidth, latency_s=latency_s, source=Tier.DEVICE, target=Tier.HOST)
+    return replace(
+        machine,
+        link=replace(machine.link, source=Tier.HOST),
+        write_link=out,
+        host_bandwidth_bytes_per_s=host_bandwidth,
+    )
+
+
 def make_gathering(num_layers: int, size_bytes: int, table_bytes: int, rows_bytes: int, *, tied: bool = False) -> Trace:
     """A chain behind a step that gathers rows of a table; where tied, its last step reads the table."""
     chain = make_tied(num_layers, size_bytes, table_bytes)
@@ -136,10 +222,10 @@ def movable(draw: st.DrawFn, name: str, index: int, steps: list[Step]) -> tuple[
 
 
 @st.composite
-def traces(draw: st.DrawFn, *, max_steps: int = 14) -> Trace:
+def traces(draw: st.DrawFn, *, max_steps: int = 14, writing: bool = True) -> Trace:
     """Any trace: tiny, large and empty weights, shared and unread ones, several files, graphs and eager steps.
 
-    Most passes repeat; some run once.
+    Most passes repeat; some run once. Unless `writing`, no step writes a weight.
     """
     cyclic = draw(st.sampled_from([True, True, True, False]))
     size = st.one_of(st.just(0), st.integers(1, 2_000), st.integers(60_000, 70_000), st.integers(100_000, 900_000))
@@ -163,7 +249,7 @@ def traces(draw: st.DrawFn, *, max_steps: int = 14) -> Trace:
         offsets[file] += size_bytes
     indices = st.integers(0, len(sizes) - 1) if sizes else st.nothing()
     num_steps = draw(st.integers(0, max_steps))
-    writing = draw(st.sampled_from([False, False, True]))
+    writing = draw(st.sampled_from([False, False, True])) and writing
     steps = [
         make_step(
             f"s{number}",
@@ -192,3 +278,39 @@ def traces(draw: st.DrawFn, *, max_steps: int = 14) -> Trace:
             tensor, steps = draw(movable(f"m{number}", len(sizes) + len(activations), steps))
             activations.append(tensor)
     return Trace(name="any", tensors=(*weights, *activations), steps=tuple(steps), cyclic=cyclic)
+
+
+host_machines = st.builds(
+    make_host_machine,
+    page_bytes=st.sampled_from([512, 4096, 65536]),
+    bandwidth=st.sampled_from([1e7, 1e9]),
+    latency_s=st.sampled_from([0.0, 1e-4]),
+    write_bandwidth=st.sampled_from([None, None, 1e8]),
+    host_bandwidth=st.sampled_from([None, 1e8, 2e10]),
+)
+
+
+@st.composite
+def lane_traces(draw: st.DrawFn, *, max_steps: int = 12) -> Trace:
+    """Any trace whose homes are in host memory; some steps run on the host lane, and some write what they read."""
+    trace = draw(traces(max_steps=max_steps))
+    lanes = [draw(st.sampled_from([Lane.COMPUTE, Lane.COMPUTE, Lane.HOST])) for _ in trace.steps]
+    homed = [index for index, _ in trace.homed()]
+    some = st.lists(st.sampled_from(homed), unique=True, max_size=3) if homed else st.just([])
+    steps = [
+        replace(step, lane=lane, writes=tuple(draw(some)) if draw(st.booleans()) else step.writes)
+        for step, lane in zip(trace.steps, lanes, strict=True)
+    ]
+    tensors = []
+    for index, tensor in enumerate(trace.tensors):
+        live = tensor.live
+        if tensor.home is not None:
+            tensors.append(replace(tensor, home=replace(tensor.home, tier=Tier.HOST)))
+            continue
+        assert live is not None
+        crosses = any(index in step.reads and step.lane is not lanes[live.first] for step in steps)
+        may = tensor.may
+        if crosses and Treatment.OFFLOAD not in may:
+            may = (*may, Treatment.OFFLOAD)
+        tensors.append(replace(tensor, may=may))
+    return replace(trace, tensors=tuple(tensors), steps=tuple(steps))

@@ -15,6 +15,7 @@ from mball.schema import (
     CalibratedLink,
     Calibration,
     Home,
+    Lane,
     Link,
     LinkSample,
     LiveRange,
@@ -132,6 +133,7 @@ def with_activation(first: int, end: int, size_bytes: int = 1) -> Trace:
         (with_step(scratch_bytes=-1), "must not be negative"),
         (with_step(flops=-1), "must not be negative"),
         (with_step(time_s=-0.1), "must not be negative"),
+        (with_step(time_s=float("inf")), "nor infinite"),
         (with_weight(size_bytes=-1), "must not be negative"),
         (with_weight(home=Home(tier=Tier.DISK, file="f", offset_bytes=-1)), "must not be negative"),
         (with_weight(shape=(2, -1)), "must not be negative"),
@@ -143,6 +145,9 @@ def with_activation(first: int, end: int, size_bytes: int = 1) -> Trace:
         (replace(MACHINE, alignment_bytes=3000), "must divide the page"),
         (replace(MACHINE, link=replace(MACHINE.link, bandwidth_bytes_per_s=0.0)), "must be positive"),
         (replace(MACHINE, link=replace(MACHINE.link, latency_s=-1.0)), "not negative"),
+        (replace(MACHINE, link=replace(MACHINE.link, latency_s=float("inf"))), "all finite"),
+        (replace(MACHINE, link=replace(MACHINE.link, bandwidth_bytes_per_s=float("inf"))), "all finite"),
+        (replace(MACHINE, host_bandwidth_bytes_per_s=0.0), "must be positive"),
         (replace(PLAN, bundles=()), "names bundle 0 of 0"),
         (replace(PLAN, version=1), "version 1"),
         (replace(TRACE, version=1), "version 1"),
@@ -167,6 +172,26 @@ def test_activations_are_summed_by_live_range() -> None:
     assert trace.activation_bytes() == [15, 110, 100]
     assert 1 in LiveRange(first=0, end=2)
     assert 2 not in LiveRange(first=0, end=2)
+
+
+def test_what_is_on_the_host_lane_takes_no_room_on_the_device() -> None:
+    first, *others = with_step(scratch_bytes=5).steps
+    trace = replace(
+        TRACE,
+        steps=(replace(first, lane=Lane.HOST, reads=(0,), writes=(0,)), *others),
+        tensors=(
+            TRACE.tensors[0],
+            Tensor.activation("below", size_bytes=10, live=LiveRange(first=0, end=2)),
+            Tensor.activation("above", size_bytes=100, live=LiveRange(first=1, end=3)),
+        ),
+    )
+    assert trace.activation_bytes() == [0, 100, 100]
+    assert trace.needs()[0] == ()
+    assert [trace.is_born_below(tensor) for tensor in trace.tensors] == [False, True, False]
+
+
+def test_what_a_step_on_the_device_writes_must_be_there() -> None:
+    assert with_step(reads=(1,), writes=(2, 1)).needs()[0] == (1, 2)
 
 
 def test_a_plan_is_itself_after_json() -> None:

@@ -1,7 +1,8 @@
 """Policies of the field as planners: the same traces, machines and budgets, and plans that the engine can execute.
 
 Each is a function with the arguments, the result and the errors of `make_plan`; its module says where the policy comes
-from and what is idealised. They are about weights: what is born in the pass stays.
+from and what is idealised. They are about weights: what is born in the pass stays, and traces with steps on the host
+lane are refused.
 """
 
 from collections.abc import Callable

@@ -36,8 +36,13 @@ def plan_flexgen(
 
     Arguments and errors: `make_plan`.
     """
-    problem = Problem.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
-    return problem.plan(fastest_of(problem, _drafts(problem)))
+    problem = Problem.of_weights(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+    return problem.plan(draft_flexgen(problem))
+
+
+def draft_flexgen(problem: Problem) -> Draft:
+    """Returns the draft that keeps an equal share of each layer and reads the rest a layer ahead."""
+    return fastest_of(problem, _drafts(problem))
 
 
 def _drafts(problem: Problem) -> Iterator[Draft | None]:
@@ -82,8 +87,11 @@ class Divided:
         Layers that are not read take no memory. The first one follows the last one where the pass repeats.
         """
         partition = self.layers.partition
-        read = np.array(partition.demand.read_bundles(), dtype=np.int64)
-        sizes, stays = partition.flow.sizes[read], self.stays[read]
+        demand = partition.demand
+        read = np.array(demand.read_bundles(), dtype=np.int64)
+        # Not those of the flow: most shares that are tried do not fit, or leave room, and are never timed.
+        sizes = np.array([demand.bundles[bundle].size_bytes for bundle in read.tolist()], dtype=np.int64)
+        stays = self.stays[read]
         moving = np.bincount(self.layers.layer_of[read], weights=np.where(stays, 0, sizes))
         following = np.roll(moving, -1)
         if len(moving) == 1 or not partition.trace.cyclic:

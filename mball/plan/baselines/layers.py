@@ -16,7 +16,7 @@ from itertools import count
 import numpy as np
 
 from mball.plan.arrays import Bools, Ints
-from mball.plan.bundles import even_bundle, weight_uses
+from mball.plan.bundles import weight_uses
 from mball.plan.draft import Draft, draft_plan
 from mball.plan.partition import Partition
 from mball.plan.problem import Problem
@@ -39,10 +39,9 @@ class Layers:
     @classmethod
     def of(cls, problem: Problem, layers: Sequence[Sequence[Sequence[int]]]) -> Layers:
         """Returns the partition into these layers, each given as the weights of its bundles."""
-        trace, machine = problem.trace, problem.machine
-        bundles = [even_bundle(part, trace, machine) for layer in layers for part in layer]
+        bundles = [problem.even_bundle(part) for layer in layers for part in layer]
         numbers = [number for number, layer in enumerate(layers) for _ in layer]
-        return cls(Partition.of(trace, machine, bundles), np.array(numbers, dtype=np.int64))
+        return cls(Partition.of(problem.trace, problem.machine, bundles), np.array(numbers, dtype=np.int64))
 
     @classmethod
     def single(cls, partition: Partition) -> Layers:

@@ -18,5 +18,5 @@ def plan_lru(
     trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int = 0, previous: Plan | None = None
 ) -> Plan:
     """Returns the plan of an LRU cache of bundles. Arguments and errors: `make_plan`."""
-    problem = Problem.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+    problem = Problem.of_weights(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
     return problem.plan(draft_replacing(problem, bundled(problem), LEAST_RECENTLY_USED, just_in_time))

@@ -21,5 +21,5 @@ def plan_lru_pages(
     trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int = 0, previous: Plan | None = None
 ) -> Plan:
     """Returns the plan of an operating system that pages weights. Arguments and errors: `make_plan`."""
-    problem = Problem.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+    problem = Problem.of_weights(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
     return problem.plan(draft_replacing(problem, [problem.finest], LEAST_RECENTLY_USED, just_in_time))

@@ -41,8 +41,13 @@ def plan_prefetch(
     """
     if depth < 1:
         raise ConfigError(f"depth is {depth}; read at least 1 layer ahead, or take the policy 'prefix'")
-    problem = Problem.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
-    return problem.plan(fastest_of(problem, _drafts(problem, depth)))
+    problem = Problem.of_weights(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+    return problem.plan(draft_prefetch(problem, depth))
+
+
+def draft_prefetch(problem: Problem, depth: int = 1) -> Draft:
+    """Returns the draft that keeps the first layers and reads the others `depth` layers ahead."""
+    return fastest_of(problem, _drafts(problem, depth))
 
 
 def _drafts(problem: Problem, depth: int) -> Iterator[Draft | None]:

@@ -30,7 +30,7 @@ def plan_prefix(
 
     Arguments and errors: `make_plan`.
     """
-    problem = Problem.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+    problem = Problem.of_weights(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
     return problem.plan(fastest_of(problem, _drafts(problem)))
 
 

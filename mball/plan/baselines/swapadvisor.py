@@ -12,6 +12,7 @@ places are those of mball's pool. Tensors move in mball's bundles. Weights are n
 from __future__ import annotations
 
 from mball.plan.baselines.replacement import FURTHEST_IN_FUTURE, bundled, draft_replacing
+from mball.plan.draft import Draft
 from mball.plan.problem import Problem
 from mball.schema import Machine, Plan, Trace
 
@@ -20,5 +21,10 @@ def plan_swapadvisor(
     trace: Trace, machine: Machine, budget_bytes: int, *, fixed_bytes: int = 0, previous: Plan | None = None
 ) -> Plan:
     """Returns the plan of SwapAdvisor's swap planning. Arguments and errors: `make_plan`."""
-    problem = Problem.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
-    return problem.plan(draft_replacing(problem, bundled(problem), FURTHEST_IN_FUTURE, None))
+    problem = Problem.of_weights(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+    return problem.plan(draft_swapadvisor(problem))
+
+
+def draft_swapadvisor(problem: Problem) -> Draft:
+    """Returns the draft of SwapAdvisor's swap planning."""
+    return draft_replacing(problem, bundled(problem), FURTHEST_IN_FUTURE, None)
