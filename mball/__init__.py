@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from mball.api import unwrap as unwrap
     from mball.api import wrap as wrap
     from mball.config import Config as Config
+    from mball.decisions import guarded as guarded
     from mball.errors import BudgetError as BudgetError
     from mball.errors import MballError as MballError
     from mball.observe.report import Report as Report
-    from mball.torch_private import capturing as capturing
+    from mball.torch_private.capture import capturing as capturing
 
 __version__ = "0.1.0"
 
@@ -37,7 +38,8 @@ _HOMES = {
     "BudgetError": "mball.errors",
     "MballError": "mball.errors",
     "Report": "mball.observe.report",
-    "capturing": "mball.torch_private",
+    "capturing": "mball.torch_private.capture",
+    "guarded": "mball.decisions",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "Report",
     "balloon",
     "capturing",
+    "guarded",
     "report",
     "save_trace",
     "set_budget",

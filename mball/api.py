@@ -14,7 +14,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from mball import torch_private
 from mball.assembly import AdaptDevice, Machinery, Storage, inductor_options
 from mball.backend import Backend
 from mball.backend_door import Door, find_door
@@ -34,6 +33,9 @@ from mball.run.tiers import TieredCall
 from mball.schema import LiveRange, Plan, Tensor, Trace
 from mball.snapshot import take_report, take_timeline
 from mball.storage import CheckpointIndex, TensorEntry
+from mball.torch_private.calls import get_call, inner_module, plain_call, set_call
+from mball.torch_private.capture import compile_call
+from mball.torch_private.probes import missing_for_capture
 from mball.units import format_bytes, parse_bytes
 from mball.whole_files import replace_file
 
@@ -181,15 +183,15 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """
     state = _state_of(model)
     if isinstance(state, Door):
-        inner = torch_private.inner_module(model)
+        inner = inner_module(model)
         state.release(inner.parameters())
-        torch_private.set_call(inner, None)  # `model.compile(backend="mball")` set it
+        set_call(inner, None)  # `model.compile(backend="mball")` set it
         return model
     roots = [root for ref in state.roots if (root := ref()) is not None]
     move_out(state.gate.pairs())
     for root in roots:
         for module in root.modules():
-            torch_private.set_call(module, None)
+            set_call(module, None)
         mix_out(root)
         del _states[root]
     state.closer()
@@ -365,7 +367,7 @@ def trace_and_plan(model: torch.nn.Module) -> tuple[Trace, Plan]:
 
 
 def _state_of(model: torch.nn.Module) -> _State | Door:
-    inner = torch_private.inner_module(model)
+    inner = inner_module(model)
     state = _states.get(inner) or find_door(inner)
     if state is None:
         raise WrapError(
@@ -383,7 +385,7 @@ def _check_roots(roots: Sequence[torch.nn.Module]) -> None:
             where = f"its module {name!r}" if name else "it"
             if isinstance(module, Wrapped):
                 raise WrapError(f"{type(root).__name__}: {where} is wrapped already; call mball.unwrap first")
-            if torch_private.get_call(module) is not None:
+            if get_call(module) is not None:
                 raise WrapError(
                     f"{type(root).__name__}: {where} is compiled in place or belongs to a wrapped model; mball "
                     "captures the model itself: wrap it before, or instead of, compiling"
@@ -394,7 +396,7 @@ def _capture_of(config: Config) -> Capture:
     capture = config.capture
     if capture is Capture.AUTO and (config.compile is Compile.INDUCTOR or config.fullgraph):
         capture = Capture.GRAPHS
-    missing = torch_private.missing_for_capture()
+    missing = missing_for_capture()
     if capture is Capture.GRAPHS and missing:
         logger.warning("this torch lacks %s: no graphs are captured, operators are watched instead", ", ".join(missing))
     return Capture.OPERATORS if missing else capture
@@ -431,12 +433,12 @@ def _hang_doors(
 ) -> None:
     for root, mixed in zip(roots, classes, strict=True):
         for module in root.modules():
-            if torch_private.get_call(module) is None and any(True for _ in module.parameters()):
+            if get_call(module) is None and any(True for _ in module.parameters()):
                 hang_door(module, gate)
         if capture is not Capture.OPERATORS:
-            plain = torch_private.plain_call(root)
+            plain = plain_call(root)
             compiled = functools.partial(
-                torch_private.compile_call,
+                compile_call,
                 plain,
                 backend,
                 before_capture=gate.engine.capture.begin,

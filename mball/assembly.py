@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from mball import torch_private
 from mball.config import Compile, Config, Io, Policy
 from mball.errors import ConfigError
 from mball.memory import CpuDevice, Device, Kind, Ledger
-from mball.plan import make_plan
+from mball.plan import make_plan, simulate
 from mball.plan.baselines import BASELINES
+from mball.plan.simulate import trace_times
 from mball.run.correction import Correction
 from mball.run.engine import Engine
 from mball.run.execution import Execution
@@ -21,6 +21,7 @@ from mball.run.homes import Homes
 from mball.run.segments import OperatorReads
 from mball.schema import Machine, Plan, Trace
 from mball.storage import DirectIO, FileTable, SwapFile, ThreadedReader
+from mball.torch_private.inductor import inductor_settings
 
 AdaptDevice = Callable[[Device], Device]
 
@@ -86,6 +87,7 @@ class Machinery:
                 execution=Execution(device, arena, homes),
                 ledger=ledger,
                 plan=functools.partial(_plan, policy=config.policy, machine=correction, fixed_bytes=fixed_bytes),
+                retime=_retime,
                 correction=correction,
                 fixed_bytes=fixed_bytes,
                 expected=expected,
@@ -113,7 +115,7 @@ def inductor_options(config: Config) -> dict[str, Any]:
     if config.compile is not Compile.INDUCTOR:
         return {}  # and nothing of Inductor is imported
     try:
-        settings = torch_private.inductor_settings(config.mode, config.options, config.dynamic)
+        settings = inductor_settings(config.mode, config.options, config.dynamic)
     except RuntimeError as error:
         # Without the list of all the hundreds that there are.
         why = str(error).partition(", known options are")[0]
@@ -135,3 +137,9 @@ def _plan(
 ) -> Plan:
     planner = make_plan if policy is Policy.MBALL else BASELINES[policy.value]
     return planner(trace, machine(), budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+
+
+def _retime(trace: Trace, plan: Plan, machine: Machine, longer: float) -> float:
+    times = zip(trace.steps, trace_times(trace), strict=True)
+    steps = tuple(replace(step, time_s=seconds * longer) for step, seconds in times)
+    return simulate(replace(trace, steps=steps), plan, machine).pass_s

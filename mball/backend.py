@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from mball import torch_private
 from mball.config import Compile, Config
 from mball.errors import BudgetError
 from mball.memory import libc
 from mball.run.doors import Gate, check_graph_inputs
 from mball.run.engine import Engine
 from mball.schema import Step, Tensor
+from mball.torch_private.inductor import inductor_failure
+from mball.torch_private.tensors import is_subclass, storage_key
 from mball.trace.cut import Cut, UnsupportedGraphError
 from mball.trace.driver import Driver, StepHooks, build_driver
 from mball.trace.graph import CapturedGraph
@@ -247,9 +248,9 @@ class Backend:
 
     def manages(self, parameter: torch.nn.Parameter) -> bool:
         """Returns whether the parameter lies at a home of this backend's engine."""
-        if torch_private.is_subclass(parameter) or parameter.layout is not torch.strided:
+        if is_subclass(parameter) or parameter.layout is not torch.strided:
             return False
-        return torch_private.storage_key(parameter) in self.engine.homes.weight_of_storage
+        return storage_key(parameter) in self.engine.homes.weight_of_storage
 
     def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         weight_of = [self._weights.get(id(value)) for value in example_inputs]
@@ -316,7 +317,7 @@ class Backend:
         began_s = time.perf_counter()
         try:
             compiled = compile_steps(f"{called.name}c", called.module, example_inputs, weight_of, choose, self._options)
-        except (UnsupportedGraphError, torch_private.inductor_failure()) as error:
+        except (UnsupportedGraphError, inductor_failure()) as error:
             logger.warning(
                 "%s cannot be compiled in steps (%s); its steps run as they were captured", called.name, error
             )

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from mball import torch_private
 from mball.assembly import AdaptDevice, Machinery, Storage, inductor_options
 from mball.backend import Backend, GraphRunner, backends
 from mball.config import Compile, Config
@@ -38,6 +37,9 @@ from mball.run.home_sources import write_homes
 from mball.run.homes import Home, Homes
 from mball.run.segments import OperatorReads
 from mball.schema import Machine
+from mball.torch_private.inductor import compile_graph, inductor_failure
+from mball.torch_private.sources import source_name
+from mball.torch_private.tensors import storage_key
 from mball.trace.cut import Cut, UnsupportedGraphError
 from mball.trace.grouping import EveryWeight
 from mball.units import format_bytes, parse_bytes
@@ -243,7 +245,7 @@ class Door:
                     "compile with the same options"
                 )
             identity = identity_of(parameter)
-            at_home = known.weight_of_storage.get(torch_private.storage_key(parameter))
+            at_home = known.weight_of_storage.get(storage_key(parameter))
             if at_home is not None:  # another Parameter over the memory of one that is at home
                 home = known.homes[at_home].tensor
                 if identity != (home.data_ptr(), home.dtype, tuple(home.shape), home.stride()):
@@ -418,8 +420,8 @@ def _as_it_is(
         settings = inductor_options(config)
         if config.compile is Compile.INDUCTOR:
             try:
-                return torch_private.compile_graph(module, example_inputs, settings)
-            except torch_private.inductor_failure() as error:
+                return compile_graph(module, example_inputs, settings)
+            except inductor_failure() as error:
                 logger.warning("a graph without weights cannot be compiled (%s); it runs as it was captured", error)
     return module.forward
 
@@ -472,7 +474,7 @@ def _is_weight(value: Any) -> bool:
 
 
 def _name_of(placeholder: torch.fx.Node) -> str:
-    source = torch_private.source_name(placeholder) or ""
+    source = source_name(placeholder) or ""
     return ".".join(_PATH.findall(source)) or placeholder.name
 
 

@@ -28,7 +28,7 @@ def take_report(
         weights_owned: the weights that the modules hold now.
         graphs: the graphs that were captured.
     """
-    plan, last = engine.plan, engine.last
+    plan, last = engine.plan, engine.meter.last
     resident = streamed = arena = activations = 0
     if plan is not None:
         resident = _weight_bytes(plan, [placement.bundle for placement in plan.residents], engine)
@@ -51,7 +51,7 @@ def take_report(
         streamed_bytes_per_pass=streamed,
         bytes_read=engine.execution.counters.bytes_read,
         bytes_read_last_pass=last.bytes_read,
-        passes=engine.passes,
+        passes=engine.meter.passes,
         pass_s=last.wall_s,
         compute_s=compute_s,
         stall_s=last.stall_s,
@@ -64,7 +64,7 @@ def take_report(
         weights_owned=weights_owned,
         weights_read=len(engine.weights_read),
         graphs=graphs,
-        steps=last.steps,
+        steps=engine.num_steps,
         unplanned_fetches=last.unplanned_fetches,
         in_place_bytes=last.in_place_bytes,
         swap_bytes=engine.homes.swap.size_bytes,

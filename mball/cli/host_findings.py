@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mball.cli.findings import Finding, Need, check, limit
 from mball.memory import facts
+from mball.torch_private.probes import CAPTURE_NEEDS, DECISIONS_NEED, probe
 from mball.units import GIB, format_bytes
 
 # Less room than this and the libraries alone are a tight fit.
@@ -53,16 +54,22 @@ def host_memory() -> list[Finding]:
 def private_torch() -> list[Finding]:
     """Returns which private APIs of torch are there; empty where torch cannot be imported."""
     try:
-        from mball import torch_private
+        import torch  # noqa: F401  # where it is not, nothing of it is looked for
     except ImportError:
         return []
     section = "private APIs of torch"
-    lost = "mball runs without capturing graphs: the same results and budget, less is known ahead"
+    lost = dict.fromkeys(
+        CAPTURE_NEEDS,
+        "mball runs without capturing graphs: the same results and budget, less is known ahead",
+    ) | dict.fromkeys(
+        DECISIONS_NEED,
+        "graphs break where transformers looks at a mask: the same results and budget, captures take longer",
+    )
     other = "this torch is newer or older than mball knows; use a version from constraints.txt"
     return [
         check(
-            section, api.name, api.found, api.purpose, lost if api.name in torch_private.CAPTURE_NEEDS else other,
-            Need.OPTIONAL if api.name in torch_private.CAPTURE_NEEDS else Need.MANDATORY,
+            section, api.name, api.found, api.purpose, lost.get(api.name, other),
+            Need.OPTIONAL if api.name in lost else Need.MANDATORY,
         )
-        for api in torch_private.probe()
+        for api in probe()
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mball import torch_private
+from mball.torch_private.tensors import storage_key
 
 
 class _Birth(weakref.ref[torch.UntypedStorage]):
@@ -40,7 +40,7 @@ class LiveBytes:
         For passes without captured graphs: a graph's inputs are known before it runs.
         """
         self._kept = list(buffers)  # a storage's number is its own while it lives
-        self._uncounted = {torch_private.storage_key(buffer) for buffer in self._kept}
+        self._uncounted = {storage_key(buffer) for buffer in self._kept}
 
     @contextmanager
     def without_inputs(self) -> Iterator[None]:

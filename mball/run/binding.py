@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map
 
-from mball import torch_private
 from mball.lookups import gathered_bytes, is_index, is_table, lookup_of
 from mball.run.segments import OperatorReads
+from mball.torch_private.dispatch import TorchDispatchMode
+from mball.torch_private.operators import writes_and_aliases
+from mball.torch_private.tensors import storage_key
 
 if TYPE_CHECKING:
     from mball.run.engine import Engine
 
 
-class BindingMode(torch_private.TorchDispatchMode):
+class BindingMode(TorchDispatchMode):
     """Active throughout a pass; captured graphs are traced without it and run without it."""
 
     supports_higher_order_operators = True
@@ -46,7 +48,7 @@ class BindingMode(torch_private.TorchDispatchMode):
         live, weight_of_storage = engine.live, engine.homes.weight_of_storage
         weights: list[int] = []
         for tensor in _tensors_among((*args, *kwargs.values()) if kwargs else args):
-            key = torch_private.storage_key(tensor)
+            key = storage_key(tensor)
             weight = weight_of_storage.get(key)
             if weight is None:
                 live.read(tensor, key)
@@ -57,7 +59,7 @@ class BindingMode(torch_private.TorchDispatchMode):
         else:
             result = self._run(func, args, kwargs, tuple(weights))
         for tensor in _tensors_among((result,)):
-            key = torch_private.storage_key(tensor)
+            key = storage_key(tensor)
             if key not in weight_of_storage:
                 live.born(tensor, key)
         return result
@@ -79,11 +81,11 @@ class BindingMode(torch_private.TorchDispatchMode):
         views = self.engine.enter_operator(reads, str(func))
         try:
             if lookup is not None:
-                self.engine.execution.expect_rows(weights[0], lookup[0])
+                self.engine.execution.rows.expect(weights[0], lookup[0])
 
             def bind(value: Any) -> Any:
                 if isinstance(value, torch.Tensor):
-                    weight = homes.weight_of_storage.get(torch_private.storage_key(value))
+                    weight = homes.weight_of_storage.get(storage_key(value))
                     return value if weight is None or weight not in views else _same_view(value, views[weight])
                 return tree_map(bind, value) if isinstance(value, (list, tuple, dict)) else value
 
@@ -105,19 +107,19 @@ class BindingMode(torch_private.TorchDispatchMode):
         table, indices = lookup
         if not isinstance(indices, torch.Tensor) or not is_index(indices) or not is_table(table):
             return None
-        key = torch_private.storage_key
-        if table.shape != home.tensor.shape or key(table) != key(home.tensor) or key(indices) == key(table):
+        key = storage_key(table)
+        if table.shape != home.tensor.shape or key != storage_key(home.tensor) or key == storage_key(indices):
             return None
         size_bytes = gathered_bytes(indices.numel(), home.span_bytes // table.shape[0], home.span_bytes)
         return None if size_bytes is None else (indices, size_bytes)
 
 
 _STRIDED = torch.strided
-_facts = cache(torch_private.writes_and_aliases)
+_facts = cache(writes_and_aliases)
 
 
 def _weights_among(weight_of_storage: dict[int, int], values: Sequence[Any]) -> list[int]:
-    keys = map(torch_private.storage_key, _tensors_among(values))
+    keys = map(storage_key, _tensors_among(values))
     return [weight for key in dict.fromkeys(keys) if (weight := weight_of_storage.get(key)) is not None]
 
 

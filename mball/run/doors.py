@@ -13,13 +13,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.utils._pytree import tree_leaves
 
-from mball import torch_private
 from mball.errors import AutogradError, WrapError
 from mball.run.binding import BindingMode
 from mball.run.engine import Engine
 from mball.run.homes import Home
 from mball.run.household import Household
 from mball.run.tiers import kind_of
+from mball.torch_private.calls import plain_call, set_call
+from mball.torch_private.dispatch import is_only_mode, no_autocast_cache, without_dispatch
+from mball.torch_private.tensors import is_subclass
 
 _R = TypeVar("_R")
 
@@ -86,7 +88,7 @@ class Gate:
             check_autograd(self._tenants, args, kwargs)
             self._follow_requires_grad()
             self.mode.paused = False
-            with torch_private.no_autocast_cache(), self.mode:
+            with no_autocast_cache(), self.mode:
                 result = call(*args, **kwargs)
             self.engine.end_pass()
         except BaseException:
@@ -99,9 +101,9 @@ class Gate:
 
         An operator of higher order looks for modes itself, and must find ours where it is active.
         """
-        plain = not higher_order and not any(map(torch_private.is_subclass, args))
-        if plain and torch_private.is_only_mode(self.mode):
-            with torch_private.without_dispatch():
+        plain = not higher_order and not any(map(is_subclass, args))
+        if plain and is_only_mode(self.mode):
+            with without_dispatch():
                 return call(*args)
         # A mode of the user's sees them all, and so does ours.
         self.mode.paused = True
@@ -178,14 +180,14 @@ def check_graph_inputs(args: Iterable[Any]) -> None:
 
 def hang_door(module: torch.nn.Module, gate: Gate, inner: Callable[..., Any] | None = None) -> None:
     """Makes `module(...)` open a pass; `inner` replaces the module's own call (a compiled one)."""
-    run = inner or torch_private.plain_call(module)
+    run = inner or plain_call(module)
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # torch's decorator has no types
     @functools.wraps(run)
     def through_door(*args: Any, **kwargs: Any) -> Any:
         return gate.run(run, args, kwargs)
 
-    torch_private.set_call(module, through_door)
+    set_call(module, through_door)
 
 
 class Wrapped:

@@ -10,13 +10,9 @@ with the same segment. A segment that was not predicted is the moment to change 
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -24,39 +20,17 @@ from mball.errors import BudgetError, WrapError
 from mball.memory.ledger import Kind, Ledger
 from mball.run.activations import LiveBytes
 from mball.run.capture_cost import CaptureCost
-from mball.run.correction import Correction, Measured, busy_s
+from mball.run.correction import Correction
 from mball.run.execution import Bound, Execution
 from mball.run.homes import Home, HomeFile, Homes
 from mball.run.operator_room import OperatorRoom
+from mball.run.pass_meter import PassEnd, PassMeter, Retimer
 from mball.run.pass_plans import PassPlan, PassPlans, Planner, Stretch
 from mball.run.segments import OperatorReads, OperatorSegment, Segment
 from mball.schema import Plan, Trace
-from mball.units import format_bytes
-
-logger = logging.getLogger(__name__)
 
 # A plan that keeps less for operators takes over when this part of the budget becomes free for weights.
 WORTHWHILE_SHARE = 32
-
-
-@dataclass(slots=True)
-class PassFacts:
-    """What the last pass took."""
-
-    wall_s: float = 0.0
-    stall_s: float = 0.0
-    bytes_read: int = 0
-    unplanned_fetches: int = 0
-    steps: int = 0
-    in_place_bytes: int = 0
-    predicted_s: float | None = None
-
-
-class PassEnd(NamedTuple):
-    """When a pass ended, in seconds of `time.perf_counter`, and the bytes of homes that were in memory then."""
-
-    time_s: float
-    touched_bytes: int
 
 
 class Engine:
@@ -69,6 +43,7 @@ class Engine:
         execution: executes plans.
         ledger: the budget.
         plan: makes plans.
+        retime: says what a pass takes under a plan, on a machine, if compute takes so many times as long.
         correction: what plans take the machine to be.
         fixed_bytes: bytes of buffers.
         expected: the operators that are expected before anything ran, in order.
@@ -82,6 +57,7 @@ class Engine:
         execution: Execution,
         ledger: Ledger,
         plan: Planner,
+        retime: Retimer,
         correction: Correction,
         fixed_bytes: int,
         expected: Sequence[OperatorReads],
@@ -92,8 +68,8 @@ class Engine:
         self.ledger = ledger
         self.fixed_bytes = fixed_bytes
         self.live = LiveBytes()
-        self.last = PassFacts()
-        self.passes = 0
+        self.meter = PassMeter(execution, correction, retime)
+        self.num_steps = 0  # of the plan that ran last
         self.weights_read: set[int] = set()
         self.written_now: set[int] = set()
         self.weights = homes.schema()
@@ -109,12 +85,8 @@ class Engine:
         self._step = -1  # the plan step the graph is in
         self._handed: Bound = ()
         self._stale = False  # the active plan was made with less knowledge than there is now
-        self._began_s = 0.0
-        self._before = PassFacts()
         self.capture = CaptureCost(execution.device.gauge(), execution.arena)
         self.plans = PassPlans(plan, self.room, self.capture, correction, ledger.budget_bytes)
-        self._correction = correction
-        self._in_place_bytes = 0  # read in place in this pass, and given back already
         self._unclear = False  # a pass began and did not end
         self._collecting = False  # written homes are being found
         self._closed = False
@@ -158,16 +130,10 @@ class Engine:
         self._unclear = True
         self._verify_files()
         self._notice_writes()
-        self._in_place_bytes = 0
         self.room.begin_pass(kind)
         self._tape = []
-        counters = self.execution.counters
-        self._before = PassFacts(
-            stall_s=counters.stall_s, bytes_read=counters.bytes_read, unplanned_fetches=counters.unplanned_fetches
-        )
         self.capture.abandon()
-        self._began_s = time.perf_counter()
-        self.execution.recorder.begin(self._began_s)
+        self.meter.begin()
 
     def continue_pass(self) -> None:
         """Goes on with the open pass after code that nobody watched: it may have read and written homes.
@@ -177,7 +143,7 @@ class Engine:
         """
         if self._closed:
             raise WrapError("this model was unwrapped; wrap it again")
-        self._in_place_bytes += self._touched_bytes()
+        self.meter.note_in_place(self._touched_bytes())
         self._notice_writes()
 
     def _notice_writes(self) -> None:
@@ -278,55 +244,20 @@ class Engine:
         self._unclear = False
 
     def _learn(self, ended: PassEnd) -> None:
-        counters, before = self.execution.counters, self._before
-        self.passes += 1
-        self.last = PassFacts(
-            wall_s=ended.time_s - self._began_s,
-            stall_s=counters.stall_s - before.stall_s,
-            bytes_read=counters.bytes_read - before.bytes_read,
-            unplanned_fetches=counters.unplanned_fetches - before.unplanned_fetches,
-            steps=self.last.steps,
-            in_place_bytes=self._in_place_bytes + ended.touched_bytes,
-            predicted_s=None if self._active is None else self._active.plan.prediction.pass_s,
-        )
-        self.execution.recorder.end(ended.time_s)
-        self._correct()
-        if self.last.in_place_bytes:
-            logger.warning(
-                "%s of weights were read in place during the pass, outside the budget: an operation that mball does "
-                "not see reads them; the pages are given back at the next pass",
-                format_bytes(self.last.in_place_bytes),
-            )
-        peak = self.live.end_pass()
-        if self._has_operators(self._tape):
-            self.room.note_peak(peak)
-        if self._tape:
-            tape = tuple(self._tape)
-            known = self._next.get(tape[0])
-            # Another order of operators is tolerated while it costs little: plans for each would take turns.
-            tolerated = self._has_operators(tape)
-            if known is None or not tolerated or self.last.unplanned_fetches * 4 > len(tape):
-                self._next[tape[0]] = tape
-
-    def _correct(self) -> None:
-        """Compares the pass that has just ended with its plan, if it went as planned."""
-        active, record = self._active, self.execution.recorder.last
-        if active is None or record is None or len(record.plans) > 1 or self.last.unplanned_fetches:
-            return
-        if tuple(self._tape) != active.tape.keys:
-            return
-        # Each read counts in the pass in which it really ended.
-        ended = [(read.times(math.inf), read.size_bytes) for read in record.reads]
-        ended = [each for each in ended if record.began_s < each[0][1] <= record.ended_s]
-        measured = Measured(
-            wall_s=self.last.wall_s,
-            compute_s=self.last.wall_s - self.last.stall_s,
-            read_bytes=sum(size for _, size in ended),
-            busy_s=busy_s(times for times, _ in ended),
-        )
-        if self._correction.note(active.tape.keys, active.plan.prediction, measured):
+        self.meter.end(ended)
+        active, tape = self._active, tuple(self._tape)
+        if active is not None and tape == active.tape.keys and self.meter.calls_for_another_plan(active):
             self.plans.clear()
             self._stale = True
+        peak = self.live.end_pass()
+        has_operators = self._has_operators(tape)
+        if has_operators:
+            self.room.note_peak(peak)
+        if tape:
+            known = self._next.get(tape[0])
+            # Another order of operators is tolerated while it costs little: plans for each would take turns.
+            if known is None or not has_operators or self.meter.last.unplanned_fetches * 4 > len(tape):
+                self._next[tape[0]] = tape
 
     # -- graphs --------------------------------------------------------------------------------------------------
 
@@ -346,7 +277,7 @@ class Engine:
         self._position = position + 1
         self._tape.append(segment.key)
         self.weights_read.update(*self._stretch.handed)
-        self.last.steps = len(self._active.plan.steps)
+        self.num_steps = len(self._active.plan.steps)
 
     def enter(self, step: int) -> tuple[torch.Tensor, ...]:
         """Returns the weights that the running graph's step `step` reads; see Execution.enter."""
@@ -362,7 +293,7 @@ class Engine:
     def expect_rows(self, step: int, place: int, indices: torch.Tensor) -> None:
         """Says which rows of the weight at `place` the running graph's step `step`, which was entered, looks up."""
         assert self._stretch is not None
-        self.execution.expect_rows(self._stretch.handed[step][place], indices)
+        self.execution.rows.expect(self._stretch.handed[step][place], indices)
 
     def finish(self) -> None:
         """Ends the running graph."""
@@ -402,7 +333,7 @@ class Engine:
         assert self._active is not None
         self._tape.append(key)
         self.weights_read.update(weights)
-        self.last.steps = len(self._active.plan.steps)
+        self.num_steps = len(self._active.plan.steps)
         if position is None:
             self._operator_step = None
             if reads.rows_bytes is not None:
@@ -499,7 +430,7 @@ class Engine:
         self.execution.adopt(plan, planned.tape.handed, gathered)
         self.execution.recorder.adopt(planned.tape.trace, plan)
         self._active = planned
-        self._correction.adopted()
+        self.meter.adopted(plan)
         self._stale = False
         if self.budget_bytes < ledger.budget_bytes:
             ledger.set_budget(self.budget_bytes)

@@ -20,6 +20,7 @@ from mball.errors import StorageError
 from mball.memory import Arena, Device, Event
 from mball.run.homes import Homes
 from mball.run.recorder import ReadRecord, Recorder
+from mball.run.rows import RowsAtHome
 from mball.schema import Bundle, Plan, Transfer
 from mball.storage import Read
 
@@ -90,6 +91,7 @@ class Execution:
         self.homes = homes
         self.counters = Counters()
         self.recorder = Recorder()
+        self.rows = RowsAtHome(device, homes)
         self.plan: Plan | None = None
         self._occupants: dict[int, Occupant] = {}
         self._in_use: tuple[int, ...] = ()
@@ -103,8 +105,6 @@ class Execution:
         self._bound: list[tuple[tuple[Occupant, ...], Bound] | None] = []
         self._step_weights: list[tuple[tuple[int, ...], ...]] = []
         self._tables: list[frozenset[int]] = []  # of each step what it looks up rows of and the plan does not bring
-        # Homes that the step in use looks up rows of, with the bytes that it said it would.
-        self._at_home: dict[int, int] = {}
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
@@ -240,19 +240,9 @@ class Execution:
         assert self.plan is not None
         assert not self._in_use
         there = self._present((weight,))
-        view = self._view(weight, there[0]) if there else self._home_view(weight)
+        view = self._view(weight, there[0]) if there else self.rows.view(weight)
         self.recorder.entered((weight,))
         return view
-
-    def expect_rows(self, weight: int, indices: torch.Tensor) -> None:
-        """Says which rows the step in use looks up, before it does: a hint, so that they come all at one time.
-
-        Args:
-            weight: bound in this step.
-            indices: the numbers of the rows, of any shape.
-        """
-        if weight in self._at_home:
-            self._at_home[weight] += self.homes.prefetch_rows(weight, indices)
 
     def _present(self, tables: Collection[int]) -> list[Occupant]:
         """Returns the bundles of these weights that are in the arena, and keeps them there for the step.
@@ -272,18 +262,7 @@ class Execution:
         self.recorder.left()
         self._in_use = ()
         self._released = self.device.record()
-        if self._at_home:
-            self._leave_homes()
-
-    def _leave_homes(self) -> None:
-        """Counts what was read at home, and gives the pages back: they are outside the budget.
-
-        Where nobody said which rows, what the kernel mapped is counted: that may be more, neighbours in its cache.
-        """
-        for weight, asked_bytes in self._at_home.items():
-            held_bytes = self.homes.give_back(weight)
-            self.counters.bytes_read += asked_bytes or held_bytes
-        self._at_home = {}
+        self.counters.bytes_read += self.rows.leave()
 
     def forget(self, weights: Iterable[int]) -> None:
         """Drops the copies of weights whose homes were written; they are read again when needed."""
@@ -294,7 +273,7 @@ class Execution:
     def abort(self) -> None:
         """Makes the state consistent after an exception: nothing in use, no copy running, no copy half known."""
         self._in_use = ()
-        self._leave_homes()
+        self.counters.bytes_read += self.rows.leave()
         self.device.synchronize()
         for bundle, occupant in list(self._occupants.items()):
             if occupant.event is not None:
@@ -468,7 +447,7 @@ class Execution:
         at_home: dict[int, torch.Tensor] = {}
         if tables := self._tables[step]:
             there = {weight for occupant in occupants for weight in occupant.bundle.tensors}
-            at_home = {weight: self._home_view(weight) for weight in tables - there}
+            at_home = {weight: self.rows.view(weight) for weight in tables - there}
         cached = self._bound[step]
         if cached is not None and cached[0] == occupants:
             return cached[1]
@@ -479,13 +458,6 @@ class Execution:
         )
         self._bound[step] = (occupants, views)
         return views
-
-    def _home_view(self, weight: int) -> torch.Tensor:
-        """Returns a weight as it lies at home, for a step that looks up rows of it."""
-        self._at_home[weight] = 0
-        home = self.device.rows_of(self.homes.look_up(weight))
-        with torch.inference_mode(False):
-            return home.data.requires_grad_(self.homes.requires_grad[weight])
 
     def _view(self, weight: int, occupant: Occupant) -> torch.Tensor:
         view = occupant.views.get(weight)

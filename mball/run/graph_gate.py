@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from mball import torch_private
 from mball.run.doors import Gate, Tenant, check_autograd, check_tenants
-from mball.run.engine import Engine, PassEnd
+from mball.run.engine import Engine
 from mball.run.homes import Home, HomeFile
+from mball.run.pass_meter import PassEnd
 from mball.run.tenants import move_out
+from mball.torch_private.dispatch import no_autocast_cache
 
 _R = TypeVar("_R")
 
@@ -129,7 +130,7 @@ class GraphGate(Gate):
             check_autograd(tenants, args, {})
             self._follow_requires_grad_of(tenants)
             self.mode.paused = False
-            with torch_private.no_autocast_cache(), self.mode:
+            with no_autocast_cache(), self.mode:
                 result = call(*args)
             # Code that comes after the last graph may be anybody's.
             self._ended = self.engine.note_end()

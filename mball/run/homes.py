@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mball import torch_private
 from mball.memory.mapping import PrivateMapping
 from mball.schema import Extent, Tensor, Treatment
 from mball.storage.swapfile import SwapFile
+from mball.torch_private.tensors import storage_key
 from mball.units import round_down, round_up
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class Homes:
         self.homes += homes
         self.requires_grad += [False] * len(homes)
         for index, home in enumerate(homes, start):
-            self.weight_of_storage[torch_private.storage_key(home.tensor)] = index
+            self.weight_of_storage[storage_key(home.tensor)] = index
         given = {file.name: file for file in files}
         self._file_of_weight += [given[home.file] for home in homes]
         for file in files:

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from mball import torch_private
 from mball.lookups import Lookup, is_index, is_table, lookup_of
+from mball.torch_private.nodes import example_value
+from mball.torch_private.tensors import storage_key
 from mball.trace.grouping import Grouping
 
 
@@ -126,7 +127,7 @@ class Cut:
             return None
         if lookup.table not in self.weights:
             return None
-        table, indices = (torch_private.example_value(each) for each in lookup)
+        table, indices = (example_value(each) for each in lookup)
         if not isinstance(indices, torch.Tensor) or not is_index(indices) or not is_table(table):
             return None
         arguments = [each for each in tree_leaves((node.args, node.kwargs)) if isinstance(each, torch.fx.Node)]
@@ -161,14 +162,14 @@ def storage_of(tensor: torch.Tensor) -> int:
         UnsupportedGraphError: the tensor has none of its own, such as one that `torch.vmap` batches.
     """
     try:
-        return torch_private.storage_key(tensor)
+        return storage_key(tensor)
     except NotImplementedError as error:
         raise UnsupportedGraphError(f"the memory of a tensor in the graph is not known ({error})") from error
 
 
 def tensors_of(node: torch.fx.Node) -> list[torch.Tensor]:
     """Returns the fake tensors that were recorded as the result of `node`."""
-    value: Any = torch_private.example_value(node)
+    value: Any = example_value(node)
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, (tuple, list, dict)):

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from mball import torch_private
 from mball.lookups import gathered_bytes
 from mball.schema import Gather, LiveRange, Step, Tensor
+from mball.torch_private.nodes import example_value, is_elementwise, is_reduction
+from mball.torch_private.symbols import hint_of, symbol_of
 from mball.trace.cut import Cut, StepNodes, storage_of, tensors_of
 from mball.trace.workspace import assumed_workspace_bytes
 from mball.units import MIB
@@ -214,10 +215,10 @@ class CapturedGraph:
 
 def _find_rows(step: StepNodes) -> Iterator[Rows]:
     for weight, lookups in step.gathers().items():
-        table = torch_private.example_value(next(iter(lookups.values())).table)
-        named = [torch_private.example_value(lookup.indices).numel() for lookup in lookups.values()]
+        table = example_value(next(iter(lookups.values())).table)
+        named = [example_value(lookup.indices).numel() for lookup in lookups.values()]
         row_bytes = math.prod(table.shape[1:]) * table.element_size()
-        yield Rows(weight=weight, num_rows=sum(map(torch_private.symbol_of, named)), row_bytes=row_bytes)
+        yield Rows(weight=weight, num_rows=sum(map(symbol_of, named)), row_bytes=row_bytes)
 
 
 def _gathers(step: StepFacts, weight_bytes: Sequence[int], values: Mapping[Any, int]) -> dict[int, int]:
@@ -246,10 +247,10 @@ def _find_fused(cut: Cut) -> set[int]:
         results = {storage_of(tensor) for tensor in tensors_of(node)}
         for key in results - made_in.keys():
             made_in[key] = here
-            if here is None or not torch_private.is_elementwise(node):
+            if here is None or not is_elementwise(node):
                 kept.add(key)
         read = {storage_of(tensor) for argument in node.all_input_nodes for tensor in tensors_of(argument)}
-        reads_fused = torch_private.is_elementwise(node) or torch_private.is_reduction(node)
+        reads_fused = is_elementwise(node) or is_reduction(node)
         # A view of what it reads is no reader of its own.
         kept |= {key for key in read - results if made_in.get(key) != here or not reads_fused}
         if node.op == "output":
@@ -276,7 +277,7 @@ def _find_lives(cut: Cut, buffers: set[torch.fx.Node], fused: set[int]) -> list[
             if key not in first:
                 first[key] = (0, -1) if node.op == "placeholder" else here
                 name[key] = node.name
-                size[key] = torch_private.symbol_of(tensor.untyped_storage().nbytes())
+                size[key] = symbol_of(tensor.untyped_storage().nbytes())
             last[key] = (end, position) if node.op == "placeholder" else max(last.get(key, here), here)
         for argument in node.all_input_nodes:
             for tensor in tensors_of(argument):
@@ -290,13 +291,13 @@ def _find_symbols(placeholders: Sequence[torch.fx.Node]) -> dict[Any, tuple[int,
     """Returns for each symbol the argument that tells it, the dimension (None: the argument itself), a hint."""
     found: dict[Any, tuple[int, int | None, int]] = {}
     for index, node in enumerate(placeholders):
-        value = torch_private.example_value(node)
+        value = example_value(node)
         sizes: list[tuple[int | None, Any]] = [(None, value)]
         if isinstance(value, torch.Tensor):
             sizes = list(enumerate(value.shape))
         for dimension, size in sizes:
-            if isinstance(size, torch.SymInt) and (symbol := torch_private.symbol_of(size)).is_Symbol:
-                found.setdefault(symbol, (index, dimension, torch_private.hint_of(size)))
+            if isinstance(size, torch.SymInt) and (symbol := symbol_of(size)).is_Symbol:
+                found.setdefault(symbol, (index, dimension, hint_of(size)))
     return found
 
 

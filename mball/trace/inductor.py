@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from mball import torch_private
+from mball.torch_private.inductor import compile_piece, compile_through_inductor
+from mball.torch_private.nodes import argument_of
+from mball.torch_private.operators import count_node_flops
 from mball.trace.cut import Cut, UnsupportedGraphError
 from mball.trace.driver import Binder, Driver, StepHooks, compile_driver, indices_by_node
 from mball.trace.grouping import Grouping
@@ -73,13 +75,13 @@ def compile_steps(
         made.append(
             Compiled(
                 driver=driver,
-                flops=tuple(sum(map(torch_private.count_node_flops, step.nodes)) for step in cut.steps),
+                flops=tuple(sum(map(count_node_flops, step.nodes)) for step in cut.steps),
                 num_pieces=len({piece.key for piece in pieces}),
             )
         )
         return lambda values: driver(relay.hooks, *values)
 
-    call = torch_private.compile_through_inductor(module, inputs, compile_graph, options)
+    call = compile_through_inductor(module, inputs, compile_graph, options)
     if len(made) != 1:
         raise UnsupportedGraphError(f"{name}: AOTAutograd made {len(made)} graphs of it instead of one")
     (found,) = made
@@ -100,7 +102,7 @@ class _Relay:
 def _arguments(name: str, graph: torch.fx.GraphModule) -> tuple[int, ...]:
     found = []
     for node in graph.graph.find_nodes(op="placeholder"):
-        argument = torch_private.argument_of(node)
+        argument = argument_of(node)
         if argument is None:
             raise UnsupportedGraphError(f"{name}: argument {node.name} of the graph is none of the model's")
         found.append(argument)
@@ -111,7 +113,7 @@ def _compile_pieces(pieces: Sequence[Piece], cut: Cut, settings: Mapping[str, An
     known: dict[Any, Callable[..., Any]] = {}
     for piece, step in zip(pieces, cut.steps, strict=True):
         if piece.key not in known:
-            known[piece.key] = torch_private.compile_piece(piece.module, len(step.reads), settings)
+            known[piece.key] = compile_piece(piece.module, len(step.reads), settings)
     return [known[piece.key] for piece in pieces]
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch.fx.node import map_arg
 
-from mball import torch_private
+from mball.torch_private.nodes import example_value, takes_part_of_tuple, writes_argument
+from mball.torch_private.symbols import is_size, kind_of, known_of, numbered_symbol, symbol_of, symbols_of, unified
+from mball.torch_private.tensors import storage_key
 from mball.trace.cut import Cut, tensors_of
 
 Node = torch.fx.Node
@@ -46,9 +48,9 @@ def settle(graph: torch.fx.Graph) -> None:
     """
     readers = _readers_of_memory(graph)
     for node in list(graph.nodes):
-        if torch_private.takes_part_of_tuple(node):
+        if takes_part_of_tuple(node):
             node.args[0].append(node)
-        elif torch_private.writes_argument(node):
+        elif writes_argument(node):
             # Nodes compare by where they are now: a write that was moved is often a reader of what the next one writes.
             last = max(other for other in _what_precedes(node, readers) if other < node)
             if last.op != "placeholder":
@@ -62,7 +64,7 @@ def _readers_of_memory(graph: torch.fx.Graph) -> dict[int, list[Node]]:
     for node in graph.nodes:
         if node.op != "output":
             tensors = [tensor for argument in node.all_input_nodes for tensor in tensors_of(argument)]
-            for key in {torch_private.storage_key(tensor) for tensor in tensors}:
+            for key in {storage_key(tensor) for tensor in tensors}:
                 readers.setdefault(key, []).append(node)
     return readers
 
@@ -71,12 +73,12 @@ def _what_precedes(write: Node, readers: Mapping[int, Sequence[Node]]) -> Iterat
     """Yields what must come before `write`: what it writes, and the users of the memory that it overwrites."""
     yield from write.all_input_nodes
     for tensor in tensors_of(write.all_input_nodes[0]):
-        yield from readers.get(torch_private.storage_key(tensor), ())
+        yield from readers.get(storage_key(tensor), ())
 
 
 def _after_its_parts(node: Node) -> Node:
     """Returns the last of the nodes that `settle` keeps together with `node`."""
-    while torch_private.takes_part_of_tuple(node.next):
+    while takes_part_of_tuple(node.next):
         node = node.next
     return node
 
@@ -93,8 +95,8 @@ def is_made_again(node: Node) -> bool:
     return node.op == "get_attr" or (
         node.op == "call_function"
         and not isinstance(node.target, torch._ops.OpOverload)
-        and torch_private.is_size(torch_private.example_value(node))
-        and all(torch_private.is_size(torch_private.example_value(argument)) for argument in node.all_input_nodes)
+        and is_size(example_value(node))
+        and all(is_size(example_value(argument)) for argument in node.all_input_nodes)
     )
 
 
@@ -102,9 +104,9 @@ def _sizes_by_symbol(graph: torch.fx.Graph) -> dict[Any, Node]:
     """Returns for each symbol the node that is its value: an argument, or a number that is taken from a tensor."""
     found: dict[Any, Node] = {}
     for node in graph.nodes:
-        value = torch_private.example_value(node)
+        value = example_value(node)
         if isinstance(value, torch.SymInt) and not is_made_again(node):
-            symbol = torch_private.symbol_of(value)
+            symbol = symbol_of(value)
             if symbol.is_Symbol:
                 found.setdefault(symbol, node)
     return found
@@ -157,8 +159,8 @@ class _Builder:
         symbols: dict[Any, Any] = {}
 
         def visit(node: Node) -> None:
-            value = torch_private.example_value(node)
-            symbols.update(torch_private.symbols_of(value))
+            value = example_value(node)
+            symbols.update(symbols_of(value))
             if node in self.cut.weights or self.step_of.get(node) == self.number:
                 return
             if node in self.cut.views or is_made_again(node):
@@ -168,20 +170,20 @@ class _Builder:
                 inputs[node] = None
 
         for node in self.step.nodes:
-            symbols.update(torch_private.symbols_of(torch_private.example_value(node)))
+            symbols.update(symbols_of(example_value(node)))
             for argument in node.all_input_nodes:
                 visit(argument)
         for number, symbol in enumerate(symbols):
-            self.names[symbol] = torch_private.numbered_symbol(number)
+            self.names[symbol] = numbered_symbol(number)
             if symbol in self.sizes and self.step_of.get(self.sizes[symbol]) != self.number:
                 inputs[self.sizes[symbol]] = None
-        self.kinds.append(torch_private.known_of(symbols, self.names))
+        self.kinds.append(known_of(symbols, self.names))
         return list(inputs)
 
     def _placeholder(self, node: Node) -> None:
-        meta = {"val": torch_private.unified(torch_private.example_value(node))}
+        meta = {"val": unified(example_value(node))}
         self.env[node] = self._node("placeholder", f"arg{len(self.env)}_1", (), {}, meta)
-        self.kinds.append(torch_private.kind_of(meta["val"], self.names))
+        self.kinds.append(kind_of(meta["val"], self.names))
 
     def _copy(self, node: Node) -> Node:
         if node not in self.env:

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from mball import torch_private
+from mball.torch_private.dispatch import TorchDispatchMode
+from mball.torch_private.operators import count_flops
 from mball.trace.driver import StepHooks
 from mball.trace.graph import StepFacts
 
@@ -90,14 +91,14 @@ class CostProfile(_Profile):
     def ended(self, step: StepFacts) -> None:
         step.rise_bytes = self._gauge.rise_bytes()
 
-    def counting(self) -> torch_private.TorchDispatchMode:
+    def counting(self) -> TorchDispatchMode:
         """Returns the mode under which the run's operators must be dispatched; without it counts stay as they are."""
         for step in self.steps:
             step.flops = 0
         return _FlopMode(self)
 
 
-class _FlopMode(torch_private.TorchDispatchMode):
+class _FlopMode(TorchDispatchMode):
     """Counts operators as they run, unchanged."""
 
     supports_higher_order_operators = True
@@ -110,5 +111,5 @@ class _FlopMode(torch_private.TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         step = self.profile.current
         if step is not None:
-            step.flops += torch_private.count_flops(func, args, kwargs or {}, result)
+            step.flops += count_flops(func, args, kwargs or {}, result)
         return result

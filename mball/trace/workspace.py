@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from mball import torch_private
+from mball.torch_private.nodes import example_value
+from mball.torch_private.symbols import hint_of
 
 _CONVOLUTIONS = frozenset(
     (
@@ -49,7 +50,7 @@ def assumed_workspace_bytes(node: torch.fx.Node) -> int:
 
 
 def _tensor(argument: Any) -> torch.Tensor | None:
-    value = torch_private.example_value(argument) if isinstance(argument, torch.fx.Node) else argument
+    value = example_value(argument) if isinstance(argument, torch.fx.Node) else argument
     return value if isinstance(value, torch.Tensor) else None
 
 
@@ -61,23 +62,23 @@ def _folds(left: torch.Tensor, right: torch.Tensor) -> bool:
     if right.requires_grad:  # ATen folds then, for the sake of a backward pass, even where none will come
         return True
     # Hints, not the symbols themselves: asking a symbol would add a guard to the graph.
-    sizes = [torch_private.hint_of(size) for size in left.shape]
-    strides = [torch_private.hint_of(stride) for stride in left.stride()]
+    sizes = [hint_of(size) for size in left.shape]
+    strides = [hint_of(stride) for stride in left.stride()]
     return all(strides[i] == strides[i + 1] * sizes[i + 1] for i in range(len(sizes) - 2))
 
 
 def _repeats(batch: torch.Tensor) -> bool:
     """Returns whether all matrices of a batch are one, as a weight that was expanded; others are not copied."""
-    return torch_private.hint_of(batch.stride(0)) == 0 or torch_private.hint_of(batch.shape[0]) == 1
+    return hint_of(batch.stride(0)) == 0 or hint_of(batch.shape[0]) == 1
 
 
 def _is_loop(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Returns whether Inductor computes a batched product in a loop of its own, which copies nothing."""
-    return 1 in (torch_private.hint_of(left.shape[1]), torch_private.hint_of(right.shape[2]))
+    return 1 in (hint_of(left.shape[1]), hint_of(right.shape[2]))
 
 
 def _bytes(tensor: torch.Tensor) -> int:
     count = 1
     for size in tensor.shape:
-        count *= torch_private.hint_of(size)
+        count *= hint_of(size)
     return count * tensor.element_size()

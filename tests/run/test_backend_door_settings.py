@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 import mball
-from mball import torch_private
+from mball import backend_door
 from mball.api import _state_of
 from mball.backend_door import _doors, mball_backend
 from mball.errors import BudgetError, ConfigError, StorageError, WrapError
+from mball.trace import inductor
 from tests.run.door import Tied, X, backend, call, compiled, options, three_layers
 from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes
 from tests.run.zoo import logits, noise
@@ -35,9 +36,9 @@ def test_inductors_own_options_and_mode(
 ) -> None:
     import torch._inductor.config
 
-    compile_piece, seen = torch_private.compile_piece, []
+    compile_piece, seen = inductor.compile_piece, []
     monkeypatch.setattr(
-        torch_private,
+        inductor,
         "compile_piece",
         lambda *args: seen.append(getattr(torch._inductor.config, name)) or compile_piece(*args),
     )
@@ -278,8 +279,8 @@ def test_graphs_without_weights_run_as_they_are(tmp_path: Path) -> None:
 
 
 def test_graphs_without_weights_are_compiled_where_steps_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_graph, seen = torch_private.compile_graph, []
-    monkeypatch.setattr(torch_private, "compile_graph", lambda *args: seen.append(args) or compile_graph(*args))
+    compile_graph, seen = backend_door.compile_graph, []
+    monkeypatch.setattr(backend_door, "compile_graph", lambda *args: seen.append(args) or compile_graph(*args))
     plain, model = compiled(StartsWithoutWeights, 4, tmp_path, compile="inductor", options={"epilogue_fusion": False})
     for _ in range(2):
         torch.testing.assert_close(run(model, call), run(plain, call))

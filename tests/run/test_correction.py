@@ -14,7 +14,7 @@ import pytest
 from torch import nn
 
 import mball
-from mball.run.correction import FIRST_PASSES, Correction, Measured, busy_s
+from mball.run.correction import FIRST_PASSES, Correction, Measured, Verdict, busy_s
 from mball.schema import Link, Machine, Prediction
 from tests.calibrations import keep_calibration
 from tests.run.harness import assert_same, engine_of, make, run, weight_bytes
@@ -38,7 +38,12 @@ def correction() -> Correction:
 
 
 def note(correction: Correction, count: int, each: Measured, prediction: Prediction = PREDICTION) -> list[bool]:
-    return [correction.note(TAPE, prediction, each) for _ in range(count)]
+    """Returns after which of so many passes plans are made anew."""
+    return [verdict is Verdict.ANOTHER_PLAN for verdict in verdicts(correction, count, each, prediction)]
+
+
+def verdicts(correction: Correction, count: int, each: Measured, prediction: Prediction = PREDICTION) -> list[Verdict]:
+    return [correction.note(TAPE, prediction, prediction.pass_s, each) for _ in range(count)]
 
 
 def test_a_plan_that_was_right_stays(correction: Correction) -> None:
@@ -72,7 +77,41 @@ def test_slower_compute_is_learned_for_the_pass_it_was_seen_in(correction: Corre
 
 def test_a_single_slow_pass_changes_nothing(correction: Correction) -> None:
     for wall_s in (9.0, 1.0, 9.0, 1.0, 1.0, 1.0):
-        assert not correction.note(TAPE, PREDICTION, measured(wall_s, bandwidth=1e8 if wall_s > 1 else 1e9))
+        each = measured(wall_s, bandwidth=1e8 if wall_s > 1 else 1e9)
+        assert correction.note(TAPE, PREDICTION, PREDICTION.pass_s, each) is Verdict.AS_PREDICTED
+
+
+def test_a_plan_that_stays_is_timed_anew_by_what_the_last_passes_showed(correction: Correction) -> None:
+    slower = measured(1.1, bandwidth=0.9e9)
+    found = verdicts(correction, 2 * FIRST_PASSES + 1, slower)
+    assert found[FIRST_PASSES] is Verdict.ANOTHER_TIME
+    assert set(found[:FIRST_PASSES] + found[FIRST_PASSES + 1 :]) == {Verdict.AS_PREDICTED}, "nothing new was seen"
+    machine, longer = correction.lately()
+    assert machine.link.bandwidth_bytes_per_s == pytest.approx(0.9e9)
+    assert longer == 1.0
+    assert correction() == MACHINE, "plans are made for the machine as it was"
+    # What is expected now is right, and then it is not.
+    assert correction.note(TAPE, PREDICTION, 1.1, slower) is Verdict.AS_PREDICTED
+    for _ in range(FIRST_PASSES - 1):
+        correction.note(TAPE, PREDICTION, 1.1, measured(0.95))
+    assert correction.lately()[0].link.bandwidth_bytes_per_s == pytest.approx(1e9)
+    correction.adopted()
+    assert correction.lately() == (MACHINE, 1.0)
+
+
+def test_drifting_slowly_is_noticed_in_the_end(correction: Correction) -> None:
+    """Though what is expected follows, the plan was made for another link."""
+
+    def passes(percent: int) -> list[Verdict]:
+        expected_s = 1e9 / correction.lately()[0].link.bandwidth_bytes_per_s
+        each = measured(100 / percent, bandwidth=percent * 1e7)
+        return [correction.note(TAPE, PREDICTION, expected_s, each) for _ in range(FIRST_PASSES)]
+
+    note(correction, 1, measured(1.0))  # the first pass of a plan says nothing
+    for percent in (95, 91, 87):
+        assert Verdict.ANOTHER_PLAN not in passes(percent)
+    assert correction.lately()[0].link.bandwidth_bytes_per_s == pytest.approx(0.87e9)
+    assert Verdict.ANOTHER_PLAN in passes(82)
 
 
 def test_what_is_off_for_another_reason_changes_nothing(correction: Correction) -> None:
@@ -147,3 +186,31 @@ def test_a_disk_that_became_slow_is_planned_for(
     assert f"predicted {report.predicted_s * 1e3:.1f} ms" in str(report)
     corrected = engine.plans._plan.keywords["machine"]().link.bandwidth_bytes_per_s
     assert corrected < 0.7 * report.link_bytes_per_s, "the report's yardstick stays"
+
+
+def test_a_plan_that_stays_is_predicted_as_the_disk_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mball.run.correction.LARGEST_ERROR", 1e9)
+    keep_calibration(tmp_path, Link(bandwidth_bytes_per_s=1.5e9, latency_s=1e-4), monkeypatch)
+    model = make(lambda: nn.Sequential(*(nn.Linear(512, 512) for _ in range(12))))
+    mball.wrap(model, weight_bytes(model) // 2, swap_dir=tmp_path, capture="graphs")
+    x = noise(2, 512)
+    preadv = os.preadv
+
+    def slow(descriptor: int, buffers: Any, offset: int) -> int:
+        time.sleep(0.025)
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    for _ in range(4):
+        run(model, lambda m: m(x))
+    plan, first_s = engine_of(model).plan, mball.report(model).predicted_s
+    times = []
+    for _ in range(2 * FIRST_PASSES):
+        run(model, lambda m: m(x))
+        times.append(mball.report(model).pass_s)
+    assert engine_of(model).plan is plan
+    now_s = mball.report(model).predicted_s
+    assert first_s is not None
+    assert now_s is not None
+    assert first_s < 0.3 * statistics.median(times)
+    assert 0.4 < now_s / statistics.median(times) < 1.6

@@ -177,7 +177,9 @@ def test_a_language_model(tied: bool, capture: str, tmp_path: Path) -> None:
         return llama(layers=3, tied=tied, vocabulary=4096, dtype=torch.bfloat16)
 
     plain, model = make(make_model), make(make_model)
-    wrap_hostile(model, int(weight_bytes(model) * 0.7), swap_dir=tmp_path, **CAPTURES[capture])
+    # Less than all but the table takes: the rest is streamed.
+    budget = int(weight_bytes(model) * (0.7 if tied else 0.5))
+    wrap_hostile(model, budget, swap_dir=tmp_path, **CAPTURES[capture])
     for _ in range(3):
         for shape in ((1, 9), (2, 3), (1, 1)):
             assert_same(run(model, logits(*shape)), run(plain, logits(*shape)))

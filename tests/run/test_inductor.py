@@ -16,9 +16,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import mball
-from mball import torch_private
 from mball.api import _states
 from mball.errors import ConfigError
+from mball.trace import inductor
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes, wrap_hostile
 from tests.run.zoo import ZOO, Net, Specimen, generate, ids, llama, logits, noise
 
@@ -189,8 +189,8 @@ class Layers(nn.Module):
 
 def test_equal_layers_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    compile_piece = torch_private.compile_piece
-    monkeypatch.setattr(torch_private, "compile_piece", lambda *args: compiled.append(args) or compile_piece(*args))
+    compile_piece = inductor.compile_piece
+    monkeypatch.setattr(inductor, "compile_piece", lambda *args: compiled.append(args) or compile_piece(*args))
     model = make(lambda: Layers(8))
     wrap_hostile(model, weight_bytes(model) // 2, swap_dir=tmp_path, compile="inductor")
     run(model, lambda m: m(noise(4, 64)))
@@ -324,8 +324,8 @@ class Halves(nn.Module):
 
 def test_layers_of_which_other_things_are_known_are_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    compile_piece = torch_private.compile_piece
-    monkeypatch.setattr(torch_private, "compile_piece", lambda *args: compiled.append(args) or compile_piece(*args))
+    compile_piece = inductor.compile_piece
+    monkeypatch.setattr(inductor, "compile_piece", lambda *args: compiled.append(args) or compile_piece(*args))
     model, plain = make(Halves), make(Halves)
     wrap_hostile(
         model, weight_bytes(model), swap_dir=tmp_path, compile="inductor", step_bytes=64 * 65 * 4, dynamic=True
@@ -351,7 +351,7 @@ def test_recompiles_only_where_torch_compile_does(tmp_path: Path, monkeypatch: p
     assert mball.report(model).graphs == counter.frame_count
     engine = engine_of(model)
     before, compiled_now = engine.plan, []
-    monkeypatch.setattr(torch_private, "compile_piece", lambda *args: compiled_now.append(args))
+    monkeypatch.setattr(inductor, "compile_piece", lambda *args: compiled_now.append(args))
     engine.forget_plans(engine._active.tape.keys)
     run(model, lambda m: m(noise(33, 64)))
     assert engine.plan is not before
@@ -364,9 +364,9 @@ def test_dynamic_fullgraph_and_options_are_passed_on(tmp_path: Path, monkeypatch
     import torch._inductor.config
 
     seen = []
-    compile_piece = torch_private.compile_piece
+    compile_piece = inductor.compile_piece
     monkeypatch.setattr(
-        torch_private,
+        inductor,
         "compile_piece",
         lambda *args: seen.append(torch._inductor.config.epilogue_fusion) or compile_piece(*args),
     )

@@ -309,6 +309,8 @@ def test_ctrl_c_at_every_line(tmp_path: Path) -> None:
         run(model, call)
     places: dict[Place, None] = {}
     planning = {"plan", "schema"}
+    for budget in (new, old):  # what runs the first time only is over by then
+        mball.set_budget(model, budget)
     with tracing(lambda place: places.setdefault(place), outside=planning):
         mball.set_budget(model, new)
     found = list(places)
@@ -332,4 +334,4 @@ def test_ctrl_c_at_every_line(tmp_path: Path) -> None:
         assert report.peak_bytes <= old
         assert arena_bytes(model) <= report.budget_bytes
     assert budgets == {old, new}
-    assert struck > 0.5 * len(found), struck  # others ran the first time only
+    assert struck > 0.9 * len(found), struck

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from mball import torch_private
 from mball.memory.gauge import HostGauge
+from mball.torch_private.inductor import compile_through_inductor
 from mball.trace.cut import Cut
 from mball.trace.graph import CapturedGraph
 from mball.trace.grouping import EveryWeight
@@ -99,7 +99,7 @@ def compiled_sizes(model: Callable[..., Any], *inputs: torch.Tensor) -> dict[str
     with torch.no_grad():
         torch.compile(
             model,
-            backend=lambda graph, values: torch_private.compile_through_inductor(graph, values, compile_graph, {}),
+            backend=lambda graph, values: compile_through_inductor(graph, values, compile_graph, {}),
         )(*inputs)
     return found
 
