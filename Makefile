@@ -51,7 +51,7 @@ test: lint
 	$(BIN)/python -m pytest -m "$(FAST)" $(ARGS)
 
 test-long: $(VENV)/.stamp
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=1800 $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu" --hypothesis-profile=default --timeout=1800 $(ARGS)
 
 # Writes result files and brings them into the README. Say what disturbs the run: make bench ARGS='--note "..."'
 bench: $(VENV)/.stamp

@@ -83,12 +83,20 @@ def _leave_open() -> None:
 
 def _decide(context: ComptimeContext) -> None:
     """Is called by Dynamo while it captures `guarded`."""
-    question = context.get_local("question").as_python_constant()
     _leave_open()
+    try:
+        question = context.get_local("question").as_python_constant()
+    except NotImplementedError:  # an object, or a function made by the code that is captured
+        _log.info("a question that Dynamo cannot name is asked between two graphs")
+        return
     try:
         _answer.value = _settle(context, question)
     except _OpenError as reason:
-        _log.info("%s is asked between two graphs: %s", question.__name__, reason)
+        _log.info("%s is asked between two graphs: %s", _name(question), reason)
+
+
+def _name(question: Callable[..., bool]) -> str:
+    return getattr(question, "__name__", None) or repr(question)
 
 
 class _OpenError(Exception):
@@ -123,7 +131,7 @@ def _settle(context: ComptimeContext, question: Callable[..., bool]) -> bool:
     if not all(each.is_read_as(value) for each, value in zip(recipe.inputs, found, strict=True)):
         raise _OpenError("an argument is not what it was when the call began")
 
-    guard_capture(lambda frame: answer(frame) == expected, f"{question.__name__} is {expected}")
+    guard_capture(lambda frame: answer(frame) == expected, f"{_name(question)} is {expected}")
     return expected
 
 

@@ -8,9 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Nothing in the tests may reach for a network; the libraries then fail at once instead of retrying.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+# The same examples in each run: what fails tells of the change, not of luck. `make test-long` looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +37,18 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def new_dynamo() -> Iterator[None]:
+    """Nothing is captured yet, counted neither, and nothing is left captured."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,13 +15,7 @@ from torch._dynamo.utils import counters
 
 from mball import decisions, guarded
 
-
-@pytest.fixture(autouse=True)
-def _new_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("new_dynamo")
 
 
 def compiled(call: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
@@ -215,6 +210,24 @@ def test_what_the_question_raises_is_caught_where_the_model_catches_it(kind: typ
     for value in (-1.0, 1.0, 0.0, -1.0, 1.0):
         x = torch.full((2, 3), value)
         assert torch.equal(call(x), forward(x))
+
+
+class AnySet:
+    """A question without a name."""
+
+    def __call__(self, mask: torch.Tensor) -> bool:
+        return bool(mask.any())
+
+
+@pytest.mark.parametrize("question", [functools.partial(all_set), AnySet()], ids=["partial", "object"])
+def test_questions_need_no_name(question: Callable[..., bool]) -> None:
+    def forward(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x + 1 if guarded(question, mask) else x
+
+    call = compiled(forward)
+    x = torch.zeros(2, 3)
+    for mask in (torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 3)):
+        assert torch.equal(call(x, mask), forward(x, mask))
 
 
 def test_a_torch_that_lacks_something_breaks_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,7 @@ import mball
 from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes, wrap_hostile
 from tests.run.zoo import ZOO, bert, generate, ids, llama, t5
 
-
-@pytest.fixture(autouse=True)
-def _new_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("new_dynamo")
 
 
 def gemma3() -> nn.Module:

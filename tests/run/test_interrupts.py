@@ -35,9 +35,14 @@ X = noise(4, 64)
 MBALL = os.path.dirname(mball.__file__)
 
 
+begun = threading.Semaphore(0)
+"""Released whenever something begins that is to be interrupted."""
+
+
 @torch.library.custom_op("mball_tests::linger", mutates_args=())
 def linger(x: torch.Tensor) -> torch.Tensor:
     """Computes for a while."""
+    begun.release()
     time.sleep(0.01)
     return x.clone()
 
@@ -72,10 +77,21 @@ def call(model: nn.Module) -> torch.Tensor:
 
 def interrupted_after(delay_s: float, act: Callable[[], object]) -> list[traceback.FrameSummary]:
     """Does `act` again and again until a real Ctrl-C ends it; returns where it was then."""
+    return _interrupted(lambda: time.sleep(delay_s), act)
+
+
+def interrupted_at(count: int, act: Callable[[], object]) -> list[traceback.FrameSummary]:
+    """Like `interrupted_after`, when something has `begun` so many times, however slow the machine is."""
+    while begun.acquire(blocking=False):
+        pass
+    return _interrupted(lambda: [begun.acquire() for _ in range(count)], act)
+
+
+def _interrupted(wait: Callable[[], object], act: Callable[[], object]) -> list[traceback.FrameSummary]:
     over = threading.Event()
 
     def strike() -> None:
-        time.sleep(delay_s)
+        wait()
         while not over.is_set():
             os.kill(os.getpid(), signal.SIGINT)
             # Python drops what is raised in a finalizer, a Ctrl-C too: then another one is needed.
@@ -124,14 +140,15 @@ def test_ctrl_c_while_a_pass_waits_for_a_slow_read(
     preadv = os.preadv
 
     def slow(descriptor: int, buffers: Any, offset: int) -> int:
+        begun.release()
         time.sleep(delays.uniform(0.01, 0.03))
         return preadv(descriptor, buffers, offset)
 
     waited = 0
-    for delay_s in (0.01, *(delays.uniform(0.01, 0.3) for _ in range(7))):
+    for count in (1, *(delays.randint(1, 15) for _ in range(7))):
         with monkeypatch.context() as patch:
             patch.setattr(os, "preadv", slow)
-            where = interrupted_after(delay_s, lambda: run(model, call))
+            where = interrupted_at(count, lambda: run(model, call))
         waited += any(frame.name == "wait" and "storage" in frame.filename for frame in where)
         assert_consistent(model, expected)
     assert waited >= 4, "hardly any of the interrupts came during a read"
@@ -143,10 +160,10 @@ def test_ctrl_c_while_a_pass_computes(capture: str, tmp_path: Path) -> None:
     expected = run(model, call)
     wrap(model, 0.6, tmp_path, capture)
     run(model, call)
-    delays = random.Random(2)
+    counts = random.Random(2)
     computed = 0
-    for delay_s in (0.01, *(delays.uniform(0.01, 0.15) for _ in range(5))):
-        where = interrupted_after(delay_s, lambda: run(model, call))
+    for count in (1, *(counts.randint(1, 12) for _ in range(5))):
+        where = interrupted_at(count, lambda: run(model, call))
         computed += any(frame.name == "linger" for frame in where)
         assert_consistent(model, expected)
     assert computed >= 3, "hardly any of the interrupts came while something was computed"
