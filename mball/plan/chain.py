@@ -357,8 +357,5 @@ class _Lanes:
         if number >= self._disk.num_known:
             return False
         passes, within = divmod(number, len(self._reads))
-        read = self._reads[within]
-        if read.after_step is not None and passes * len(self._compute_s) + read.after_step >= len(self._ends_s):
-            return False
-        copy = passes * len(self._copies) + read.after
+        copy = passes * len(self._copies) + self._reads[within].after
         return copy < 0 or self._link.is_done[copy]

@@ -11,7 +11,7 @@ for the disk as well.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -19,7 +19,7 @@ from mball.errors import PlanError
 from mball.plan.draft import Draft
 from mball.plan.partition import Partition
 from mball.plan.simulate import Writes, busy_times, gathered_bytes, run_passes
-from mball.schema import Bundle, HostTransfer, Link, Machine, Plan, PlanStep, Step, Tensor, Trace, Transfer
+from mball.schema import HostTransfer, Link, Machine, Plan, PlanStep, Step, Tensor, Trace, Transfer
 
 
 def as_plan(plan: Plan) -> Plan:
@@ -62,15 +62,6 @@ def host_partition(draft: Draft, machine: Machine) -> Partition:
     """
     assert machine.disk_link is not None, "asked only of machines with both links"
     trace, bundles, copies = draft.partition.trace, draft.partition.demand.bundles, draft.transfers
-    writes: list[list[int]] = [[] for _ in copies]
-    afters = [copy.after for copy in copies]
-    for bundle, steps in written_steps(trace, draft.steps, bundles).items():
-        for step in steps:
-            # Copies that begin once this step has been left bring what it wrote. The one before them is the last that
-            # does not: in the pass of copies it is the one that writes.
-            before = bisect_left(afters, step) + (bisect_left(afters, step - len(draft.steps)) if trace.cyclic else 0)
-            if copies and (before or trace.cyclic):
-                writes[(before - 1) % len(copies)].append(bundle)
     moved = [bundles[copy.bundle].moved_bytes for copy in copies]
     left = [bundles[offload.bundle].moved_bytes for offload in draft.offloads]
     gathered = gathered_bytes(trace, bundles, {placement.bundle for placement in draft.residents})
@@ -104,9 +95,8 @@ def host_partition(draft: Draft, machine: Machine) -> Partition:
                 scratch_bytes=0,
                 flops=0,
                 time_s=time_s,
-                writes=tuple(dict.fromkeys(written)),
             )
-            for number, (copy, time_s, written) in enumerate(zip(copies, times, writes, strict=True))
+            for number, (copy, time_s) in enumerate(zip(copies, times, strict=True))
         ),
         cyclic=trace.cyclic,
     )
@@ -141,46 +131,8 @@ def _copy_times(
     return [max(end - begin, 0.0) for begin, end in zip(begins, ends, strict=True)]
 
 
-def written_steps(trace: Trace, steps: Sequence[PlanStep], bundles: Sequence[Bundle]) -> dict[int, list[int]]:
-    """Returns the plan steps that write each bundle, ascending, for those that any step writes."""
-    home = {index: number for number, bundle in enumerate(bundles) for index in bundle.tensors}
-    found: dict[int, list[int]] = {}
-    for number, step in enumerate(steps):
-        for bundle in {home[index] for each in trace.steps[step.first : step.end] for index in each.writes}:
-            found.setdefault(bundle, []).append(number)
-    return found
-
-
-def last_write(written: Sequence[int], after: int, num_steps: int, *, cyclic: bool) -> int | None:
-    """Returns the last of these steps, or of those in passes before, that is not after step `after`; None if none is.
-
-    Args:
-        written: steps of the pass, ascending.
-        after: counts from the pass too, and may lie in the one before.
-        num_steps: of a pass.
-        cyclic: whether there are passes before.
-    """
-    passes = (0, -num_steps, -2 * num_steps) if cyclic else (0,)
-    return max((step + shift for step in written for shift in passes if step + shift <= after), default=None)
-
-
-def from_disk(
-    transfers: Sequence[Transfer],
-    copies: Sequence[Transfer],
-    written: Mapping[int, Sequence[int]],
-    num_steps: int,
-    *,
-    cyclic: bool,
-) -> tuple[HostTransfer, ...]:
-    """Returns the transfers from disk of a draft of the pass of copies.
-
-    Args:
-        transfers: of that draft, in which steps are copies.
-        copies: to the device.
-        written: see `written_steps`.
-        num_steps: of the device's pass.
-        cyclic: whether it repeats.
-    """
+def from_disk(transfers: Sequence[Transfer]) -> tuple[HostTransfer, ...]:
+    """Returns the transfers from disk of a draft of the pass of copies, in which steps are copies."""
     return tuple(
         HostTransfer(
             bundle=each.bundle,
@@ -188,7 +140,6 @@ def from_disk(
             after=each.after,
             needed_by=each.needed_by,
             last_use=each.last_use,
-            after_step=last_write(written.get(each.bundle, ()), copies[each.needed_by].after, num_steps, cyclic=cyclic),
         )
         for each in transfers
     )
@@ -214,11 +165,11 @@ def copies_between(copies: Sequence[int], first: int, last: int, count: int) -> 
             yield passes, copy
 
 
-def check_order(trace: Trace, plan: Plan) -> None:
-    """Checks that nothing in the host part waits for itself, and that it brings no bytes from before a write.
+def check_order(plan: Plan) -> None:
+    """Checks that nothing in the host part waits for itself.
 
     Raises:
-        PlanError: it does.
+        PlanError: something does.
     """
     host = plan.host
     assert host is not None, "asked only of plans with a host part"
@@ -229,28 +180,3 @@ def check_order(trace: Trace, plan: Plan) -> None:
             f"transfers from disk are first needed by copies {needed}, so they overtake each other: the plan is wrong, "
             "make it again"
         )
-    written = written_steps(trace, plan.steps, plan.bundles)
-    num_steps, count = len(plan.steps), len(plan.transfers)
-    copies_of = copies_by_bundle(plan.transfers)
-    for placement in host.residents:
-        if placement.bundle in written:
-            raise PlanError(
-                f"bundle {placement.bundle} stays in host memory, and step {written[placement.bundle][0]} writes it: "
-                "the plan is wrong, make it again"
-            )
-    for each in host.transfers:
-        steps = written.get(each.bundle, ())
-        first = plan.transfers[each.needed_by].after
-        floor = each.after_step
-        if floor is not None and floor > first:
-            raise PlanError(
-                f"the transfer of bundle {each.bundle} from disk waits for step {floor}, and its first copy only for "
-                f"step {first}: the plan is wrong, make it again"
-            )
-        for passes, copy in copies_between(copies_of[each.bundle], each.needed_by, each.last_use, count):
-            last = last_write(steps, plan.transfers[copy].after + passes * num_steps, num_steps, cyclic=trace.cyclic)
-            if last is not None and (floor is None or last > floor):
-                raise PlanError(
-                    f"the transfer of bundle {each.bundle} from disk may begin before step {last} writes it, and copy "
-                    f"{copy} takes it after that: the plan is wrong, make it again"
-                )

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mball.errors import BudgetError, PlanError
-from mball.plan.bundles import crossing
+from mball.errors import PlanError
 from mball.plan.draft import Draft, shifted
 from mball.plan.leaving import WAYS
 from mball.plan.offloading import (
@@ -67,26 +66,15 @@ def make_plan(
     """
     check_offload_budget(machine, offload_budget_bytes)
     check_host_budget(machine, host_budget_bytes)
-    problems: list[Problem] = []
-    errors: list[BudgetError] = []
-    for moves_born in (True, False) if {index for index, _ in trace.movable()} - crossing(trace) else (False,):
-        try:
-            problems.append(
-                Problem.of(
-                    trace,
-                    machine,
-                    budget_bytes,
-                    fixed_bytes=fixed_bytes,
-                    previous=previous,
-                    moves_born=moves_born,
-                    host_budget_bytes=host_budget_bytes,
-                    offload_budget_bytes=offload_budget_bytes,
-                )
-            )
-        except BudgetError as error:
-            errors.append(error)
-    if not problems:
-        raise min(errors, key=lambda error: error.smallest_bytes)
+    problems = Problem.ways(
+        trace,
+        machine,
+        budget_bytes,
+        fixed_bytes=fixed_bytes,
+        previous=previous,
+        host_budget_bytes=host_budget_bytes,
+        offload_budget_bytes=offload_budget_bytes,
+    )
     if host_budget_bytes is not None:
         return plan_tiers(problems, _best_draft)
     best: tuple[tuple[float, tuple[float, int, int]], Problem, Draft] | None = None

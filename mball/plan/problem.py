@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from mball.errors import BudgetError, SchemaError
-from mball.plan.bundles import born_bundles, even_bundle, finest_bundles
+from mball.plan.bundles import born_bundles, crossing, even_bundle, finest_bundles
 from mball.plan.draft import Draft, shifted
 from mball.plan.partition import Partition
 from mball.plan.placement import keep_in_place
@@ -113,6 +113,44 @@ class Problem:
                     "device alone: take `make_plan`, or a trace without host steps"
                 )
         return cls.of(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+
+    @classmethod
+    def ways(
+        cls,
+        trace: Trace,
+        machine: Machine,
+        budget_bytes: int,
+        *,
+        fixed_bytes: int,
+        previous: Plan | None = None,
+        host_budget_bytes: int | None = None,
+        offload_budget_bytes: int | None = None,
+    ) -> list[Self]:
+        """Returns the problem in which what is born may leave, if anything may, and the one in which it stays.
+
+        Those that the budget is too small for are left out. Errors as for `of`.
+        """
+        problems: list[Self] = []
+        errors: list[BudgetError] = []
+        for moves_born in (True, False) if {index for index, _ in trace.movable()} - crossing(trace) else (False,):
+            try:
+                problems.append(
+                    cls.of(
+                        trace,
+                        machine,
+                        budget_bytes,
+                        fixed_bytes=fixed_bytes,
+                        previous=previous,
+                        moves_born=moves_born,
+                        host_budget_bytes=host_budget_bytes,
+                        offload_budget_bytes=offload_budget_bytes,
+                    )
+                )
+            except BudgetError as error:
+                errors.append(error)
+        if not problems:
+            raise min(errors, key=lambda error: error.smallest_bytes)
+        return problems
 
     @property
     def trace(self) -> Trace:

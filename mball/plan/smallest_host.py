@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mball.errors import BudgetError, ConfigError
+from mball.errors import ConfigError
 from mball.plan.bundles import lay_out_bundle
 from mball.plan.demand import Demand
 from mball.plan.offloading import fewest_offloaded, most_offloaded, narrowed, offloadable
@@ -46,23 +46,7 @@ def smallest_host_budget(
             f"machine {machine.name!r} has no disk_link: host memory needs no budget where bundles do not come through "
             "it; give the machine a disk_link"
         )
-    problems, errors = [], []
-    for moves_born in (True, False) if any(trace.movable()) else (False,):
-        try:
-            problems.append(
-                Problem.of(
-                    trace,
-                    machine,
-                    budget_bytes,
-                    fixed_bytes=fixed_bytes,
-                    moves_born=moves_born,
-                    host_budget_bytes=0,
-                )
-            )
-        except BudgetError as error:
-            errors.append(error)
-    if not problems:
-        raise min(errors, key=lambda error: error.smallest_bytes)
+    problems = Problem.ways(trace, machine, budget_bytes, fixed_bytes=fixed_bytes, host_budget_bytes=0)
     return smallest_host_for(problems)[0]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from mball.errors import BudgetError, ConfigError, PlanError
 from mball.plan.chain import disk_bytes, simulate
 from mball.plan.draft import Draft, draft_plan
-from mball.plan.host import as_plan, from_disk, host_partition, written_steps
+from mball.plan.host import as_plan, from_disk, host_partition
 from mball.plan.offloading import (
     Search,
     is_sound,
@@ -259,8 +259,7 @@ def _with_host(problem: Problem, draft: Draft) -> Plan | None:
     residents, moved_bytes = lower.residents, 0
     if before is not None:
         residents, moved_bytes = keep_in_place(demand, residents, before, arena_bytes - lower.arena_bytes)
-    written = written_steps(problem.trace, draft.steps, demand.bundles)
-    reads = from_disk(lower.transfers, draft.transfers, written, len(draft.steps), cyclic=problem.trace.cyclic)
+    reads = from_disk(lower.transfers)
     host = HostPlan(
         budget_bytes=budget_bytes,
         arena_bytes=lower.arena_bytes + moved_bytes,

@@ -402,4 +402,4 @@ def _check_host(trace: Trace, plan: Plan, machine: Machine | None) -> None:
         _check_overlap(below)
     except PlanError as error:
         raise PlanError(f"in host memory, where steps are transfers to the device: {error}") from error
-    check_order(trace, plan)
+    check_order(plan)

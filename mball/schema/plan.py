@@ -137,10 +137,6 @@ class HostTransfer:
     start as soon as copy `after` has ended. Copies count from the pass that `needed_by` lies in: `after` is -1 for the
     last copy of the pass before and `-len(transfers)` for its first, and `last_use` may lie in the pass after. A slot
     is held for one pass at most.
-
-    Attributes:
-        after_step: where steps write the bundle's home, the last that does before copy `needed_by`, counted as that
-            copy counts steps: it must have been left too. None if no step has written it by then.
     """
 
     bundle: int
@@ -148,7 +144,6 @@ class HostTransfer:
     after: int
     needed_by: int
     last_use: int
-    after_step: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

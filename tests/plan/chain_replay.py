@@ -4,12 +4,13 @@ When things happen is worked out backwards: each step, copy, read and write asks
 Where copies and writes share a link, the order in which they are asked for is guessed, and worked out again until it is
 the order that follows from it. Then all that begins or ends is gone through in the order of time, over pages that
 remember what was written into them: which part of which bundle, as its home was when the read began, or in which pass
-it was born. Links have no window here.
+it was born. Links have no window here. Steps may take no time: of what happens at one time, what waits comes last.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 from mball.plan.simulate import step_times
 from mball.schema import Link, Machine, Plan, Trace
@@ -20,6 +21,20 @@ _ENDS, _BEGINS = 0, 1
 # Of each page: bundle, which page of it, and how often its home had been written or in which pass it was born; None
 # while it is being filled.
 Page = tuple[int, int, int] | None
+
+
+class Moment(NamedTuple):
+    """A time, and how many moments at most led to it one after another."""
+
+    time_s: float
+    rank: int
+
+    def later(self, seconds: float) -> Moment:
+        """Returns the moment that waits for this one and so much longer."""
+        return Moment(self.time_s + seconds, self.rank + 1)
+
+
+_START = Moment(0.0, 0)
 
 
 class ChainReplay:
@@ -62,7 +77,7 @@ class ChainReplay:
             "read": len(plan.host.transfers),
             "write": len(plan.offloads),
         }
-        self.spans: dict[str, list[tuple[float, float]]] = {}
+        self._moments: dict[str, list[tuple[Moment, Moment]]] = {}
         # By the step that they are asked for after: some order in which nothing waits for itself.
         asked = [
             (turn * steps + each.after, what, turn * len(all_of) + number)
@@ -78,6 +93,9 @@ class ChainReplay:
                 break
         else:
             raise BrokenPlanError("no order of copies and writes follows from itself")
+        self.spans = {
+            what: [(begin.time_s, end.time_s) for begin, end in moments] for what, moments in self._moments.items()
+        }
         self._served = {
             number: (turn, read)
             for read, each in enumerate(self._host.transfers)
@@ -102,20 +120,20 @@ class ChainReplay:
             return plan.bundles[bundle].moved_bytes / link.bandwidth_bytes_per_s
 
         @cache
-        def begun(number: int) -> float:
+        def begun(number: int) -> Moment:
             turn, within = divmod(number, steps)
             begin = left(number - 1)
             for at, transfer in enumerate(plan.transfers):
                 if transfer.needed_by == within:
                     begin = max(begin, served("copy", turn * copies + at)[1])
-            return begin
+            return begin.later(0.0)
 
         @cache
-        def computed(number: int) -> float:
-            return 0.0 if number < 0 else begun(number) + compute[number % steps]
+        def computed(number: int) -> Moment:
+            return _START if number < 0 else begun(number).later(compute[number % steps])
 
         @cache
-        def left(number: int) -> float:
+        def left(number: int) -> Moment:
             turn, within = divmod(number, steps)
             ends = [computed(number)]
             for at, offload in enumerate(plan.offloads):
@@ -124,9 +142,9 @@ class ChainReplay:
             return max(ends)
 
         @cache
-        def asked(what: str, number: int) -> float:
+        def asked(what: str, number: int) -> Moment:
             if number < 0:
-                return 0.0
+                return _START
             if what == "write":
                 turn, within = divmod(number, writes)
                 return computed(turn * steps + plan.offloads[within].after)
@@ -144,35 +162,33 @@ class ChainReplay:
             return ready
 
         @cache
-        def served(what: str, number: int) -> tuple[float, float]:
+        def served(what: str, number: int) -> tuple[Moment, Moment]:
             if number < 0:
-                return 0.0, 0.0
+                return _START, _START
             link = machine.link if what == "copy" else out
             each = plan.transfers[number % copies] if what == "copy" else plan.offloads[number % writes]
             last = before.get((what, number))
-            begin = max(asked(what, number) + link.latency_s, served(*last)[1] if last else 0.0)
-            return begin, begin + seconds(each.bundle, link)
+            begin = max(asked(what, number).later(link.latency_s), served(*last)[1].later(0.0) if last else _START)
+            return begin, begin.later(seconds(each.bundle, link))
 
         @cache
-        def read(number: int) -> tuple[float, float]:
+        def read(number: int) -> tuple[Moment, Moment]:
             if number < 0:
-                return 0.0, 0.0
+                return _START, _START
             turn, within = divmod(number, reads)
             each = host.transfers[within]
             ready = served("copy", turn * copies + each.after)[1]
-            if each.after_step is not None:
-                ready = max(ready, left(turn * steps + each.after_step))
-            begin = max(ready + disk.latency_s, read(number - 1)[1])
-            return begin, begin + seconds(each.bundle, disk)
+            begin = max(ready.later(disk.latency_s), read(number - 1)[1].later(0.0))
+            return begin, begin.later(seconds(each.bundle, disk))
 
-        self.spans = {
+        self._moments = {
             "step": [(begun(number), computed(number)) for number in range(passes * steps)],
             "copy": [served("copy", number) for number in range(passes * copies)],
             "read": [read(number) for number in range(passes * reads)],
             "write": [served("write", number) for number in range(passes * writes)],
         }
-        self.pass_ends_s = [left((number + 1) * steps - 1) for number in range(passes)]
-        return {each: asked(*each) for each in order}
+        self.pass_ends_s = [left((number + 1) * steps - 1).time_s for number in range(passes)]
+        return {each: asked(*each).time_s for each in order}
 
     def follow_bytes(self) -> None:
         """Raises BrokenPlanError when a step, copy or write finds other bytes than it should, or a write no room."""
@@ -192,9 +208,9 @@ class ChainReplay:
         offloaded: dict[int, int] = {}
         free = host.offloaded_bytes
         last_back = {each.bundle: number for number, each in enumerate(plan.transfers) if each.bundle in born}
-        for time_s, kind, what, number in sorted(self._events()):
+        for moment, kind, what, number in sorted(self._events()):
             turn, within = divmod(number, self._counts[what])
-            where = f"{what} {within} of pass {turn} at {time_s} s"
+            where = f"{what} {within} of pass {turn} at {moment.time_s} s"
             if what == "read":
                 each = host.transfers[within]
                 if kind == _BEGINS:
@@ -264,15 +280,13 @@ class ChainReplay:
     def _is_born(self, bundle: int) -> bool:
         return any(self._trace.tensors[index].home is None for index in self._plan.bundles[bundle].tensors)
 
-    def _events(self) -> list[tuple[float, int, str, int]]:
+    def _events(self) -> list[tuple[Moment, int, str, int]]:
         found = []
         end_s = self.pass_ends_s[-1]
-        for what, spans in self.spans.items():
-            for number, (begin, end) in enumerate(spans):
-                # What takes no time ends where it begins, which comes last.
-                found.append((begin, _BEGINS, what, number))
-                found.append((max(end, begin), _ENDS if end > begin else 2, what, number))
-        return [event for event in found if event[0] <= end_s]
+        for what, moments in self._moments.items():
+            for number, (begin, end) in enumerate(moments):
+                found += [(begin, _BEGINS, what, number), (end, _ENDS, what, number)]
+        return [event for event in found if event[0].time_s <= end_s]
 
     def _source(self, copy: int) -> int | None:
         """Returns where in the host arena a copy finds its bundle; None for one that has no bytes."""
