@@ -313,14 +313,21 @@ def test_each_mutation_breaks_plans_of_each_shape(shape: str, mutation: Mutation
     machine = make_machine()
     plan = make_plan(trace, machine, budget)
     assert MUTATIONS[mutation](plan), "there is something to change"
+    check_mutation(mutation, trace, plan, machine, seeds=80, at_least=8)
+
+
+def check_mutation(
+    mutation: Mutation, trace: Trace, plan: Plan, machine: Machine, *, seeds: int, at_least: int
+) -> None:
+    """Mutates a plan so many times: what breaks it is refused, and it breaks so often."""
     outcomes: Counter[tuple[bool, bool]] = Counter()
-    for seed in range(80):
+    for seed in range(seeds):
         mutant = mutation(random.Random(seed), plan)
         found = is_wrong(trace, mutant, machine)
         outcomes[found is not None, is_refused(trace, mutant, machine)] += 1
         assert found is None or is_refused(trace, mutant, machine), f"seed {seed}: {found}"
     # Steps may mostly be merged; a test of mutations that do nothing would prove nothing.
-    assert mutation is merge_steps or outcomes[True, True] >= 8, outcomes
+    assert mutation is merge_steps or outcomes[True, True] >= at_least, outcomes
 
 
 def test_shapes_have_what_is_mutated() -> None:
