@@ -123,8 +123,9 @@ def _plans(results: Sequence[Result]) -> list[str]:
     head = ["budget", "bytes", "a decode step", "÷ predicted", "read", "÷ roofline", "÷ least", "÷ before"]
     text = (
         "Uncompiled decode. Roofline: max(compute with everything resident, bare read of what is streamed). Least: the "
-        "same with a bare read of no more than the weights that exceed the budget. Before: another version of mball in "
-        "the same rounds. Median of |measured ÷ predicted - 1| over all budgets: "
+        "same with a bare read of no more than the weights that exceed the budget. Both at the rate of all bare reads "
+        "of a round. Before: another version of mball in the same rounds. Median of |measured ÷ predicted - 1| over "
+        "all budgets: "
         f"{figures.show('predicted_off')}, {figures.verdict('predicted_off')}; of each budget: in the table."
     )
     return ["## Plans, predicted and executed", figures.source(), text, markdown_table(head, rows)]
