@@ -91,6 +91,7 @@ def test_a_wait_for_a_write_names_all_that_is_written() -> None:
     assert all(stall.size_bytes == 300_000 for stall in waits)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("lane", list(Lane))
 def test_explaining_takes_longer_about_as_the_changed_weights_get_more(lane: Lane) -> None:
     def explaining_s(num_layers: int) -> float:

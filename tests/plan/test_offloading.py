@@ -229,6 +229,7 @@ def test_a_curve_and_an_explanation_know_the_budget() -> None:
     assert len(found.offloaded) == 3
 
 
+@pytest.mark.alone
 def test_choosing_the_fewest_takes_longer_about_as_they_get_more() -> None:
     def choosing_s(num_layers: int) -> float:
         trace, machine = make_training(num_layers, 0, 100_000, may=OFFLOAD), make_machine()

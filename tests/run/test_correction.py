@@ -146,6 +146,7 @@ def test_busy_time_counts_each_moment_once() -> None:
     assert busy_s([(3.0, 4.0), (0.0, 2.0), (1.0, 2.5), (1.1, 1.2)]) == pytest.approx(3.5)
 
 
+@pytest.mark.alone
 def test_a_disk_that_became_slow_is_planned_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_disk_that_became_slow_is_planned_for(
     assert corrected < 0.7 * report.link_bytes_per_s, "the report's yardstick stays"
 
 
+@pytest.mark.alone
 def test_a_plan_that_stays_is_predicted_as_the_disk_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mball.run.correction.LARGEST_ERROR", 1e9)
     keep_calibration(tmp_path, Link(bandwidth_bytes_per_s=1.5e9, latency_s=1e-4), monkeypatch)

@@ -31,6 +31,8 @@ from tests.adaptors import DelayedDevice, PoisonedDevice
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
 from tests.run.zoo import generate, llama, noise, tied_sequential
 
+pytestmark = pytest.mark.alone
+
 X = noise(4, 64)
 MBALL = os.path.dirname(mball.__file__)
 
