@@ -20,7 +20,7 @@ _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes "no limit" as a number close to 2*
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessMemory:
-    """Memory of this process now.
+    """Memory of a process now.
 
     Attributes:
         rss_bytes: pages that are mapped; shared ones count whole.
@@ -58,12 +58,12 @@ class CgroupMemory:
     cache_bytes: int
 
 
-def process_memory(proc: Path = _PROC) -> ProcessMemory:
-    """Reads the memory use of this process."""
-    status = _kib_table(proc / "self/status")
+def process_memory(proc: Path = _PROC, *, process: int | str = "self") -> ProcessMemory:
+    """Reads the memory use of this process, or of process number `process`. Raises OSError where that has ended."""
+    status = _kib_table(proc / f"{process}/status")
     try:
-        rollup = _kib_table(proc / "self/smaps_rollup")
-    except OSError:  # an old or restricted kernel
+        rollup = _kib_table(proc / f"{process}/smaps_rollup")
+    except OSError:  # an old or restricted kernel, or the process of another user
         rollup = {}
     return ProcessMemory(
         rss_bytes=rollup.get("Rss", status.get("VmRSS", 0)),
