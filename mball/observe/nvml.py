@@ -28,6 +28,9 @@ _WAYS_OUT = {
     pynvml.NVML_ERROR_NO_PERMISSION: "give this user, or this container, access to /dev/nvidia*",
 }
 _ALL_LINKS = ctypes.c_uint(-1).value  # as a field's scope: the sum over all NVLinks
+FIRST_LOOK = NotTold(why="a rate needs a second look")
+"""Stands for rates at the first look; the driver has only counters."""
+
 _KB = 1000  # NVML's word for the unit of PCIe throughput
 _NUMBERS = {
     pynvml.NVML_VALUE_TYPE_UNSIGNED_INT: "uiVal",
@@ -36,7 +39,6 @@ _NUMBERS = {
 }
 # What NVML writes where it has no number.
 _NO_NUMBERS = (pynvml.NVML_VALUE_NOT_AVAILABLE_uint.value, pynvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value)
-_FIRST_LOOK = NotTold(why="a rate needs a second look")
 
 _T = TypeVar("_T")
 
@@ -173,17 +175,17 @@ class Nvml:
         before = self._counters.get((label, field))
         self._counters[label, field] = now_s, counter
         if before is None:
-            return _FIRST_LOOK
+            return FIRST_LOOK
         if counter < before[1]:
             return NotTold(why="the driver's counter began anew")
         elapsed_s = now_s - before[0]
-        return round((counter - before[1]) * KIB / elapsed_s) if elapsed_s > 0 else _FIRST_LOOK
+        return round((counter - before[1]) * KIB / elapsed_s) if elapsed_s > 0 else FIRST_LOOK
 
 
 def needs_second_look(snapshot: GpuSnapshot) -> bool:
     """Returns whether a second snapshot would tell rates that this one cannot."""
     return any(
-        _FIRST_LOOK in (unit.nvlink_received_bytes_per_s, unit.nvlink_sent_bytes_per_s) for unit in snapshot.units()
+        FIRST_LOOK in (unit.nvlink_received_bytes_per_s, unit.nvlink_sent_bytes_per_s) for unit in snapshot.units()
     )
 
 
