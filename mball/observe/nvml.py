@@ -48,11 +48,13 @@ class NoGpuError(DeviceError):
 
     Attributes:
         reason: what NVML says.
+        way_out: what to do.
     """
 
-    def __init__(self, message: str, *, reason: str) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, *, way_out: str) -> None:
+        super().__init__(f"{reason}; {way_out}")
         self.reason = reason
+        self.way_out = way_out
 
 
 @contextlib.contextmanager
@@ -95,8 +97,8 @@ class Nvml:
             raise _no_gpu(error) from error
         if count == 0:
             raise NoGpuError(
-                "the driver sees no GPU; check that one is built in (lspci) and given to this container or machine",
-                reason="the driver sees no GPU",
+                "NVIDIA's driver sees no GPU",
+                way_out="check that one is built in (lspci) and given to this machine or container",
             )
         cuda = _ask(pynvml.nvmlSystemGetCudaDriverVersion)
         return GpuSnapshot(
@@ -255,4 +257,4 @@ def _why_of(code: int) -> str:
 
 def _no_gpu(error: Any) -> NoGpuError:
     way_out = _WAYS_OUT.get(error.value, "see whether nvidia-smi works")
-    return NoGpuError(f"NVIDIA's driver does not answer: {error}; {way_out}", reason=str(error))
+    return NoGpuError(f"NVIDIA's driver does not answer ({error})", way_out=way_out)
