@@ -91,6 +91,15 @@ class Gpu:
             )
         return self.used_bytes - held_bytes
 
+    def held_by(self, pid: int) -> Told[int]:
+        """Returns how many bytes a process holds."""
+        for process in self.processes:
+            if process.pid == pid:
+                return process.used_bytes
+        if self.not_listed:
+            return NotTold(why="; ".join(f"{what}: {reason.why}" for what, reason in self.not_listed))
+        return NotTold(why=f"process {pid} is not listed; a container may hide it")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSnapshot:
@@ -109,3 +118,10 @@ class GpuSnapshot:
     def units(self) -> tuple[Gpu, ...]:
         """Returns every GPU followed by its slices."""
         return tuple(unit for gpu in self.gpus for unit in (gpu, *gpu.slices))
+
+    def find(self, uuid: str) -> Gpu | None:
+        """Returns the GPU or slice that CUDA knows by this name; it leaves out what kind of name it is ("GPU-")."""
+        for unit in self.units():
+            if not isinstance(unit.uuid, NotTold) and unit.uuid.removeprefix("GPU-").removeprefix("MIG-") == uuid:
+                return unit
+        return None
