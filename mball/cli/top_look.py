@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mball.memory import facts
-from mball.memory.facts import CgroupMemory, MachineMemory, ProcessMemory
+from mball.memory.facts import CgroupMemory, MachineMemory
 from mball.memory.ledger_page import PublishedLedger, find_publishers
 from mball.observe.gpus import GpuSnapshot
 from mball.observe.nvml import NoGpuError, Nvml, needs_second_look, open_nvml
@@ -28,13 +28,15 @@ class MballProcess:
 
     Attributes:
         command: its command line.
-        memory: of the host.
+        anonymous_bytes: host memory of its own, in no file.
+        rss_bytes: all pages that it maps; shared ones count whole.
         ledgers: one for each budget that it runs under.
     """
 
     pid: int
     command: str
-    memory: ProcessMemory
+    anonymous_bytes: int
+    rss_bytes: int
     ledgers: tuple[PublishedLedger, ...]
 
 
@@ -112,10 +114,16 @@ class Looker:
     def _process(self, pid: int, ledgers: tuple[PublishedLedger, ...]) -> MballProcess | None:
         try:
             command = (self._proc / str(pid) / "cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ")
-            memory = facts.process_memory(self._proc, process=pid)
+            memory = facts.process_memory(self._proc, process=pid, shares=False)
         except OSError:  # it has ended
             return None
-        return MballProcess(pid=pid, command=command.decode(errors="replace"), memory=memory, ledgers=ledgers)
+        return MballProcess(
+            pid=pid,
+            command=command.decode(errors="replace"),
+            anonymous_bytes=memory.anonymous_bytes,
+            rss_bytes=memory.rss_bytes,
+            ledgers=ledgers,
+        )
 
 
 def as_document(value: Any) -> Any:

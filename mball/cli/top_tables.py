@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -12,12 +13,24 @@ from rich.text import Text
 from mball.cli.top_look import Look, MballProcess
 from mball.memory.facts import CgroupMemory, MachineMemory
 from mball.memory.ledger_page import PublishedLedger
-from mball.observe.gpus import Gpu, GpuProcess, GpuSnapshot
+from mball.observe.gpus import GpuProcess, GpuSnapshot
 from mball.observe.nvml import FIRST_LOOK
 from mball.observe.told import NotTold, Told
 from mball.units import format_bytes
 
 _UNKNOWN = "?"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """Cells of the table of processes."""
+
+    pid: str = ""
+    program: str
+    host_memory: str = ""
+    gpu: str = ""
+    gpu_memory: str = ""
+    budgets: str = ""
 
 
 def draw(look: Look) -> RenderableType:
@@ -28,7 +41,7 @@ def draw(look: Look) -> RenderableType:
     else:
         parts.append(_gpus(look.gpus))
     if rows := list(_process_rows(look)):
-        parts.append(_processes(rows))
+        parts.append(_processes(rows, with_gpus=not isinstance(look.gpus, NotTold)))
     if not look.mball:
         parts.append(Text("No process runs a model with mball."))
     parts += [Text(_printable(note)) for note in _notes(look)]
@@ -52,15 +65,19 @@ def _memory(machine: MachineMemory, cgroup: CgroupMemory | None) -> Table:
     return table
 
 
-def _processes(rows: Sequence[Sequence[str]]) -> Table:
+def _processes(rows: Sequence[_Row], *, with_gpus: bool) -> Table:
     table = _table("processes")
     table.add_column("PID", justify="right")
     table.add_column("program", ratio=2, no_wrap=True, overflow="ellipsis")
-    for name in ("host memory", "GPU", "GPU memory"):
-        table.add_column(name, justify="right")
+    table.add_column("own host\nmemory", justify="right")
+    if with_gpus:
+        table.add_column("GPU", justify="right")
+        table.add_column("GPU memory", justify="right")
     table.add_column("mball's budget", ratio=3, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(_printable(cell)) for cell in row))
+        gpu = (row.gpu, row.gpu_memory) if with_gpus else ()
+        cells = (row.pid, row.program, row.host_memory, *gpu, row.budgets)
+        table.add_row(*(escape(_printable(cell)) for cell in cells))
     return table
 
 
@@ -84,33 +101,34 @@ def _gpus(snapshot: GpuSnapshot) -> Table:
     return table
 
 
-def _process_rows(look: Look) -> Iterator[tuple[str, ...]]:
+def _process_rows(look: Look) -> Iterator[_Row]:
     """Yields a row for each GPU that a process holds memory of, then those of processes that run mball without."""
     by_pid = {process.pid: process for process in look.mball}
     shown = set()
     for gpu in () if isinstance(look.gpus, NotTold) else look.gpus.units():
         for process in gpu.processes:
-            yield _row(process.pid, by_pid.get(process.pid), gpu, process)
+            yield replace(_row(process, by_pid.get(process.pid)), gpu=gpu.label, gpu_memory=_size(process.used_bytes))
             shown.add(process.pid)
         elsewhere = gpu.elsewhere_bytes
         if not isinstance(elsewhere, NotTold) and elsewhere:
-            yield "", "held by no process that is listed", "", gpu.label, format_bytes(elsewhere), ""
-    for pid, own in by_pid.items():
-        if pid not in shown:
-            yield _row(pid, own, None, None)
+            yield _Row(program="held by no process that is listed", gpu=gpu.label, gpu_memory=format_bytes(elsewhere))
+    for own in look.mball:
+        if own.pid not in shown:
+            yield _row(own, own)
 
 
-def _row(pid: int, own: MballProcess | None, gpu: Gpu | None, process: GpuProcess | None) -> tuple[str, ...]:
-    name, host, budgets = _UNKNOWN, "", ""
-    if own is not None:
-        name = own.command.replace("\n", " ")  # which would be a row of its own
-        # PSS, where the kernel tells it: a page that several processes share is then not counted in each.
-        host = format_bytes(own.memory.rss_bytes if own.memory.pss_bytes is None else own.memory.pss_bytes)
-        budgets = "\n".join(map(_budget, own.ledgers))
-    elif process is not None:
-        name = _text(process.name)
-    label = "" if gpu is None else gpu.label
-    return str(pid), name, host, label, "" if process is None else _size(process.used_bytes), budgets
+def _row(process: GpuProcess | MballProcess, own: MballProcess | None) -> _Row:
+    """Returns the row of a process, with what it says of itself if it runs mball."""
+    if own is None:
+        name = _text(process.name) if isinstance(process, GpuProcess) else _UNKNOWN
+        return _Row(pid=str(process.pid), program=name)
+    program, _, arguments = own.command.replace("\n", " ").partition(" ")  # a newline would be a row of its own
+    return _Row(
+        pid=str(own.pid),
+        program=f"{program.rpartition('/')[2]} {arguments}",
+        host_memory=format_bytes(own.anonymous_bytes),
+        budgets="\n".join(map(_budget, own.ledgers)),
+    )
 
 
 def _budget(ledger: PublishedLedger) -> str:

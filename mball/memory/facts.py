@@ -5,6 +5,7 @@ Judge a process by its PSS or its cgroup, not by RSS: RSS counts a page once for
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +59,17 @@ class CgroupMemory:
     cache_bytes: int
 
 
-def process_memory(proc: Path = _PROC, *, process: int | str = "self") -> ProcessMemory:
-    """Reads the memory use of this process, or of process number `process`. Raises OSError where that has ended."""
+def process_memory(proc: Path = _PROC, *, process: int | str = "self", shares: bool = True) -> ProcessMemory:
+    """Reads the memory use of this process, or of process number `process`. Raises OSError where that has ended.
+
+    Without `shares` PSS is None. It takes a walk over all pages, in which the process can map no memory: much to ask of
+    somebody else's every second.
+    """
     status = _kib_table(proc / f"{process}/status")
-    try:
-        rollup = _kib_table(proc / f"{process}/smaps_rollup")
-    except OSError:  # an old or restricted kernel, or the process of another user
-        rollup = {}
+    rollup = {}
+    if shares:
+        with contextlib.suppress(OSError):  # an old or restricted kernel
+            rollup = _kib_table(proc / f"{process}/smaps_rollup")
     return ProcessMemory(
         rss_bytes=rollup.get("Rss", status.get("VmRSS", 0)),
         pss_bytes=rollup.get("Pss"),

@@ -47,9 +47,9 @@ class LedgerPage:
         """Makes an empty page, which is not found before the first `write`."""
         self._descriptor = -1
         try:
-            self._descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
-        except OSError as error:
-            _log.info("mball top will not see the budget of this process: %s", error.strerror)
+            self._descriptor = os.memfd_create(_NAME)  # closed in programs that this process starts
+        except (OSError, AttributeError) as error:  # the system forbids it, or Python was built for an older one
+            _log.info("mball top will not see the budget of this process: %s", error)
 
     def write(self, published: PublishedLedger) -> None:
         """Shows this from now on. About 10 µs, and never fails."""

@@ -120,8 +120,13 @@ class GpuSnapshot:
         return tuple(unit for gpu in self.gpus for unit in (gpu, *gpu.slices))
 
     def find(self, uuid: str) -> Gpu | None:
-        """Returns the GPU or slice that CUDA knows by this name; it leaves out what kind of name it is ("GPU-")."""
+        """Returns the GPU or slice of that name, with or without what kind of name it is ("GPU-", "MIG-")."""
         for unit in self.units():
-            if not isinstance(unit.uuid, NotTold) and unit.uuid.removeprefix("GPU-").removeprefix("MIG-") == uuid:
+            if not isinstance(unit.uuid, NotTold) and _bare(unit.uuid) == _bare(uuid):
                 return unit
         return None
+
+
+def _bare(uuid: str) -> str:
+    """CUDA leaves out what NVML begins with."""
+    return uuid.removeprefix("GPU-").removeprefix("MIG-")

@@ -128,6 +128,25 @@ def test_a_forked_child_does_not_show_its_parents_ledger(page: LedgerPage) -> No
         os.waitpid(child, 0)
 
 
+def test_without_memory_for_the_page_nothing_is_published_and_nothing_fails(
+    monkeypatch: pytest.MonkeyPatch, own: Own
+) -> None:
+    def refused(name: str) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    for unusable in (
+        lambda: monkeypatch.setattr(os, "memfd_create", refused),
+        lambda: monkeypatch.delattr(os, "memfd_create"),
+    ):
+        unusable()
+        page = LedgerPage()
+        ledger = Ledger(100, publish=page.write)
+        ledger.set(Kind.ARENA, 60)
+        assert ledger.current_bytes == 60
+        assert own() == ()
+        page.close()
+
+
 def test_what_is_no_page_of_ours_is_passed_by(own: Own) -> None:
     good = {"version": 1, "pid": os.getpid(), "budget_bytes": 1, "peak_bytes": 1, "kinds": {}}
     bad = [b"", b"{", b"[]", b'"text"', b"\xff", json.dumps(good | {"version": 2}).encode()]
