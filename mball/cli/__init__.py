@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from mball.errors import MballError
 
+TOP_INTERVAL_S = 1.0
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line `arguments` (default: the process's) and returns the exit status.
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--json", action="store_true", help="print JSON instead of text")
     top = commands.add_parser("top", help="memory of this machine and its GPUs, and who holds it, live")
     top.add_argument(
-        "--interval", type=_seconds, default=1.0, metavar="SECONDS", help="from look to look (default %(default)s)"
+        "--interval", type=_seconds, metavar="SECONDS", help=f"from look to look (default {TOP_INTERVAL_S})"
     )
     top.add_argument("--once", action="store_true", help="look once, and end (so it does where there is no terminal)")
     top.add_argument("--json", action="store_true", help="look once, and print JSON instead of tables")
@@ -75,7 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "top":
             from mball.cli.top import run_top
 
-            return run_top(interval_s=options.interval, once=options.once, as_json=options.json)
+            if options.interval is not None and (options.once or options.json):
+                top.error("--interval is for the live view; drop it, or drop --once and --json")
+            interval_s = TOP_INTERVAL_S if options.interval is None else options.interval
+            return run_top(interval_s=interval_s, once=options.once, as_json=options.json)
         if options.calibrate is not None:
             from mball.cli.calibrate import run_calibrate
 

@@ -177,6 +177,14 @@ def test_intervals_that_make_no_sense(interval: str, capsys: pytest.CaptureFixtu
     assert "--interval" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mode", ["--once", "--json"])
+def test_an_interval_for_one_look_is_refused(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["top", "--interval", "2", mode])
+    assert refused.value.code == 2
+    assert "--interval is for the live view" in capsys.readouterr().err
+
+
 # -- live, in a terminal --------------------------------------------------------------------------------
 
 
