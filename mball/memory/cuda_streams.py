@@ -16,6 +16,11 @@ class CudaStreams:
     def __init__(self, driver: CudaDriver) -> None:
         self._driver = driver
 
+    @property
+    def driver(self) -> CudaDriver:
+        """The driver that all calls go to."""
+        return self._driver
+
     def create_stream(self) -> int:
         """Returns a stream of the highest priority, which does not wait for the default stream."""
         non_blocking = 1
