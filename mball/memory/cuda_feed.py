@@ -188,7 +188,7 @@ class DiskFeed:
                     return False
                 if len(self._landings) == len(ring.buffers):
                     return False
-                ring.free(buffer, self._stream)
+                ring.free(buffer)
             part = request.parts[0]
             event = self._source.submit(
                 [part.read.into(ring.view(buffer, part.shift_bytes, part.size_bytes), part.first)]

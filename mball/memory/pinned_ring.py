@@ -12,11 +12,10 @@ from mball.units import round_up
 
 @dataclass(slots=True, eq=False)
 class RingBuffer:
-    """A part of the ring, and the copy that last read it: `event` says when it has, None if it never was recorded."""
+    """A part of the ring; `event` is over when its last copy is, None where that is known."""
 
     offset: int
     address: int
-    in_use: bool = False  # a copy out of it was asked for, and nobody has seen its end
     event: int | None = None
 
 
@@ -39,27 +38,27 @@ class PinnedRing:
         return self._slab.view(buffer.offset + shift, size)
 
     def copy_out(self, buffer: RingBuffer, shift: int, address: int, size: int, stream: int) -> None:
-        """Has a stream copy the bytes of a buffer to the GPU. Raises DriverError."""
-        buffer.in_use = True
-        if buffer.event is not None:
-            self._pool.give(buffer.event)
-            buffer.event = None
+        """Has a stream copy the bytes of a free buffer to the GPU.
+
+        Raises DriverError. The stream may then have the copy, which counts for nothing, so the buffer stays free.
+        """
+        assert buffer.event is None, "a copy still reads it"
         self._pool.streams.copy_in(address, buffer.address + shift, size, stream)
         buffer.event = self._pool.record(stream)
 
     def is_free(self, buffer: RingBuffer) -> bool:
-        """Returns whether nothing reads a buffer. Raises DriverError."""
-        if buffer.in_use and buffer.event is not None and self._pool.streams.is_done(buffer.event):
-            buffer.in_use = False
-        return not buffer.in_use
+        """Returns whether no copy reads a buffer. Raises DriverError."""
+        if buffer.event is not None and self._pool.streams.is_done(buffer.event):
+            self._pool.give(buffer.event)
+            buffer.event = None
+        return buffer.event is None
 
-    def free(self, buffer: RingBuffer, stream: int) -> None:
-        """Blocks until nothing reads a buffer. Raises DriverError."""
-        if buffer.in_use and buffer.event is not None:
+    def free(self, buffer: RingBuffer) -> None:
+        """Blocks until no copy reads a buffer. Raises DriverError."""
+        if buffer.event is not None:
             self._pool.streams.synchronize(buffer.event)
-        elif buffer.in_use:
-            self._pool.streams.drain(stream)
-        buffer.in_use = False
+            self._pool.give(buffer.event)
+            buffer.event = None
 
     def close(self) -> None:
         """Unpins; nothing reads the buffers any more. Idempotent. Raises DeviceError."""
