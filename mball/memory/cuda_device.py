@@ -82,6 +82,7 @@ class CudaDevice:
         self._arena: Arena | None = None
         self._closed = False
         self._own_streams: list[int] = []
+        node = facts.numa_node(driver.pci_address())
         try:
             with driver.current():
                 for _ in range(2):
@@ -90,7 +91,6 @@ class CudaDevice:
             self._destroy_streams()
             raise
         self._home_stream, disk_stream = self._own_streams
-        node = facts.numa_node(driver.pci_address())
         make_ring = partial(PinnedRing, self._pool, num_buffers=num_buffers, buffer_bytes=buffer_bytes, node=node)
         self._feed = DiskFeed(self._pool, source, disk_stream, make_ring, buffer_bytes)
 

@@ -219,3 +219,17 @@ def test_where_the_gpu_is(standin: StandIn) -> None:
     driver = CudaDriver()
     assert driver.pci_address() == "0000:3b:00.0"
     driver.close()
+
+
+def test_the_default_stream_is_a_stream_too(late: Opened, standin: StandIn) -> None:
+    _, streams, pinned = late
+    stream, event = streams.create_stream(), streams.create_event()
+    pinned.fill(0, 1)
+    streams.copy_in(pinned.device, pinned.host, PAGE, 0)
+    streams.record(event, 0)
+    streams.wait(stream, event)
+    streams.copy_in(pinned.device + PAGE, pinned.host, PAGE, stream)
+    streams.drain(stream)
+    assert [pinned.on_device(page) for page in range(2)] == [1, 1]
+    streams.destroy_event(event)
+    streams.destroy_stream(stream)
