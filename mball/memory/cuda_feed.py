@@ -58,11 +58,14 @@ class _Landing:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Queue:
-    """What is asked for, under `changed`."""
+    """What is asked for and not settled, and who serves it; under `changed`.
+
+    Ctrl-C may come between any two lines of who asks: so one list says it all, and the thread itself says that it runs.
+    """
 
     changed: threading.Condition = field(default_factory=threading.Condition)
-    requests: deque[_Request] = field(default_factory=deque)
-    unsettled: list[_Request] = field(default_factory=list)
+    requests: list[_Request] = field(default_factory=list)
+    worker: threading.Thread | None = None
     stopping: bool = False
 
 
@@ -97,7 +100,6 @@ class DiskFeed:
         self._next = 0  # the buffer that was used longest ago
         self._landings: deque[_Landing] = deque()
         self._queue = _Queue()
-        self._thread: threading.Thread | None = None
 
     def submit(self, reads: Sequence[tuple[ArenaRead, int]], after: Event | None, event: StreamEvent) -> None:
         """Brings each read to an address, once `after` is over; settles one part of `event`. Does not block.
@@ -110,18 +112,19 @@ class DiskFeed:
         with queue.changed:
             if queue.stopping:
                 raise DeviceError("the device is closed, so nothing can be copied to it; make another")
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="mball-feed", daemon=True)
-                self._thread.start()
+            if queue.worker is None:
+                threading.Thread(target=self._work, name="mball-feed", daemon=True).start()
+                while queue.worker is None:
+                    queue.changed.wait()
             queue.requests.append(request)
-            queue.unsettled.append(request)
             queue.changed.notify_all()
 
     def drain(self) -> None:
         """Blocks until every copy that was asked for is with the stream, or failed."""
         queue = self._queue
         with queue.changed:
-            while queue.unsettled:
+            queue.changed.notify_all()  # an interrupt may have come between asking and waking the thread
+            while queue.requests:
                 queue.changed.wait()
 
     def close(self) -> None:
@@ -130,8 +133,8 @@ class DiskFeed:
         with queue.changed:
             queue.stopping = True
             queue.changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        if queue.worker is not None:
+            queue.worker.join()
         if self._ring is not None:
             with self._pool.streams.driver.current():
                 self._pool.streams.drain(self._stream)
@@ -141,16 +144,21 @@ class DiskFeed:
     # -- on the thread ---------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        queue = self._queue
+        with queue.changed:
+            if queue.worker is not None:  # an interrupt had another one started
+                return
+            queue.worker = threading.current_thread()
+            queue.changed.notify_all()
         try:
             while self._await():
                 request = self._pending()
                 if request is None or not self._begin(request):
                     self._hand_on()
         finally:
-            queue = self._queue
             with queue.changed:  # of requests there are some only if this thread dies
                 queue.stopping = True
-                left, queue.unsettled = queue.unsettled, []
+                left, queue.requests = queue.requests, []
                 queue.changed.notify_all()
             for request in left:
                 why = "the thread that feeds the GPU died, its traceback is on stderr; make another device"
@@ -160,17 +168,15 @@ class DiskFeed:
         """Blocks until there is something to do; returns whether there is."""
         queue = self._queue
         with queue.changed:
-            while not (queue.requests or self._landings or queue.stopping):
+            while not (queue.requests or queue.stopping):
                 queue.changed.wait()
-            return bool(queue.requests or self._landings)
+            return bool(queue.requests)
 
     def _pending(self) -> _Request | None:
         """Returns the request that the next read belongs to."""
         queue = self._queue
         with queue.changed:
-            while queue.requests and not queue.requests[0].parts:
-                queue.requests.popleft()
-            request = queue.requests[0] if queue.requests else None
+            request = next((request for request in queue.requests if request.parts), None)
         if request is not None and queue.stopping:
             self._fail(request, DeviceError("the device was closed before this was read; make another"))
             return None
@@ -243,7 +249,7 @@ class DiskFeed:
             request.event.fail(request.error, self._stream)
         queue = self._queue
         with queue.changed:
-            queue.unsettled.remove(request)
+            queue.requests.remove(request)
             queue.changed.notify_all()
 
 
