@@ -69,7 +69,8 @@ class PoisonedDevice(DeviceAdaptor):
         for read in reads:
             self._held().poison(read.arena_offset_bytes, read.size_bytes)
             self.num_poisoned += 1
-        return self.device.copy(reads, after)
+        # Behind the poison, which is compute where there are streams.
+        return self.device.copy(reads, self.device.record())
 
     def discard(self, offset: int, size: int) -> None:
         self._held().poison(offset, size)

@@ -153,15 +153,15 @@ class CudaDevice:
     def rows_of(self, home: torch.Tensor) -> torch.Tensor:
         """Returns a tensor of the GPU on the home's own memory, which kernels read over the link, row by row.
 
-        Raises DeviceError when the home is not pinned, or not yet.
+        Raises DeviceError when the home is not pinned, or not yet, or where the GPU does not read such memory.
         """
         address = home.data_ptr()
         span = sum((length - 1) * stride for length, stride in zip(home.shape, home.stride(), strict=True)) + 1
         size = span * home.element_size()
-        if not self._homes.is_pinned(address, size):
+        if not (self._homes.is_pinned(address, size) and self._driver.reads_pinned_memory()):
             raise DeviceError(
-                f"a table of {size} bytes is not in pinned memory, so the GPU cannot look up rows of it; copy it to "
-                "the arena, or pin it first"
+                f"a table of {size} bytes is not in memory that is pinned and that GPU {self._driver.ordinal} reads, "
+                "so rows of it cannot be looked up there; copy it to the arena, or pin it first"
             )
         region = self._region(address, size, lambda home=home: None, what="pinned home")
         return region.tensor(0, home.dtype, (span,)).as_strided(home.shape, home.stride())

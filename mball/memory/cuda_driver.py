@@ -155,6 +155,10 @@ class CudaDriver:
             raise self._error(function, code, 0)
         return not int(code)
 
+    def reads_pinned_memory(self) -> bool:
+        """Returns whether kernels reach pinned host memory at the host's own addresses. Raises DriverError."""
+        return self._attribute("CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM")
+
     def pci_address(self) -> str:
         """Returns where the GPU is on its bus, as the kernel writes it: "0000:3b:00.0". Raises DriverError."""
         name: bytes = self.call("cuDeviceGetPCIBusId", 32, self._device)

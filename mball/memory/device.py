@@ -109,7 +109,8 @@ class Device(Protocol):
     def wait(self, event: Event) -> None:
         """Makes compute that is issued from now on wait for `event`.
 
-        The CPU blocks, and raises the error of the copy (a StorageError that names file and offset).
+        The CPU blocks, and raises the error of the copy (a StorageError that names file and offset). A device with
+        streams blocks only for what the host alone can know, whether a read from disk went well, and raises its error.
         """
 
     def discard(self, offset: int, size: int) -> None:

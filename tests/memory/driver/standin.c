@@ -25,7 +25,7 @@ enum {
   SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101,
   INVALID_CONTEXT = 201, NOT_FOUND = 500, NOT_SUPPORTED = 801,
   DEVICE_LOCATION = 1, PINNED = 1, FILE_DESCRIPTOR = 1, READ_WRITE = 3,
-  VIRTUAL_MEMORY_SUPPORTED = 102, FILE_DESCRIPTORS_SUPPORTED = 103,
+  HOST_ADDRESSES = 91, VIRTUAL_MEMORY_SUPPORTED = 102, FILE_DESCRIPTORS_SUPPORTED = 103,
 };
 
 // -- what there is ------------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ static Mapping *mappings;  // by address
 static Range *ranges;      // reservations, and plain allocations
 static int initialized, num_retained, lost;  // lost: what broke the context, and every call says from then on
 static size_t granularity = 2 << 20, total_bytes = (size_t)1 << 40, taken_bytes;
-static int attribute_vmm = 1, attribute_fd = 1, num_devices = 1;
+static int attribute_vmm = 1, attribute_fd = 1, attribute_host = 1, num_devices = 1;
 static char primary;  // its address is the primary context
 static __thread void *contexts[64];
 static __thread int num_contexts;
@@ -101,9 +101,9 @@ long standin_calls(const char *name) {  // "" for all
   pthread_mutex_unlock(&mutex);
   return sum;
 }
-void standin_set(size_t granularity_bytes, size_t memory_bytes, int vmm, int descriptors, int devices) {
+void standin_set(size_t granularity_bytes, size_t memory_bytes, int vmm, int descriptors, int devices, int host_addresses) {
   granularity = granularity_bytes, total_bytes = memory_bytes;
-  attribute_vmm = vmm, attribute_fd = descriptors, num_devices = devices;
+  attribute_vmm = vmm, attribute_fd = descriptors, num_devices = devices, attribute_host = host_addresses;
 }
 size_t standin_taken_bytes(void) { return taken_bytes; }
 size_t standin_mapped_bytes(void) { size_t sum = 0; for (Mapping *m = mappings; m; m = m->next) sum += m->size; return sum; }
@@ -145,7 +145,7 @@ Result cuDeviceGetPCIBusId(char *text, int size, int device) {
 Result cuDeviceGetAttribute(int *value, int attribute, int device) {
   CALL; NEEDS_INIT;
   REQUIRE(0 <= device && device < num_devices, INVALID_DEVICE);
-  *value = attribute == VIRTUAL_MEMORY_SUPPORTED ? attribute_vmm : attribute == FILE_DESCRIPTORS_SUPPORTED ? attribute_fd : 0;
+  *value = attribute == VIRTUAL_MEMORY_SUPPORTED ? attribute_vmm : attribute == FILE_DESCRIPTORS_SUPPORTED ? attribute_fd : attribute == HOST_ADDRESSES ? attribute_host : 0;
   return SUCCESS;
 }
 Result cuDevicePrimaryCtxRetain(void **context, int device) {

@@ -78,10 +78,16 @@ class StandIn:
         virtual_memory: bool = True,
         descriptors: bool = True,
         num_devices: int = 1,
+        host_addresses: bool = True,
     ) -> None:
         """Says what device there is from now on."""
         self._library.standin_set(
-            ctypes.c_size_t(granule_bytes), ctypes.c_size_t(memory_bytes), virtual_memory, descriptors, num_devices
+            ctypes.c_size_t(granule_bytes),
+            ctypes.c_size_t(memory_bytes),
+            virtual_memory,
+            descriptors,
+            num_devices,
+            host_addresses,
         )
 
     def fail(self, first: int, last: int | None = None, *, code: int, function: str = "") -> None:

@@ -126,14 +126,17 @@ def test_rows_are_read_in_pinned_homes(standin: StandIn) -> None:
 
     device = CudaDevice(driver, PlainCudaMemory(driver), NoSource(), lambda: 0, homes=homes, region=Region)  # type: ignore[arg-type]
     table = slab.tensor(PAGE, torch.float32, (64, 32)).copy_(torch.arange(2048.0).reshape(64, 32)).t()
-    with pytest.raises(DeviceError, match=r"table of 8192 bytes is not in pinned memory.*pin it first"):
+    with pytest.raises(DeviceError, match=r"table of 8192 bytes is not in memory that is pinned.*pin it first"):
         device.rows_of(table)
     slab.pin()
     rows = device.rows_of(table)
     assert (rows.data_ptr(), rows.shape, rows.stride()) == (table.data_ptr(), table.shape, table.stride())
     assert torch.equal(rows, table)
-    with pytest.raises(DeviceError, match="not in pinned memory"):
+    with pytest.raises(DeviceError, match="not in memory that is pinned"):
         device.rows_of(torch.zeros(8))
+    standin.configure(host_addresses=False)
+    with pytest.raises(DeviceError, match="that GPU 0 reads"):
+        device.rows_of(table)
     assert (device.gauge().used_bytes(), device.gauge().rise_bytes()) == (0, 0)
     device.close()
     slab.close()

@@ -188,7 +188,9 @@ def a_device_ends_what_it_began(bench: Bench) -> None:
     for number in range(6):
         bench.device.copy([bench.read(number * PAGE, 8 * PAGE, number * 8)], compute)
     bench.finish()
+    deadline_s = time.monotonic() + 5
     while devices.LOADED.calls("cuMemcpyHtoDAsync") == before:  # until a stream has some of it
+        assert time.monotonic() < deadline_s, "no stream was given a copy"
         time.sleep(0.001)
     bench.device.close()
     assert devices.LOADED.num_waiting == 0
@@ -222,11 +224,13 @@ ORDERS = [(Order.LATEST, 0), *((Order.RANDOM, seed) for seed in range(3))]
 @contextmanager
 def swept(standin: StandIn) -> Iterator[None]:
     """What a mutant leaves behind is no fault of the tests to come."""
+    gc.freeze()  # so that a collection looks at no more than what the mutant left
     try:
         yield
     finally:
         standin.forget()
         gc.collect()
+        gc.unfreeze()
         standin.sweep()
         standin.pop_contexts()
 
