@@ -143,6 +143,26 @@ def test_rows_are_read_in_pinned_homes(standin: StandIn) -> None:
     driver.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_keeps_nobody_waiting(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody foresaw fails what is under way and what comes; the device can still be closed."""
+    with cuda_on_the_stand_in(tmp_path, order=Order.LATEST) as bench:
+
+        def into(read: FileRead, destination: memoryview, first: int = 0) -> None:
+            raise ZeroDivisionError
+
+        one_copy(bench)
+        monkeypatch.setattr(FileRead, "into", into)
+        event = bench.device.copy([bench.read(0, 30 * PAGE, 0)], None)
+        with pytest.raises(DeviceError, match="thread that feeds the GPU died"):
+            event.wait()
+        with pytest.raises(DeviceError, match="closed"):
+            bench.device.copy([bench.read(0, PAGE, 0)], None)
+        bench.device.synchronize()
+
+
 # -- what is left when a call fails -----------------------------------------------------------------------------------
 
 
