@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mball.memory.arena import Arena as Arena
+    from mball.memory.cuda_device import CudaDevice as CudaDevice
+    from mball.memory.cuda_driver import CudaDriver as CudaDriver
+    from mball.memory.cuda_errors import DriverError as DriverError
+    from mball.memory.cuda_errors import GpuLostError as GpuLostError
     from mball.memory.cuda_plain import PlainCudaMemory as PlainCudaMemory
     from mball.memory.cuda_region import CudaRegion as CudaRegion
     from mball.memory.cuda_virtual import CudaMemory as CudaMemory
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
     from mball.memory.ledger_page import LedgerPage as LedgerPage
     from mball.memory.mapping import PrivateMapping as PrivateMapping
     from mball.memory.mapping import scan_written as scan_written
+    from mball.memory.pinned import PinnedSlab as PinnedSlab
+    from mball.memory.pinned_homes import PinnedHomes as PinnedHomes
+    from mball.memory.pinned_homes import PinnedRange as PinnedRange
     from mball.memory.virtual import HostMemory as HostMemory
     from mball.memory.virtual import VirtualMemory as VirtualMemory
 
@@ -35,15 +42,22 @@ _HOMES = {
     "ArenaRead": "mball.memory.device",
     "CopySource": "mball.memory.device",
     "CpuDevice": "mball.memory.device",
+    "CudaDevice": "mball.memory.cuda_device",
+    "CudaDriver": "mball.memory.cuda_driver",
     "CudaMemory": "mball.memory.cuda_virtual",
     "CudaRegion": "mball.memory.cuda_region",
     "Device": "mball.memory.device",
+    "DriverError": "mball.memory.cuda_errors",
     "Event": "mball.memory.device",
     "Gauge": "mball.memory.device",
+    "GpuLostError": "mball.memory.cuda_errors",
     "HostMemory": "mball.memory.virtual",
     "Kind": "mball.memory.ledger",
     "Ledger": "mball.memory.ledger",
     "LedgerPage": "mball.memory.ledger_page",
+    "PinnedHomes": "mball.memory.pinned_homes",
+    "PinnedRange": "mball.memory.pinned_homes",
+    "PinnedSlab": "mball.memory.pinned",
     "PlainCudaMemory": "mball.memory.cuda_plain",
     "PrivateMapping": "mball.memory.mapping",
     "VirtualMemory": "mball.memory.virtual",
@@ -57,15 +71,22 @@ __all__ = [
     "ArenaRead",
     "CopySource",
     "CpuDevice",
+    "CudaDevice",
+    "CudaDriver",
     "CudaMemory",
     "CudaRegion",
     "Device",
+    "DriverError",
     "Event",
     "Gauge",
+    "GpuLostError",
     "HostMemory",
     "Kind",
     "Ledger",
     "LedgerPage",
+    "PinnedHomes",
+    "PinnedRange",
+    "PinnedSlab",
     "PlainCudaMemory",
     "PrivateMapping",
     "VirtualMemory",

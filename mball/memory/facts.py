@@ -15,6 +15,7 @@ from mball.units import KIB
 _PROC = Path("/proc")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NEVER_OVERCOMMIT = "2"
 _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes "no limit" as a number close to 2**63
 
@@ -140,6 +141,21 @@ def headroom_bytes() -> int:
     if group is not None and group.limit_bytes is not None:
         headroom = min(headroom, group.limit_bytes - group.usage_bytes + group.cache_bytes)
     return max(headroom, 0)
+
+
+def numa_node(pci_address: str, devices: Path = _PCI_DEVICES) -> int | None:
+    """Returns the NUMA node that a device is at, None where there is one only or the kernel does not say."""
+    try:
+        node = int((devices / pci_address / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None
+
+
+def locked_limit_bytes() -> int | None:
+    """Returns how much memory this process may lock (ulimit -l), None without a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _kib_table(path: Path) -> dict[str, int]:
