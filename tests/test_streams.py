@@ -196,7 +196,7 @@ def test_deferred_operators_compute_the_same_bits(grad: Callable[[], torch.no_gr
     for got, wanted in zip(found, expected, strict=True):
         assert (got.dtype, got.stride(), got.is_inference()) == (wanted.dtype, wanted.stride(), wanted.is_inference())
         assert torch.equal(got, wanted)
-    assert mode.num_deferred > 20
+    assert mode.num_deferred >= 15
     assert sum(mode.synced.values()) <= 4, mode.synced
 
 

@@ -436,6 +436,8 @@ class Execution:
             with contextlib.suppress(StorageError):
                 self._stall(occupant, occupant.event)
             occupant.settle()
+            # What takes its place comes after its copy: compute waits for that from here on.
+            self._released = self.device.record()
         del self._occupants[bundle]
         for view in occupant.views.values():
             torch.autograd.graph.increment_version(view)
