@@ -117,7 +117,7 @@ class Device(Protocol):
         """Blocks until no copy writes to the arena any more. Raises no error of a copy: it stays with its event."""
 
     def close(self) -> None:
-        """Ends copies for good; the arena stays. Idempotent."""
+        """Blocks until no copy writes to the arena any more, and ends copies for good; the arena stays. Idempotent."""
 
 
 class _Complete:

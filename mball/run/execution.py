@@ -125,6 +125,8 @@ class Execution:
                 self._evict(number)
         kept = {known[occupant.bundle]: occupant for occupant in self._occupants.values()}
         self._occupants = kept
+        if plan.arena_bytes < self.arena.backed_bytes:
+            self._released.wait()  # memory is given back after its last use
         self.arena.resize(plan.arena_bytes)
         self.plan = plan
         self._resident = resident
@@ -290,6 +292,7 @@ class Execution:
         self.plan = None
         self._bundle_of_weight = {}
         if not self.arena.closed:
+            self._released.wait()
             self.arena.resize(0)
 
     def _fetch_now(self, bundle: int, step: int) -> None:
@@ -305,9 +308,9 @@ class Execution:
         self.counters.unplanned_fetches += 1
 
     def close(self) -> None:
-        """Waits for running copies and frees the arena. Idempotent."""
+        """Waits for all that uses the arena and frees it. Idempotent."""
         self._in_use = ()
-        self.device.synchronize()
+        self.device.record().wait()
         self.device.close()
         self._occupants.clear()
         self._views.clear()

@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import mball
+from tests.deferral import deferred
 from tests.run.adversary import Adversary, Call
-from tests.run.harness import make, run, weight_bytes
+from tests.run.harness import assert_same, make, run, weight_bytes
 from tests.run.zoo import noise, tied_sequential
 from tests.streams import CORNERS, Pace
+
+X = tuple(noise(4, 64, seed=seed) for seed in range(4))
+
+
+def chain() -> nn.Module:
+    """Seven bundles of one size; a budget of 3/5 has slots for three, so passes end in the middle of a round."""
+    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(7)))
 
 
 def act(x: torch.Tensor) -> Call:
@@ -39,3 +49,49 @@ def test_a_pass_that_jumps_over_what_was_on_its_way(capture: str, pace: Pace, tm
     adversary, expected = begin(tied_sequential, tmp_path, 0.6, acts, capture)
     for _ in range(3):
         adversary.check(pace, acts, expected)
+
+
+@pytest.mark.parametrize("pace", CORNERS.values(), ids=CORNERS)
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_memory_is_given_back_after_its_last_use(capture: str, pace: Pace, tmp_path: Path) -> None:
+    """A smaller budget, and a larger one again, while compute and copies of the passes before are not over."""
+    acts = [act(x) for x in X]
+    adversary, expected = begin(chain, tmp_path, 0.9, acts, capture)
+    model, weights = adversary.model, weight_bytes(adversary.model)
+    adversary.device.streams.follow(pace)
+    got = []
+    with deferred(adversary.device):
+        for share in (0.6, 2.0, 0.5, 0.8):
+            got += [run(model, each) for each in acts]
+            mball.set_budget(model, int(weights * share))
+    for number, result in enumerate(got):
+        assert_same(result, expected[number % len(acts)], f"call {number}")
+
+
+@pytest.mark.parametrize("pace", CORNERS.values(), ids=CORNERS)
+def test_an_interrupted_plan_is_dropped_after_its_last_use(pace: Pace, tmp_path: Path) -> None:
+    """Ctrl-C came while a plan was adopted: the next pass begins with an empty arena."""
+    acts = [act(x) for x in X]
+    adversary, expected = begin(chain, tmp_path, 3.0, acts, "operators")
+    adversary.device.streams.follow(pace)
+    got = []
+    with deferred(adversary.device):
+        for each in acts:
+            got.append(run(adversary.model, each))
+            adversary.engine._active, adversary.engine._unclear = None, True
+    for number, result in enumerate(got):
+        assert_same(result, expected[number], f"call {number}")
+
+
+@pytest.mark.parametrize("pace", CORNERS.values(), ids=CORNERS)
+@pytest.mark.parametrize("budget", [0.6, 3.0])
+def test_unwrapping_waits_for_the_last_use(budget: float, pace: Pace, tmp_path: Path) -> None:
+    acts = [act(x) for x in X]
+    adversary, expected = begin(chain, tmp_path, budget, acts, "operators")
+    adversary.device.streams.follow(pace)
+    with deferred(adversary.device):
+        got = [run(adversary.model, each) for each in acts]
+        mball.unwrap(adversary.model)
+        got += [run(adversary.model, each) for each in acts]
+    for number, result in enumerate(got):
+        assert_same(result, expected[number % len(acts)], f"call {number}")
