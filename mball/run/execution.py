@@ -280,6 +280,7 @@ class Execution:
         for bundle, occupant in list(self._occupants.items()):
             if occupant.event is not None:
                 self._evict(bundle)
+        self._released = self.device.record()  # what the step issued before it failed still reads its bundles
         self._cursor = -1
 
     def empty(self) -> None:

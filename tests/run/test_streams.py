@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,3 +97,49 @@ def test_unwrapping_waits_for_the_last_use(budget: float, pace: Pace, tmp_path: 
         got += [run(adversary.model, each) for each in acts]
     for number, result in enumerate(got):
         assert_same(result, expected[number % len(acts)], f"call {number}")
+
+
+@torch.library.custom_op("mball_tests::stumble", mutates_args=())
+def stumble(x: torch.Tensor, stumbles: bool) -> torch.Tensor:
+    """Raises on the host, as Ctrl-C does, while what was called before it is still queued."""
+    if stumbles:
+        raise KeyboardInterrupt
+    return x.clone()
+
+
+@stumble.register_fake
+def _(x: torch.Tensor, stumbles: bool) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Keeps(nn.Module):
+    """Writes to a tensor of the caller's, as to a cache, and may then be interrupted in the middle of the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.rest = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+
+    def forward(self, x: torch.Tensor, kept: torch.Tensor, stumbles: bool) -> torch.Tensor:
+        y = self.first(x)
+        kept.copy_(y)
+        return self.rest(torch.ops.mball_tests.stumble(y, stumbles))
+
+
+@pytest.mark.parametrize("pace", CORNERS.values(), ids=CORNERS)
+def test_what_an_interrupted_step_wrote_is_kept(pace: Pace, tmp_path: Path) -> None:
+    """Its compute is queued, and the next pass begins with other weights where it reads."""
+    x = noise(4, 64)
+
+    def passes(model: Any) -> list[torch.Tensor]:
+        results = []
+        for stumbles in (False, True, True):
+            kept = torch.zeros(4, 64)
+            with contextlib.suppress(KeyboardInterrupt):
+                results.append(model(x, kept, stumbles))
+            results += [kept, model.rest[3](x)]
+        return results
+
+    adversary, expected = begin(Keeps, tmp_path, 0.45, [passes], "graphs")
+    for _ in range(3):
+        adversary.check(pace, [passes], expected)
