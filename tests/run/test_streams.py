@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,92 +12,101 @@ import torch
 from torch import nn
 
 import mball
+from mball.run.homes import Homes
 from tests.deferral import deferred
-from tests.run.adversary import Adversary, Call
-from tests.run.harness import assert_same, make, run, weight_bytes
-from tests.run.zoo import noise, tied_sequential
+from tests.run.adversary import Call, act, begin, chain
+from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes
+from tests.run.zoo import ZOO, noise, tied_sequential
 from tests.streams import CORNERS, Pace
 
 X = tuple(noise(4, 64, seed=seed) for seed in range(4))
+ACTS = [act(x) for x in X]
+CAPTURES = ("graphs", "operators")
+# Most that goes wrong does so where everything that may be late is.
+LATE = [CORNERS["compute late"], CORNERS["compute late, copies begin at once and end late"], CORNERS["all late"]]
 
 
-def chain() -> nn.Module:
-    """Seven bundles of one size; a budget of 3/5 has slots for three, so passes end in the middle of a round."""
-    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(7)))
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("budget", [0.5, 0.75])
+def test_passes_follow_each_other_in_any_order(budget: float, capture: str, tmp_path: Path) -> None:
+    """Compute of one pass runs beside copies for the next, and a pass ends in the middle of a round of the slots."""
+    acts = ACTS[:3]
+    adversary, expected = begin(chain, tmp_path, budget, acts, capture)
+    assert_streamed(adversary.model)
+    plan = adversary.engine.plan
+    num_slots = plan.arena_bytes // max(bundle.size_bytes for bundle in plan.bundles)
+    assert len(plan.bundles) % num_slots
+    assert any(transfer.after < 0 for transfer in plan.transfers), "some come before the pass begins"
+    for pace in (*CORNERS.values(), *map(Pace.any, range(120))):
+        adversary.check(pace, acts, expected)
+    assert adversary.mode.num_deferred >= len(acts) * len(plan.bundles)
+    assert not adversary.mode.synced, "nothing had to be computed early"
 
 
-def act(x: torch.Tensor) -> Call:
-    return lambda model: model(x)
-
-
-def begin(
-    make_model: Call, directory: Path, budget: float, acts: list[Call], capture: str
-) -> tuple[Adversary, list[torch.Tensor]]:
-    """Returns the wrapped model, after a pass of each kind without surprises, and what its calls should return."""
-    plain = make(make_model)  # type: ignore[arg-type]
-    model = make(make_model)  # type: ignore[arg-type]
-    expected = [run(plain, each) for each in acts]
-    adversary = Adversary(model, int(weight_bytes(model) * budget), directory, capture=capture)
-    for _ in range(2):
-        adversary.check(CORNERS["all at once"], acts, expected)
-    return adversary, expected
-
-
-@pytest.mark.parametrize("pace", CORNERS.values(), ids=CORNERS)
-@pytest.mark.parametrize("capture", ["graphs", "operators"])
-def test_a_pass_that_jumps_over_what_was_on_its_way(capture: str, pace: Pace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_a_pass_that_jumps_over_what_was_on_its_way(capture: str, tmp_path: Path) -> None:
     """A part of the model is called next: what comes for the whole one is given up, and its place is taken."""
     x = noise(4, 64)
     acts = [act(x), lambda m: m[1](x), lambda m: m[3](x), act(x)]
     adversary, expected = begin(tied_sequential, tmp_path, 0.6, acts, capture)
-    for _ in range(3):
+    for pace in (*CORNERS.values(), *map(Pace.any, range(12))):
         adversary.check(pace, acts, expected)
 
 
-@pytest.mark.parametrize("pace", CORNERS.values(), ids=CORNERS)
-@pytest.mark.parametrize("capture", ["graphs", "operators"])
-def test_memory_is_given_back_after_its_last_use(capture: str, pace: Pace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_memory_is_given_back_after_its_last_use(capture: str, tmp_path: Path) -> None:
     """A smaller budget, and a larger one again, while compute and copies of the passes before are not over."""
-    acts = [act(x) for x in X]
-    adversary, expected = begin(chain, tmp_path, 0.9, acts, capture)
+    adversary, expected = begin(chain, tmp_path, 0.9, ACTS, capture)
     model, weights = adversary.model, weight_bytes(adversary.model)
-    adversary.device.streams.follow(pace)
-    got = []
-    with deferred(adversary.device):
-        for share in (0.6, 2.0, 0.5, 0.8):
-            got += [run(model, each) for each in acts]
-            mball.set_budget(model, int(weights * share))
-    for number, result in enumerate(got):
-        assert_same(result, expected[number % len(acts)], f"call {number}")
+    for pace in (*CORNERS.values(), *map(Pace.any, range(2))):
+        adversary.device.streams.follow(pace)
+        got = []
+        with deferred(adversary.device):
+            for share in (0.6, 2.0, 0.5, 0.9):
+                got += [run(model, each) for each in ACTS[:2]]
+                mball.set_budget(model, int(weights * share))
+        for number, result in enumerate(got):
+            assert_same(result, expected[number % 2], f"{pace}, call {number}")
 
 
-@pytest.mark.parametrize("pace", CORNERS.values(), ids=CORNERS)
-def test_an_interrupted_plan_is_dropped_after_its_last_use(pace: Pace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_written_weights_are_read_anew(capture: str, tmp_path: Path) -> None:
+    """What was written is given up, on its way or not."""
+    plain = make(chain)
+    adversary, _ = begin(chain, tmp_path, 0.6, ACTS, capture)
+    for pace in (*CORNERS.values(), *map(Pace.any, range(6))):
+        for model in (plain, adversary.model):
+            with torch.no_grad():
+                for parameter in list(model.parameters())[::3]:
+                    parameter.mul_(1.01)
+        adversary.check(pace, ACTS[:2], [run(plain, each) for each in ACTS[:2]])
+
+
+def test_an_interrupted_plan_is_dropped_after_its_last_use(tmp_path: Path) -> None:
     """Ctrl-C came while a plan was adopted: the next pass begins with an empty arena."""
-    acts = [act(x) for x in X]
-    adversary, expected = begin(chain, tmp_path, 3.0, acts, "operators")
-    adversary.device.streams.follow(pace)
-    got = []
-    with deferred(adversary.device):
-        for each in acts:
-            got.append(run(adversary.model, each))
-            adversary.engine._active, adversary.engine._unclear = None, True
-    for number, result in enumerate(got):
-        assert_same(result, expected[number], f"call {number}")
+    adversary, expected = begin(chain, tmp_path, 3.0, ACTS, "operators")
+    for pace in CORNERS.values():
+        adversary.device.streams.follow(pace)
+        got = []
+        with deferred(adversary.device):
+            for each in ACTS[:2]:
+                got.append(run(adversary.model, each))
+                adversary.engine._active, adversary.engine._unclear = None, True
+        for number, result in enumerate(got):
+            assert_same(result, expected[number], f"{pace}, call {number}")
 
 
-@pytest.mark.parametrize("pace", CORNERS.values(), ids=CORNERS)
+@pytest.mark.parametrize("pace", LATE, ids=str)
 @pytest.mark.parametrize("budget", [0.6, 3.0])
 def test_unwrapping_waits_for_the_last_use(budget: float, pace: Pace, tmp_path: Path) -> None:
-    acts = [act(x) for x in X]
-    adversary, expected = begin(chain, tmp_path, budget, acts, "operators")
+    adversary, expected = begin(chain, tmp_path, budget, ACTS, "operators")
     adversary.device.streams.follow(pace)
     with deferred(adversary.device):
-        got = [run(adversary.model, each) for each in acts]
+        got = [run(adversary.model, each) for each in ACTS]
         mball.unwrap(adversary.model)
-        got += [run(adversary.model, each) for each in acts]
+        got += [run(adversary.model, each) for each in ACTS]
     for number, result in enumerate(got):
-        assert_same(result, expected[number % len(acts)], f"call {number}")
+        assert_same(result, expected[number % len(ACTS)], f"call {number}")
 
 
 @torch.library.custom_op("mball_tests::stumble", mutates_args=())
@@ -126,20 +136,101 @@ class Keeps(nn.Module):
         return self.rest(torch.ops.mball_tests.stumble(y, stumbles))
 
 
-@pytest.mark.parametrize("pace", CORNERS.values(), ids=CORNERS)
-def test_what_an_interrupted_step_wrote_is_kept(pace: Pace, tmp_path: Path) -> None:
+def stumbling(model: Any) -> list[torch.Tensor]:
+    """Passes that are interrupted, and one that begins with other weights."""
+    results = []
+    for stumbles in (False, True, True):
+        kept = torch.zeros(4, 64)
+        with contextlib.suppress(KeyboardInterrupt):
+            results.append(model(X[0], kept, stumbles))
+        results += [kept, model.rest[3](X[0])]
+    return results
+
+
+def test_what_an_interrupted_step_wrote_is_kept(tmp_path: Path) -> None:
     """Its compute is queued, and the next pass begins with other weights where it reads."""
-    x = noise(4, 64)
+    adversary, expected = begin(Keeps, tmp_path, 0.45, [stumbling], "graphs")
+    for pace in (*CORNERS.values(), *map(Pace.any, range(10))):
+        adversary.check(pace, [stumbling], expected)
 
-    def passes(model: Any) -> list[torch.Tensor]:
-        results = []
-        for stumbles in (False, True, True):
-            kept = torch.zeros(4, 64)
-            with contextlib.suppress(KeyboardInterrupt):
-                results.append(model(x, kept, stumbles))
-            results += [kept, model.rest[3](x)]
-        return results
 
-    adversary, expected = begin(Keeps, tmp_path, 0.45, [passes], "graphs")
-    for _ in range(3):
-        adversary.check(pace, [passes], expected)
+class Shifted(nn.Module):
+    """Looks up rows whose numbers are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4096, 64)
+        self.head = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(x * 7 + 5))
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_rows_are_hinted_at_once_their_numbers_are_known(
+    capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host reads numbers that compute makes: only when that is over."""
+    hinted: list[list[int]] = []
+    prefetch = Homes.prefetch_rows
+
+    def noted(self: Homes, weight: int, indices: torch.Tensor) -> int:
+        hinted.append(indices.reshape(-1).tolist())
+        return prefetch(self, weight, indices)
+
+    monkeypatch.setattr(Homes, "prefetch_rows", noted)
+    rows = torch.tensor([3, 500])
+    adversary, expected = begin(Shifted, tmp_path, 0.2, [act(rows)], capture)
+    assert hinted
+    hinted.clear()
+    for pace in (*CORNERS.values(), *map(Pace.any, range(20))):
+        adversary.check(pace, [act(rows)] * 2, expected * 2)
+    assert hinted
+    assert all(each == (rows * 7 + 5).tolist() for each in hinted)
+
+
+SLOWLY = pytest.mark.slow  # to capture
+
+
+@pytest.mark.parametrize(
+    ("name", "capture"),
+    [
+        ("llama-fp32", "operators"),
+        ("bert-bf16", "graphs"),
+        ("experts", "operators"),
+        ("transformer-encoder", "graphs"),
+        ("transformer-encoder", "operators"),
+        *(
+            pytest.param(name, "graphs", marks=SLOWLY)
+            for name in ("llama-fp32", "llama-bf16-dynamic-cache", "llama-tied-static-cache", "breaks", "t5", "mixtral")
+        ),
+    ],
+)
+def test_models_of_many_kinds(name: str, capture: str, tmp_path: Path) -> None:
+    specimen = ZOO[name]
+    runs = list(specimen.runs)[:2]
+    adversary, expected = begin(specimen.make, tmp_path, max(specimen.budget, 0.7), runs, capture)
+    for pace in (*CORNERS.values(), *map(Pace.any, range(2))):
+        adversary.check(pace, runs, expected)
+    assert_streamed(adversary.model)
+    assert adversary.mode.num_deferred > 2 * sum(adversary.mode.synced.values())
+
+
+Make = Callable[[], nn.Module]
+CAMPAIGN: tuple[tuple[str, Make, list[Call], float], ...] = (
+    ("chain", chain, ACTS[:3], 0.5),
+    ("chain", chain, ACTS[:3], 0.6),
+    ("chain", chain, ACTS[:3], 0.75),
+    ("sequential", tied_sequential, [act(X[0]), lambda m: m[1](X[0]), act(X[1])], 0.6),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize(("name", "factory", "acts", "budget"), CAMPAIGN)
+def test_a_campaign_of_orders(
+    name: str, factory: Make, acts: list[Call], budget: float, capture: str, tmp_path: Path
+) -> None:
+    adversary, expected = begin(factory, tmp_path, budget, acts, capture)
+    for seed in range(1000, 2500):
+        adversary.check(Pace.any(seed), acts, expected)
