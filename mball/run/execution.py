@@ -2,9 +2,10 @@
 
 [Note: why nothing is read too early or overwritten too late]
 A bundle's place in the arena belongs to exactly one *occupant*. `enter` waits for the event of each occupant it
-hands out. A copy into a range first evicts every occupant that overlaps it, waits for a copy that may still be
-running there, and is ordered after the event recorded when the last step was left. A step's own bundles are in use
-until it is left and are never evicted. So a wrong plan, or a step that comes unexpectedly, costs time and no more.
+hands out. A copy into a range first evicts every occupant that overlaps it, which has compute wait for a copy that
+may still be running there. It is ordered after the last such wait, and after the event recorded when the last step
+was left. A step's own bundles are in use until it is left and are never evicted. So a wrong plan, or a step that comes
+unexpectedly, costs time and no more.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from mball.errors import StorageError
 from mball.memory import Arena, Device, Event
+from mball.memory.device import COMPLETE
 from mball.run.homes import Homes
 from mball.run.recorder import ReadRecord, Recorder
 from mball.run.rows import RowsAtHome
@@ -100,7 +102,7 @@ class Execution:
         self._ends: list[list[int]] = []
         self._bundle_of_weight: dict[int, int] = {}
         self._resident: dict[int, int] = {}
-        self._released = device.record()
+        self._released: Event = COMPLETE  # nothing was computed in the arena yet
         self._views: dict[tuple[int, int], torch.Tensor] = {}
         self._bound: list[tuple[tuple[Occupant, ...], Bound] | None] = []
         self._step_weights: list[tuple[tuple[int, ...], ...]] = []
