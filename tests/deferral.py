@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mball.torch_private.dispatch import TorchDispatchMode, without_dispatch
 from mball.torch_private.operators import writes_and_aliases
 from mball.torch_private.tensors import is_subclass, storage_key
-from tests.streams import AdversarialDevice, Entry, Kind, StreamError
+from tests.adversarial import AdversarialDevice
+from tests.streams import Entry, Kind, StreamError
 
 _PYTHON = torch._C.DispatchKeySet(torch._C.DispatchKey.Python) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.PythonTLSSnapshot

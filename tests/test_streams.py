@@ -15,9 +15,10 @@ from torch import nn
 from mball.errors import StorageError
 from mball.memory import Arena, CpuDevice, Event
 from mball.torch_private.dispatch import TorchDispatchMode
+from tests.adversarial import AdversarialDevice
 from tests.deferral import deferred
 from tests.memory.test_device import PAGE, FakeRead, FakeSource
-from tests.streams import CORNERS, AdversarialDevice, Pace, StreamError
+from tests.streams import CORNERS, Pace, StreamError
 
 SLOT = PAGE // 4  # in numbers
 LATE = CORNERS["all late"]

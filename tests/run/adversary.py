@@ -12,9 +12,10 @@ from torch import nn
 from mball.api import _wrap
 from mball.config import Config
 from mball.memory import Device
+from tests.adversarial import AdversarialDevice
 from tests.deferral import DeferringMode, deferred
 from tests.run.harness import assert_same, engine_of, make, run, weight_bytes
-from tests.streams import CORNERS, AdversarialDevice, Pace
+from tests.streams import CORNERS, Pace
 
 Call = Callable[[Any], Any]
 

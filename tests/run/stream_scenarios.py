@@ -13,11 +13,12 @@ from torch import nn
 import mball
 from mball.memory import ArenaRead, Event
 from mball.run.homes import Homes
+from tests.adversarial import AdversarialDevice
 from tests.deferral import deferred
 from tests.run.adversary import Call, act, begin, chain
 from tests.run.harness import DifferentError, assert_same, make, run, weight_bytes
 from tests.run.zoo import noise, tied_sequential
-from tests.streams import CORNERS, AdversarialDevice, Pace
+from tests.streams import CORNERS, Pace
 
 X = tuple(noise(4, 64, seed=seed) for seed in range(4))
 ACTS = [act(x) for x in X]
