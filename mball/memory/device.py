@@ -95,7 +95,8 @@ class Device(Protocol):
     def wait(self, event: Event) -> None:
         """Makes compute that is issued from now on wait for `event`.
 
-        The CPU blocks, and raises the error of the copy (a StorageError that names file and offset).
+        The CPU blocks, and raises the error of the copy (a StorageError that names file and offset). A device with
+        streams does neither: compute goes on with whatever is there, and the event says that the copy failed.
         """
 
     def discard(self, offset: int, size: int) -> None:

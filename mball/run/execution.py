@@ -103,6 +103,8 @@ class Execution:
         self._bundle_of_weight: dict[int, int] = {}
         self._resident: dict[int, int] = {}
         self._released: Event = COMPLETE  # nothing was computed in the arena yet
+        # Copies that steps wait for. Where compute is late nobody knows yet how they end, and compute cannot say.
+        self._landing: list[tuple[Occupant, Event]] = []
         self._views: dict[tuple[int, int], torch.Tensor] = {}
         self._bound: list[tuple[tuple[Occupant, ...], Bound] | None] = []
         self._step_weights: list[tuple[tuple[int, ...], ...]] = []
@@ -176,10 +178,12 @@ class Execution:
         """Returns the weights that plan step `step` binds, a tuple for each trace step in it; blocks until they landed.
 
         Raises:
-            StorageError: a read failed; the bundle is read again by the next step that needs it.
+            StorageError: a read failed, of this step or of one before; the bundle is read again by the next step that
+                needs it.
         """
         assert self.plan is not None
         assert not self._in_use
+        self._hear()
         reads = self.plan.steps[step].reads
         if step != self._cursor:
             self._jump(step)
@@ -215,6 +219,7 @@ class Execution:
         """
         assert self.plan is not None
         assert not self._in_use
+        self._hear()
         bundles = tuple(dict.fromkeys(self._bundle_of_weight[weight] for weight in weights))
         self._in_use = bundles
         absent = [bundle for bundle in bundles if bundle not in self._occupants]
@@ -279,6 +284,8 @@ class Execution:
         self._in_use = ()
         self.counters.bytes_read += self.rows.leave()
         self.device.synchronize()
+        with contextlib.suppress(StorageError):  # the pass failed anyway
+            self._hear()
         for bundle, occupant in list(self._occupants.items()):
             if occupant.event is not None:
                 self._evict(bundle)
@@ -316,6 +323,7 @@ class Execution:
         self.device.record().wait()
         self.device.close()
         self._occupants.clear()
+        self._landing.clear()
         self._views.clear()
         self._bound.clear()
         self.recorder = Recorder()  # events of copies may hold memory of the arena
@@ -423,8 +431,30 @@ class Execution:
                 occupant.settle()
                 self._evict(bundle)
                 raise
-            occupant.settle()
+            self._landing.append((occupant, occupant.event))
+            occupant.event = None
+            self._hear()
         return occupant
+
+    def _hear(self) -> None:
+        """Settles the copies that compute waits for and that are over.
+
+        Raises:
+            StorageError: one failed, perhaps of a step that was left long ago; its bundle is read again when needed.
+        """
+        failed: StorageError | None = None
+        for landed in [each for each in self._landing if each[1].done()]:
+            occupant, event = landed
+            try:
+                event.wait()
+            except StorageError as error:
+                failed = failed or error
+                for bundle in [number for number, other in self._occupants.items() if other is occupant]:
+                    self._evict(bundle)
+            occupant.settle()
+            self._landing.remove(landed)  # last: after an interrupt it is heard again
+        if failed is not None:
+            raise failed
 
     def _stall(self, occupant: Occupant, event: Event) -> None:
         began_s = time.perf_counter()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import mball
+from mball.errors import StorageError
 from mball.memory import ArenaRead, Event
 from mball.run.homes import Homes
 from tests.adversarial import AdversarialDevice
@@ -205,3 +206,51 @@ def hints(directory: Path, capture: str) -> None:
     assert hinted, "where compute is over at once they come"
     if wrong := [each for each in hinted if each != (rows * 7 + 5).tolist()]:
         raise DifferentError(f"{len(wrong)} of {len(hinted)} hints are of rows that nobody looks up: {wrong[0]}")
+
+
+@contextlib.contextmanager
+def failed_read(device: AdversarialDevice, number: int) -> Iterator[None]:
+    """The read of this number fails, when it is read, which may be long after the step that waits for it was issued."""
+    inner, count = device.device.copy, 0
+
+    def failing(reads: Sequence[ArenaRead], after: Event | None) -> Event:
+        nonlocal count
+        count += 1
+        if count == number:
+            raise StorageError("injected")
+        return inner(reads, after)
+
+    device.device.copy = failing  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        device.device.copy = inner  # type: ignore[method-assign]
+
+
+def failed_reads(directory: Path, capture: str) -> None:
+    """Compute cannot say that a copy failed: a pass does, or the next one, and what did not come is read again."""
+    raised = 0
+
+    def heard(call: Call) -> Call:
+        def until_it_ends(model: Any) -> Any:
+            nonlocal raised
+            try:
+                return call(model)
+            except StorageError:
+                raised += 1
+                return None
+
+        return until_it_ends
+
+    acts = [heard(each) for each in ACTS]
+    adversary, expected = begin(chain, directory, 0.6, ACTS, capture)
+    for pace in paces(2):
+        for number in (2, 7):
+            raised = 0
+            with failed_read(adversary.device, number):
+                adversary.play(pace, acts)
+                adversary.play(pace, acts)
+            adversary.play(CORNERS["all at once"], acts[:1])  # at the latest now that all copies are over
+            if not raised:
+                raise DifferentError(f"{pace}: nobody heard that read {number} failed")
+            adversary.check(pace, ACTS, expected)

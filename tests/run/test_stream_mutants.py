@@ -83,6 +83,8 @@ MUTANTS = (
         shown_by=scenarios.interrupted_steps,
         capture="graphs",
     ),
+    # Compute goes on with what did not come.
+    Mutant(method=Execution._hear, line="event.wait()", shown_by=scenarios.failed_reads),
     # The host reads what compute has not made yet.
     Mutant(
         method=RowsAtHome.expect,
@@ -100,9 +102,11 @@ def test_what_is_left_out_is_missed(mutant: Mutant, tmp_path: Path, monkeypatch:
         mutant.shown_by(tmp_path, mutant.capture)
 
 
-# Where a step looks up rows it takes a table from the arena if that has landed. Asking is no wait: without it the step
-# would wait for the whole table, and be right.
-QUESTIONS = {"if occupant is not None and (occupant.event is None or occupant.event.done()):"}
+# Without these questions the host would wait for what it asks about, and all would be right, later.
+QUESTIONS = {
+    "if occupant is not None and (occupant.event is None or occupant.event.done()):",
+    "for landed in [each for each in self._landing if each[1].done()]:",
+}
 ORDERS = re.compile(r"\.wait\(|\.record\(\)|\.synchronize\(\)|\.done\(\)|_stall\(occ|device\.copy\(|device\.close\(\)")
 
 

@@ -49,6 +49,8 @@ def test_passes_follow_each_other_in_any_order(budget: float, capture: str, tmp_
         (scenarios.interrupted_copies, "operators"),
         (scenarios.interrupted_steps, "graphs"),
         (scenarios.unwraps, "operators"),
+        (scenarios.failed_reads, "graphs"),
+        (scenarios.failed_reads, "operators"),
         (scenarios.hints, "graphs"),
         (scenarios.hints, "operators"),
     ],
