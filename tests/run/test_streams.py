@@ -30,7 +30,7 @@ def test_passes_follow_each_other_in_any_order(budget: float, capture: str, tmp_
     num_slots = plan.arena_bytes // max(bundle.size_bytes for bundle in plan.bundles)
     assert len(plan.bundles) % num_slots
     assert any(transfer.after < 0 for transfer in plan.transfers), "some come before the pass begins"
-    for pace in paces(54):
+    for pace in paces(44):
         adversary.check(pace, acts, expected)
     assert adversary.mode.num_deferred >= len(acts) * len(plan.bundles)
     assert not adversary.mode.synced, "nothing had to be computed early"
