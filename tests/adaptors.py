@@ -162,6 +162,11 @@ class GuardedDevice(DeviceAdaptor):
         self._copying.clear()
         self.check()
 
+    def close(self) -> None:
+        if self._arena is not None:
+            self.synchronize()
+        self.device.close()
+
     def check(self) -> None:
         """Raises GuardError if a byte changed that no copy was under way to."""
         changed = np.flatnonzero((self._content() != self._expected) & (self._state != self._COPYING))

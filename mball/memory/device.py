@@ -110,7 +110,8 @@ class Device(Protocol):
         """Makes compute that is issued from now on wait for `event`.
 
         The CPU blocks, and raises the error of the copy (a StorageError that names file and offset). A device with
-        streams blocks only for what the host alone can know, whether a read from disk went well, and raises its error.
+        streams blocks at most for what the host alone can know, whether a read from disk went well, and raises its
+        error then; else compute goes on with whatever is there, and the event says that the copy failed.
         """
 
     def discard(self, offset: int, size: int) -> None:
@@ -132,7 +133,7 @@ class Device(Protocol):
         """Blocks until no copy writes to the arena any more. Raises no error of a copy: it stays with its event."""
 
     def close(self) -> None:
-        """Ends copies for good; the arena stays. Idempotent."""
+        """Blocks until no copy writes to the arena any more, and ends copies for good; the arena stays. Idempotent."""
 
 
 class _Complete:

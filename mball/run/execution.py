@@ -2,9 +2,10 @@
 
 [Note: why nothing is read too early or overwritten too late]
 A bundle's place in the arena belongs to exactly one *occupant*. `enter` waits for the event of each occupant it
-hands out. A copy into a range first evicts every occupant that overlaps it, waits for a copy that may still be
-running there, and is ordered after the event recorded when the last step was left. A step's own bundles are in use
-until it is left and are never evicted. So a wrong plan, or a step that comes unexpectedly, costs time and no more.
+hands out. A copy into a range first evicts every occupant that overlaps it, which has compute wait for a copy that
+may still be running there. It is ordered after the last such wait, and after the event recorded when the last step
+was left. A step's own bundles are in use until it is left and are never evicted. So a wrong plan, or a step that comes
+unexpectedly, costs time and no more.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from mball.errors import StorageError
 from mball.memory import Arena, Device, Event
+from mball.memory.device import COMPLETE
 from mball.run.file_read import FileRead
 from mball.run.homes import Homes
 from mball.run.recorder import ReadRecord, Recorder
@@ -100,7 +102,9 @@ class Execution:
         self._ends: list[list[int]] = []
         self._bundle_of_weight: dict[int, int] = {}
         self._resident: dict[int, int] = {}
-        self._released = device.record()
+        self._released: Event = COMPLETE  # nothing was computed in the arena yet
+        # Copies that steps wait for. Where compute is late nobody knows yet how they end, and compute cannot say.
+        self._landing: list[tuple[Occupant, Event]] = []
         self._views: dict[tuple[int, int], torch.Tensor] = {}
         self._bound: list[tuple[tuple[Occupant, ...], Bound] | None] = []
         self._step_weights: list[tuple[tuple[int, ...], ...]] = []
@@ -125,6 +129,8 @@ class Execution:
                 self._evict(number)
         kept = {known[occupant.bundle]: occupant for occupant in self._occupants.values()}
         self._occupants = kept
+        if plan.arena_bytes < self.arena.backed_bytes:
+            self._released.wait()  # memory is given back after its last use
         self.arena.resize(plan.arena_bytes)
         self.plan = plan
         self._resident = resident
@@ -172,10 +178,12 @@ class Execution:
         """Returns the weights that plan step `step` binds, a tuple for each trace step in it; blocks until they landed.
 
         Raises:
-            StorageError: a read failed; the bundle is read again by the next step that needs it.
+            StorageError: a read failed, of this step or of one before; the bundle is read again by the next step that
+                needs it.
         """
         assert self.plan is not None
         assert not self._in_use
+        self._hear()
         reads = self.plan.steps[step].reads
         if step != self._cursor:
             self._jump(step)
@@ -211,6 +219,7 @@ class Execution:
         """
         assert self.plan is not None
         assert not self._in_use
+        self._hear()
         bundles = tuple(dict.fromkeys(self._bundle_of_weight[weight] for weight in weights))
         self._in_use = bundles
         absent = [bundle for bundle in bundles if bundle not in self._occupants]
@@ -275,9 +284,12 @@ class Execution:
         self._in_use = ()
         self.counters.bytes_read += self.rows.leave()
         self.device.synchronize()
+        with contextlib.suppress(StorageError):  # the pass failed anyway
+            self._hear()
         for bundle, occupant in list(self._occupants.items()):
             if occupant.event is not None:
                 self._evict(bundle)
+        self._released = self.device.record()  # what the step issued before it failed still reads its bundles
         self._cursor = -1
 
     def empty(self) -> None:
@@ -290,6 +302,7 @@ class Execution:
         self.plan = None
         self._bundle_of_weight = {}
         if not self.arena.closed:
+            self._released.wait()
             self.arena.resize(0)
 
     def _fetch_now(self, bundle: int, step: int) -> None:
@@ -305,11 +318,12 @@ class Execution:
         self.counters.unplanned_fetches += 1
 
     def close(self) -> None:
-        """Waits for running copies and frees the arena. Idempotent."""
+        """Waits for all that uses the arena and frees it. Idempotent."""
         self._in_use = ()
-        self.device.synchronize()
+        self.device.record().wait()
         self.device.close()
         self._occupants.clear()
+        self._landing.clear()
         self._views.clear()
         self._bound.clear()
         self.recorder = Recorder()  # events of copies may hold memory of the arena
@@ -417,8 +431,30 @@ class Execution:
                 occupant.settle()
                 self._evict(bundle)
                 raise
-            occupant.settle()
+            self._landing.append((occupant, occupant.event))
+            occupant.event = None
+            self._hear()
         return occupant
+
+    def _hear(self) -> None:
+        """Settles the copies that compute waits for and that are over.
+
+        Raises:
+            StorageError: one failed, perhaps of a step that was left long ago; its bundle is read again when needed.
+        """
+        failed: StorageError | None = None
+        for landed in [each for each in self._landing if each[1].done()]:
+            occupant, event = landed
+            try:
+                event.wait()
+            except StorageError as error:
+                failed = failed or error
+                for bundle in [number for number, other in self._occupants.items() if other is occupant]:
+                    self._evict(bundle)
+            occupant.settle()
+            self._landing.remove(landed)  # last: after an interrupt it is heard again
+        if failed is not None:
+            raise failed
 
     def _stall(self, occupant: Occupant, event: Event) -> None:
         began_s = time.perf_counter()
@@ -436,6 +472,8 @@ class Execution:
             with contextlib.suppress(StorageError):
                 self._stall(occupant, occupant.event)
             occupant.settle()
+            # What takes its place comes after its copy: compute waits for that from here on.
+            self._released = self.device.record()
         del self._occupants[bundle]
         for view in occupant.views.values():
             torch.autograd.graph.increment_version(view)

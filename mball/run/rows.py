@@ -37,7 +37,8 @@ class RowsAtHome:
             weight: bound in this step; one that is bound in the arena needs no hint.
             indices: the numbers of the rows, of any shape.
         """
-        if weight in self._asked_bytes:
+        # The host reads the numbers, so the compute that makes them has to be over. Nobody waits for a hint.
+        if weight in self._asked_bytes and self._device.record().done():
             self._asked_bytes[weight] += self._homes.prefetch_rows(weight, indices)
 
     def leave(self) -> int:
