@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pynvml
-
 from mball.memory.facts import machine_memory
+from mball.observe.nvml import NoGpuError, open_nvml
+from mball.observe.told import or_none
 
 _ROOT = Path(__file__).parents[1]
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -85,15 +85,11 @@ def _version(package: str) -> str | None:
 def _gpu() -> tuple[str | None, str | None]:
     """Returns name and driver version of the first GPU."""
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        with open_nvml() as nvml:
+            seen = nvml.snapshot()
+    except NoGpuError:
         return None, None
-    try:
-        if pynvml.nvmlDeviceGetCount() == 0:
-            return None, None
-        return pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)), pynvml.nvmlSystemGetDriverVersion()
-    finally:
-        pynvml.nvmlShutdown()
+    return or_none(seen.gpus[0].name), or_none(seen.driver_version)
 
 
 def commit_of(root: Path = _ROOT) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from mball.config import Compile, Config, Io, Policy
 from mball.errors import ConfigError
-from mball.memory import CpuDevice, Device, Kind, Ledger
+from mball.memory import CpuDevice, Device, Kind, Ledger, LedgerPage
 from mball.plan import make_plan, simulate
 from mball.plan.baselines import BASELINES
 from mball.plan.simulate import trace_times
@@ -57,6 +57,7 @@ class Machinery:
     device: Device
     files: FileTable
     policy: Policy
+    page: LedgerPage
 
     @classmethod
     def start(
@@ -79,7 +80,9 @@ class Machinery:
             undo.callback(device.close)
             arena = device.arena(config.budget_bytes)
             undo.callback(arena.close)
-            ledger = Ledger(config.budget_bytes)
+            page = LedgerPage()
+            undo.callback(page.close)
+            ledger = Ledger(config.budget_bytes, publish=page.write)
             ledger.set(Kind.BUFFERS, fixed_bytes)
             correction = Correction(machine)
             engine = Engine(
@@ -101,10 +104,12 @@ class Machinery:
             device=device,
             files=storage.files,
             policy=config.policy,
+            page=page,
         )
 
     def close(self) -> None:
         """Ends everything and gives it back. Idempotent."""
+        self.page.close()
         self.engine.close()
         self.reader.close()
         self.files.close()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mball.errors import MballError
-from mball.memory.arena import POISON_BYTE, Arena
+from mball.memory.arena import Arena
 from mball.memory.device import ArenaRead, Device, Event, Gauge
 
 
@@ -67,15 +67,19 @@ class PoisonedDevice(DeviceAdaptor):
         if after is not None:
             after.wait()
         for read in reads:
-            np.frombuffer(read.destination, dtype=np.uint8)[: read.size_bytes] = POISON_BYTE
+            self._held().poison(read.arena_offset_bytes, read.size_bytes)
             self.num_poisoned += 1
-        return self.device.copy(reads, after)
+        # Behind the poison, which is compute where there are streams.
+        return self.device.copy(reads, self.device.record())
 
     def discard(self, offset: int, size: int) -> None:
-        assert self._arena is not None, "the arena was not made by device.arena(), so nothing can be poisoned in it"
-        self._arena.poison(offset, size)
+        self._held().poison(offset, size)
         self.num_poisoned += 1
         self.device.discard(offset, size)
+
+    def _held(self) -> Arena:
+        assert self._arena is not None, "the arena was not made by device.arena(), so nothing can be poisoned in it"
+        return self._arena
 
 
 class GuardError(AssertionError):
@@ -122,7 +126,7 @@ class GuardedDevice(DeviceAdaptor):
 
     def copy(self, reads: Sequence[ArenaRead], after: Event | None) -> Event:
         self.check()
-        ranges = [self._range(read) for read in reads]
+        ranges = [slice(read.arena_offset_bytes, read.arena_offset_bytes + read.size_bytes) for read in reads]
         for each in ranges:
             if (self._state[each] != self._FREE).any():
                 self._fail(f"a copy goes to bytes [{each.start}, {each.stop}) of the arena, which are not free")
@@ -187,11 +191,6 @@ class GuardedDevice(DeviceAdaptor):
         if self._arena.closed:
             return self._expected
         return np.frombuffer(self._arena.view(0, self._arena.backed_bytes), dtype=np.uint8)
-
-    def _range(self, read: ArenaRead) -> slice:
-        assert self._arena is not None
-        start = np.frombuffer(read.destination, dtype=np.uint8).ctypes.data - self._arena.address
-        return slice(start, start + read.size_bytes)
 
 
 class DelayedDevice(DeviceAdaptor):

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from mball.errors import MballError
-from mball.memory.arena import POISON_BYTE, Arena
+from mball.memory.arena import Arena
 from mball.memory.device import ArenaRead, Device, Event
 from mball.torch_private.dispatch import without_dispatch
 from tests.adaptors import DeviceAdaptor
@@ -79,7 +78,7 @@ class AdversarialDevice(DeviceAdaptor):
                 start, end = self._range(read)
                 for discard in earlier:
                     discard.spare(start, end)
-                np.frombuffer(read.destination, dtype=np.uint8)[: read.size_bytes] = POISON_BYTE
+                self._open_arena().poison(start, end - start)
 
         def end() -> None:
             try:
@@ -159,7 +158,7 @@ class AdversarialDevice(DeviceAdaptor):
     def _range(self, read: ArenaRead) -> tuple[int, int]:
         """Returns the bytes of the arena that a copy writes to."""
         arena = self._open_arena()
-        start = np.frombuffer(read.destination, dtype=np.uint8).ctypes.data - arena.address
+        start = read.arena_offset_bytes
         end = start + read.size_bytes
         if arena.closed or end > arena.backed_bytes:
             raise StreamError(f"a copy writes to bytes [{start}, {end}) of the arena, which were given back before")

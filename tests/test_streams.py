@@ -41,7 +41,7 @@ class Bench:
         return cls(device, arena, source)
 
     def bring(self, value: int, after: Event | None = None, page: int = 0) -> Event:
-        return self.device.copy([FakeRead(self.arena.view(page * PAGE, PAGE), PAGE, value)], after)
+        return self.device.copy([FakeRead(self.arena, page * PAGE, PAGE, value)], after)
 
     def slot(self) -> torch.Tensor:
         return self.arena.tensor(0, torch.float32, (SLOT,))

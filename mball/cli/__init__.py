@@ -1,4 +1,4 @@
-"""The command `mball`: `demo`, `doctor` and `plan`."""
+"""The command `mball`: `demo`, `doctor`, `plan` and `top`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 from mball.errors import MballError
 
+TOP_INTERVAL_S = 1.0
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line `arguments` (default: the process's) and returns the exit status.
 
     0 is success, 1 a check that failed (a demo with two answers, a doctor who found a mandatory part missing),
-    2 an error of mball's or a wrong command line, 130 Ctrl-C.
+    2 an error of mball's or a wrong command line, 130 Ctrl-C (which is also how one leaves `top`).
     """
     parser = argparse.ArgumentParser(prog="mball", description="Runs PyTorch models in less memory than they need.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -43,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--curve", action="store_true", help="show what other budgets would give")
     plan.add_argument("--picture", metavar="FILE.png", help="draw memory and lanes over time (and the curve)")
     plan.add_argument("--json", action="store_true", help="print JSON instead of text")
+    top = commands.add_parser("top", help="memory of this machine and its GPUs, and who holds it, live")
+    top.add_argument(
+        "--interval", type=_seconds, metavar="SECONDS", help=f"from look to look (default {TOP_INTERVAL_S})"
+    )
+    top.add_argument("--once", action="store_true", help="look once, and end (so it does where there is no terminal)")
+    top.add_argument("--json", action="store_true", help="look once, and print JSON instead of tables")
     options = parser.parse_args(arguments)
     try:
         # Each command loads what it needs: `--help` and the doctor must work where half of it is missing.
@@ -66,6 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     as_json=options.json,
                 )
             )
+        if options.command == "top":
+            from mball.cli.top import run_top
+
+            if options.interval is not None and (options.once or options.json):
+                top.error("--interval is for the live view; drop it, or drop --once and --json")
+            interval_s = TOP_INTERVAL_S if options.interval is None else options.interval
+            return run_top(interval_s=interval_s, once=options.once, as_json=options.json)
         if options.calibrate is not None:
             from mball.cli.calibrate import run_calibrate
 
@@ -84,4 +99,11 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0.1 <= number <= 3600:
+        raise argparse.ArgumentTypeError(f"must be 0.1 to 3600 seconds, not {text}")
     return number

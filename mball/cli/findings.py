@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-import pynvml
-
 from mball.cli.calibrate import figures
 from mball.config import calibration_directory
 from mball.errors import StorageError
+from mball.observe.gpus import Gpu
+from mball.observe.nvml import NoGpuError, open_nvml
+from mball.observe.told import NotTold
 from mball.schema import Tier
 from mball.storage import DirectoryFacts, file_system_of, load_calibration, probe_directory
 from mball.units import format_bytes
@@ -148,16 +149,16 @@ def gpus() -> list[Finding]:
     """Returns the NVIDIA driver and its GPUs, and what reaches them from disk."""
     section = "GPU"
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return [check(section, "NVIDIA driver", False, str(error), "models run on the CPU device")]
-    try:
-        cuda = pynvml.nvmlSystemGetCudaDriverVersion()
-        driver = f"{pynvml.nvmlSystemGetDriverVersion()}, CUDA {cuda // 1000}.{cuda % 1000 // 10}"
-        findings = [check(section, "NVIDIA driver", True, driver, "")]
-        findings += [_gpu(section, index) for index in range(pynvml.nvmlDeviceGetCount())]
-    finally:
-        pynvml.nvmlShutdown()
+        with open_nvml() as nvml:
+            seen = nvml.snapshot()
+    except NoGpuError as error:
+        advice = f"models run on the CPU device; for a GPU: {error.way_out}"
+        return [check(section, "NVIDIA driver", False, error.reason, advice)]
+    driver, cuda = (
+        "unknown" if isinstance(version, NotTold) else version for version in (seen.driver_version, seen.cuda_version)
+    )
+    findings = [check(section, "NVIDIA driver", True, f"{driver}, CUDA {cuda}", "")]
+    findings += [_gpu(section, gpu) for gpu in seen.units()]
     has_gds = Path("/proc/driver/nvidia-fs/stats").exists()
     return [
         *findings,
@@ -169,19 +170,18 @@ def gpus() -> list[Finding]:
     ]  # fmt: skip
 
 
-def _gpu(section: str, index: int) -> Finding:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    value = f"{pynvml.nvmlDeviceGetName(handle)}, {format_bytes(memory.total)}, {format_bytes(memory.free)} free"
-    try:
-        generation = pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)
-        width = pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)
-        value += f", PCIe {generation} x{width}"
-    except pynvml.NVMLError:
-        # Virtual machines often hide the link.
-        value += ", PCIe link unknown"
+def _gpu(section: str, gpu: Gpu) -> Finding:
+    parts = ["name unknown" if isinstance(gpu.name, NotTold) else gpu.name]
+    if isinstance(gpu.total_bytes, NotTold) or isinstance(gpu.free_bytes, NotTold):
+        parts.append("memory unknown")
+    else:
+        parts.append(f"{format_bytes(gpu.total_bytes)}, {format_bytes(gpu.free_bytes)} free")
+    if isinstance(gpu.pcie_generation, NotTold) or isinstance(gpu.pcie_lanes, NotTold):
+        parts.append("PCIe link unknown")  # virtual machines often hide it
+    else:
+        parts.append(f"PCIe {gpu.pcie_generation} x{gpu.pcie_lanes}")
     advice = "mball computes on the CPU device so far; CUDA comes behind the same seam"
-    return limit(section, f"GPU {index}", False, value, advice)
+    return limit(section, f"GPU {gpu.label}", False, ", ".join(parts), advice)
 
 
 def _package(section: str, name: str, advice: str) -> Finding:

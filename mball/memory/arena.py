@@ -121,6 +121,13 @@ class Arena:
             self._memory.populate(self._reservation, self._populated_bytes, self._backed_bytes)
             self._populated_bytes = self._backed_bytes
 
+    def address_of(self, offset: int, size: int) -> int:
+        """Returns the address of `offset`, for the driver. Raises DeviceError if not all of the bytes are backed."""
+        if offset < 0 or size < 0 or self.closed:
+            raise DeviceError(f"bytes [{offset}, {offset + size}) are not in the arena, or it is closed")
+        self._check_backed(offset, size)
+        return self.address + offset
+
     def view(self, offset: int, size: int) -> memoryview:
         """Returns `size` bytes from `offset`, writable, format "B". Raises DeviceError if not all are backed."""
         self._check_backed(offset, size)

@@ -10,41 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from mball.errors import DeviceError
+from mball.memory.cuda_errors import NOT_READY, DriverError, error_type, way_out
 from mball.units import format_bytes
 
 _log = logging.getLogger(__name__)
-
-OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
-INVALID_VALUE = "CUDA_ERROR_INVALID_VALUE"
-
-_LOST = "the GPU's state in this process is lost: save what is in host memory, and start anew"
-_WAYS_OUT = {
-    OUT_OF_MEMORY: "lower the budget, or free memory of that GPU (nvidia-smi shows who holds it)",
-    INVALID_VALUE: "the driver refuses what mball asks: update the driver, or report this message",
-    "CUDA_ERROR_NO_DEVICE": "check nvidia-smi and CUDA_VISIBLE_DEVICES",
-    "CUDA_ERROR_INVALID_DEVICE": "name a GPU that is there (nvidia-smi and CUDA_VISIBLE_DEVICES say which are)",
-    "CUDA_ERROR_NOT_SUPPORTED": "this GPU or driver cannot do it: update the driver, or use another GPU",
-    "CUDA_ERROR_NOT_PERMITTED": "this process may not do it: a container or virtual GPU may forbid it",
-    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "install the user and kernel parts of one driver version",
-    "CUDA_ERROR_DEINITIALIZED": "the process is ending; use the GPU before that",
-    "CUDA_ERROR_ILLEGAL_ADDRESS": _LOST,
-    "CUDA_ERROR_LAUNCH_FAILED": _LOST,
-    "CUDA_ERROR_HARDWARE_STACK_ERROR": _LOST,
-    "CUDA_ERROR_MISALIGNED_ADDRESS": _LOST,
-    "CUDA_ERROR_ECC_UNCORRECTABLE": _LOST,
-}
-
-
-class DriverError(DeviceError):
-    """A call of the CUDA driver failed.
-
-    Attributes:
-        code_name: the driver's name of the error, such as "CUDA_ERROR_OUT_OF_MEMORY".
-    """
-
-    def __init__(self, message: str, *, code_name: str) -> None:
-        super().__init__(message)
-        self.code_name = code_name
 
 
 class CudaDriver:
@@ -67,8 +36,8 @@ class CudaDriver:
         self._ordinal = ordinal
         self._process = os.getpid()
         self._context: Any = None
-        self._call("cuInit", 0)
-        self._device = self._call("cuDeviceGet", ordinal)
+        self.call("cuInit", 0)
+        self._device = self.call("cuDeviceGet", ordinal)
         self._place = self._placed(shareable)
         self._has_virtual_memory = self._attribute("VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED")
         if shareable and not (
@@ -80,9 +49,9 @@ class CudaDriver:
         self._access.flags = self._cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         minimum = self._cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         self._granularity_bytes = (
-            int(self._call("cuMemGetAllocationGranularity", self._place, minimum)) if self._has_virtual_memory else 0
+            int(self.call("cuMemGetAllocationGranularity", self._place, minimum)) if self._has_virtual_memory else 0
         )
-        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
 
     @property
     def ordinal(self) -> int:
@@ -115,44 +84,44 @@ class CudaDriver:
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Makes the context current on this thread, and what was current before at the end. Raises DeviceError."""
-        self._call("cuCtxPushCurrent", self._context)
+        self.call("cuCtxPushCurrent", self._context)
         try:
             yield
         finally:
             try:
-                self._call("cuCtxPopCurrent")
+                self.call("cuCtxPopCurrent")
             except DriverError as error:
                 # Somebody took it away meanwhile, so nothing is left to put right; what was done inside stays done.
                 _log.warning("the context that was current before could not be made current again: %s", error)
 
     def free_and_total_bytes(self) -> tuple[int, int]:
         """Returns how much of the GPU's memory is free, and how much there is. Raises DriverError."""
-        free_bytes, total_bytes = self._call("cuMemGetInfo")
+        free_bytes, total_bytes = self.call("cuMemGetInfo")
         return int(free_bytes), int(total_bytes)
 
     def reserve(self, size_bytes: int, alignment_bytes: int) -> int:
         """Returns the address of a range without memory; the alignment is a power of two. Raises DriverError."""
-        return int(self._call("cuMemAddressReserve", size_bytes, alignment_bytes, 0, 0, size_bytes=size_bytes))
+        return int(self.call("cuMemAddressReserve", size_bytes, alignment_bytes, 0, 0, size_bytes=size_bytes))
 
     def unreserve(self, address: int, size_bytes: int) -> None:
         """Gives a reserved range up, in which nothing is mapped. Raises DriverError."""
-        self._call("cuMemAddressFree", address, size_bytes, size_bytes=size_bytes)
+        self.call("cuMemAddressFree", address, size_bytes, size_bytes=size_bytes)
 
     def create(self, size_bytes: int) -> int:
         """Returns the handle of new physical pages. Raises DriverError."""
-        return int(self._call("cuMemCreate", size_bytes, self._place, 0, size_bytes=size_bytes))
+        return int(self.call("cuMemCreate", size_bytes, self._place, 0, size_bytes=size_bytes))
 
     def destroy(self, handle: int) -> None:
         """Gives a handle up; its pages go once they are not mapped any more. Raises DriverError."""
-        self._call("cuMemRelease", handle)
+        self.call("cuMemRelease", handle)
 
     def map(self, address: int, size_bytes: int, handle: int) -> None:
         """Puts a handle's pages, from its first, at an address; nobody may access them yet. Raises DriverError."""
-        self._call("cuMemMap", address, size_bytes, 0, handle, 0, size_bytes=size_bytes)
+        self.call("cuMemMap", address, size_bytes, 0, handle, 0, size_bytes=size_bytes)
 
     def allow(self, address: int, size_bytes: int) -> None:
         """Lets the GPU read and write whole mappings that lie side by side. Raises DriverError."""
-        self._call("cuMemSetAccess", address, size_bytes, [self._access], 1, size_bytes=size_bytes)
+        self.call("cuMemSetAccess", address, size_bytes, [self._access], 1, size_bytes=size_bytes)
 
     def unmap(self, address: int, size_bytes: int) -> None:
         """Takes whole mappings that lie side by side out of a reserved range, as NVIDIA's sample vectorAddMMAP does.
@@ -160,28 +129,45 @@ class CudaDriver:
         Not ordered with any stream: the events of the last work that used them have been waited for. Raises
         DriverError; all are then as before.
         """
-        self._call("cuMemUnmap", address, size_bytes, size_bytes=size_bytes)
+        self.call("cuMemUnmap", address, size_bytes, size_bytes=size_bytes)
 
     def allocate(self, size_bytes: int) -> int:
         """Returns the address of a plain allocation. Raises DriverError."""
-        return int(self._call("cuMemAlloc", size_bytes, size_bytes=size_bytes))
+        return int(self.call("cuMemAlloc", size_bytes, size_bytes=size_bytes))
 
     def free(self, address: int) -> None:
         """Gives a plain allocation back. Raises DriverError."""
-        self._call("cuMemFree", address)
+        self.call("cuMemFree", address)
 
     def export_handle(self, handle: int) -> int:
         """Returns a file descriptor of the pages, for another process; the caller closes it. Raises DriverError."""
-        return int(self._call("cuMemExportToShareableHandle", handle, self._descriptor_type(), 0))
+        return int(self.call("cuMemExportToShareableHandle", handle, self._descriptor_type(), 0))
 
     def import_handle(self, descriptor: int) -> int:
         """Returns a handle of another process's pages, to be destroyed like one's own. Raises DriverError."""
-        return int(self._call("cuMemImportFromShareableHandle", descriptor, self._descriptor_type()))
+        return int(self.call("cuMemImportFromShareableHandle", descriptor, self._descriptor_type()))
+
+    def is_ready(self, function: str, *arguments: Any) -> bool:
+        """Returns the answer of a call that asks whether work is done. Raises DeviceError when that work failed."""
+        self.refuse_fork()
+        code, *_ = self._answer(function, *arguments)
+        if int(code) and code.name != NOT_READY:
+            raise self._error(function, code, 0)
+        return not int(code)
+
+    def reads_pinned_memory(self) -> bool:
+        """Returns whether kernels reach pinned host memory at the host's own addresses. Raises DriverError."""
+        return self._attribute("CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM")
+
+    def pci_address(self) -> str:
+        """Returns where the GPU is on its bus, as the kernel writes it: "0000:3b:00.0". Raises DriverError."""
+        name: bytes = self.call("cuDeviceGetPCIBusId", 32, self._device)
+        return name.partition(b"\0")[0].decode().lower()
 
     def close(self) -> None:
         """Gives the context up, after all that was taken through it. Idempotent. Raises DriverError."""
         if self._context is not None and not self.is_forked:
-            self._call("cuDevicePrimaryCtxRelease", self._device)
+            self.call("cuDevicePrimaryCtxRelease", self._device)
         self._context = None
 
     def _placed(self, shareable: bool) -> Any:
@@ -198,9 +184,10 @@ class CudaDriver:
 
     def _attribute(self, name: str) -> bool:
         attribute = getattr(self._cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-        return bool(self._call("cuDeviceGetAttribute", attribute, self._device))
+        return bool(self.call("cuDeviceGetAttribute", attribute, self._device))
 
-    def _call(self, function: str, *arguments: Any, size_bytes: int = 0) -> Any:
+    def call(self, function: str, *arguments: Any, size_bytes: int = 0) -> Any:
+        """Returns what a call of the driver gives back, for the modules beside this one. Raises DeviceError."""
         self.refuse_fork()
         code, *values = self._answer(function, *arguments)
         if int(code):
@@ -223,10 +210,9 @@ class CudaDriver:
 
     def _error(self, function: str, code: Any, size_bytes: int) -> DriverError:
         asked = f" for {format_bytes(size_bytes)} ({size_bytes} bytes)" if size_bytes else ""
-        way_out = _WAYS_OUT.get(code.name, "update the driver; if it stays, report this message")
-        return DriverError(
+        return error_type(code.name)(
             f"{function}{asked} failed on GPU {self._ordinal}: {code.name} ({int(code)}), {self._text(code)}; "
-            f"{self._free_text()}; {way_out}",
+            f"{self._free_text()}; {way_out(code.name)}",
             code_name=code.name,
         )
 

@@ -6,7 +6,8 @@ import itertools
 import logging
 
 from mball.errors import DeviceError
-from mball.memory.cuda_driver import CudaDriver, DriverError
+from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_errors import DriverError
 from mball.memory.virtual import Reservation
 from mball.units import MIB, format_bytes, round_up
 

@@ -21,7 +21,8 @@ from functools import partial
 from typing import TypeVar
 
 from mball.errors import DeviceError
-from mball.memory.cuda_driver import INVALID_VALUE, CudaDriver, DriverError
+from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_errors import INVALID_VALUE, DriverError
 from mball.memory.cuda_plain import PlainCudaMemory
 from mball.memory.page_pool import PagePool
 from mball.memory.virtual import Reservation, VirtualMemory

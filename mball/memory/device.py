@@ -36,15 +36,29 @@ class Event(Protocol):
 
 
 class ArenaRead(Protocol):
-    """A read of a file into an arena. What else it holds is between the engine and the `CopySource`."""
+    """Bring bytes `[offset_bytes, offset_bytes + size_bytes)` of `file` to `arena_offset_bytes` of the device's arena.
+
+    Which way they come is the device's business; `into` makes what its `CopySource` reads.
+    """
+
+    @property
+    def file(self) -> str:
+        """The file, by the name that the `CopySource` knows it by."""
+
+    @property
+    def offset_bytes(self) -> int:
+        """Where the bytes begin in the file."""
 
     @property
     def size_bytes(self) -> int:
         """How many bytes to bring."""
 
     @property
-    def destination(self) -> memoryview:
-        """Where to: at least `size_bytes` of `Arena.view`."""
+    def arena_offset_bytes(self) -> int:
+        """Where to."""
+
+    def into(self, destination: memoryview, first: int = 0) -> Any:
+        """Returns the source's own read of as many bytes as `destination` has, from byte `first` of these on."""
 
 
 class CopySource(Protocol):
@@ -96,7 +110,8 @@ class Device(Protocol):
         """Makes compute that is issued from now on wait for `event`.
 
         The CPU blocks, and raises the error of the copy (a StorageError that names file and offset). A device with
-        streams does neither: compute goes on with whatever is there, and the event says that the copy failed.
+        streams blocks at most for what the host alone can know, whether a read from disk went well, and raises its
+        error. Where it does not block compute goes on with whatever is there, and the event says that the copy failed.
         """
 
     def discard(self, offset: int, size: int) -> None:
@@ -141,8 +156,13 @@ class CpuDevice:
         """`source` is the device's own from now on: `close` closes it."""
         self._source = source
         self._memory: VirtualMemory = memory if memory is not None else HostMemory()
+        self._arena: Arena | None = None
 
     def arena(self, reserve_bytes: int) -> Arena:
+        self._arena = arena = self._reserve(reserve_bytes)
+        return arena
+
+    def _reserve(self, reserve_bytes: int) -> Arena:
         # A larger budget may be set later.
         largest_bytes = machine_memory().total_bytes if addresses_are_free() else 0
         if largest_bytes > reserve_bytes:
@@ -153,7 +173,9 @@ class CpuDevice:
     def copy(self, reads: Sequence[ArenaRead], after: Event | None) -> Event:
         if after is not None:
             after.wait()
-        return self._source.submit(reads)
+        arena = self._arena
+        assert arena is not None, "the arena was not made by device.arena(), so nothing can be copied to it"
+        return self._source.submit([read.into(arena.view(read.arena_offset_bytes, read.size_bytes)) for read in reads])
 
     def record(self) -> Event:
         return COMPLETE

@@ -5,6 +5,7 @@ Judge a process by its PSS or its cgroup, not by RSS: RSS counts a page once for
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ from mball.units import KIB
 _PROC = Path("/proc")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NEVER_OVERCOMMIT = "2"
 _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes "no limit" as a number close to 2**63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessMemory:
-    """Memory of this process now.
+    """Memory of a process now.
 
     Attributes:
         rss_bytes: pages that are mapped; shared ones count whole.
@@ -58,13 +60,17 @@ class CgroupMemory:
     cache_bytes: int
 
 
-def process_memory(proc: Path = _PROC) -> ProcessMemory:
-    """Reads the memory use of this process."""
-    status = _kib_table(proc / "self/status")
-    try:
-        rollup = _kib_table(proc / "self/smaps_rollup")
-    except OSError:  # an old or restricted kernel
-        rollup = {}
+def process_memory(proc: Path = _PROC, *, process: int | str = "self", shares: bool = True) -> ProcessMemory:
+    """Reads the memory use of this process, or of process number `process`. Raises OSError where that has ended.
+
+    Without `shares` PSS is None. It takes a walk over all pages, in which the process can map no memory: much to ask of
+    somebody else's every second.
+    """
+    status = _kib_table(proc / f"{process}/status")
+    rollup = {}
+    if shares:
+        with contextlib.suppress(OSError):  # an old or restricted kernel
+            rollup = _kib_table(proc / f"{process}/smaps_rollup")
     return ProcessMemory(
         rss_bytes=rollup.get("Rss", status.get("VmRSS", 0)),
         pss_bytes=rollup.get("Pss"),
@@ -135,6 +141,21 @@ def headroom_bytes() -> int:
     if group is not None and group.limit_bytes is not None:
         headroom = min(headroom, group.limit_bytes - group.usage_bytes + group.cache_bytes)
     return max(headroom, 0)
+
+
+def numa_node(pci_address: str, devices: Path = _PCI_DEVICES) -> int | None:
+    """Returns the NUMA node that a device is at, None where there is one only or the kernel does not say."""
+    try:
+        node = int((devices / pci_address / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None
+
+
+def locked_limit_bytes() -> int | None:
+    """Returns how much memory this process may lock (ulimit -l), None without a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _kib_table(path: Path) -> dict[str, int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from mball.errors import DeviceError
+from mball.memory.ledger_page import PublishedLedger
 from mball.units import format_bytes
 
 
@@ -32,9 +33,13 @@ _Books = tuple[int, dict[Kind, int], dict[Kind, int], int]  # the budget, by kin
 
 
 class Ledger:
-    """Counts bytes by `Kind` and never lets the total pass the budget. Thread-safe."""
+    """Counts bytes by `Kind` and never lets the total pass the budget. Thread-safe.
 
-    def __init__(self, budget_bytes: int) -> None:
+    `publish` is called with what there is after each change.
+    """
+
+    def __init__(self, budget_bytes: int, *, publish: Callable[[PublishedLedger], None] = lambda _: None) -> None:
+        self._publish = publish
         self._budget_bytes = budget_bytes
         self._current = dict.fromkeys(Kind, 0)
         self._peak = dict.fromkeys(Kind, 0)
@@ -57,6 +62,7 @@ class Ledger:
             budget_bytes, current, peak, total_peak = state
             self._budget_bytes, self._total_peak = budget_bytes, total_peak
             self._current, self._peak = dict(current), dict(peak)
+            self._tell()
 
     def set_budget(self, budget_bytes: int) -> None:
         """Sets another cap; peaks begin anew.
@@ -74,6 +80,7 @@ class Ledger:
             self._budget_bytes = budget_bytes
             self._peak = dict(self._current)
             self._total_peak = total
+            self._tell()
 
     def set(self, kind: Kind, num_bytes: int) -> None:
         """Enters that `kind` now takes `num_bytes` (not negative). Call it before the memory is taken.
@@ -94,6 +101,7 @@ class Ledger:
             self._current[kind] = num_bytes
             self._peak[kind] = max(self._peak[kind], num_bytes)
             self._total_peak = max(self._total_peak, total)
+            self._tell()
 
     def account(self, kind: Kind) -> Account:
         """Returns the account of one kind."""
@@ -120,3 +128,7 @@ class Ledger:
             }
             accounts["total"] = Account(current_bytes=sum(self._current.values()), peak_bytes=self._total_peak)
             return accounts
+
+    def _tell(self) -> None:
+        kinds = {kind.value: num_bytes for kind, num_bytes in self._current.items()}
+        self._publish(PublishedLedger(budget_bytes=self._budget_bytes, peak_bytes=self._total_peak, kinds=kinds))

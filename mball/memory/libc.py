@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import platform
 
 from mball.units import MIB
 
@@ -29,6 +31,9 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.syscall.restype = ctypes.c_long
+_MBIND = {"x86_64": 237, "aarch64": 235}.get(platform.machine())  # the C library has no function for it
+_PREFERRED = 1
 _malloc_trim = getattr(_libc, "malloc_trim", None)  # glibc has it, musl has not
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -57,6 +62,20 @@ def trim_heap() -> None:
     """Gives freed memory of the heap back to the kernel, where the C library can."""
     if _malloc_trim is not None:
         _malloc_trim(0)
+
+
+def prefer_node(address: int, size_bytes: int, node: int) -> None:
+    """Has pages that come from now on come from NUMA node `node` while it has some. Raises OSError."""
+    if _MBIND is None:
+        raise OSError(errno.ENOSYS, f"the number of mbind is not known on {platform.machine()}")
+    word_bits = 64
+    words = (ctypes.c_uint64 * (node // word_bits + 1))()
+    words[node // word_bits] = 1 << node % word_bits
+    # The kernel takes the highest bit to be one less than it is told.
+    num_bits = ctypes.c_ulong(len(words) * word_bits + 1)
+    arguments = (ctypes.c_void_p(address), ctypes.c_ulong(size_bytes), ctypes.c_int(_PREFERRED), words, num_bits)
+    if _libc.syscall(ctypes.c_long(_MBIND), *arguments, ctypes.c_uint(0)):
+        raise _os_error()
 
 
 def as_bytes(address: int, size_bytes: int) -> ctypes.Array[ctypes.c_char]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 
-from mball.memory.cuda_driver import OUT_OF_MEMORY, CudaDriver, DriverError
+from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_errors import OUT_OF_MEMORY, DriverError
 from mball.units import MIB, format_bytes
 
 _log = logging.getLogger(__name__)

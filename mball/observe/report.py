@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mball.observe.reconcile import Reconciliation
 from mball.units import format_bytes
 
 
@@ -23,6 +24,7 @@ class Report:
         predicted_s: what its plan said of the last pass, if it was a steady one; None before the first.
         measured_over_roofline: the last pass over the roofline; None before the first.
         in_place_bytes: weights read in place, outside the budget, in the last pass; 0 unless something passed mball by.
+        held: what the process holds of the device's memory in all, and what of it is mball's.
         not_counted: what the budget does not cover.
     """
 
@@ -57,6 +59,7 @@ class Report:
     unplanned_fetches: int
     in_place_bytes: int
     swap_bytes: int
+    held: Reconciliation
     not_counted: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,6 +108,7 @@ class Report:
                 f"{'' if self.workspace_is_counted else '; workspace inside operators is on top of the budget'}",
             ),
             ("swap file", format_bytes(self.swap_bytes)),
+            ("process", str(self.held)),
             (
                 "outside",
                 f"{format_bytes(self.in_place_bytes)} read in place; not counted: {', '.join(self.not_counted)}",

@@ -40,8 +40,9 @@ MOVED_VISITS = 1500
 # Drafts cost more with more uses: with so many uses half of MOST_DRAFTS are made, and never fewer than DRAFTS.
 MOST_DRAFTS = 12
 HALVING_USES = 8
-# One exchange or move is tried for so much of the predicted pass: planning must not take many passes.
+# One exchange or move is tried for so much of the predicted pass, and a few in any: planning must not take many passes.
 TRY_S = 6e-5
+FEWEST_TRIES = 64
 
 
 def partitions(
@@ -119,7 +120,7 @@ def _best_of(partition: Partition, arena_bytes: int, stayed: Ints | None) -> Dra
     drafts, moves = DRAFTS if len(uses) <= MANY_USES else 1, 0
     if len(uses) <= FEW_USES:
         # A search that takes longer than many passes does not pay.
-        worth = int(found[0].pass_s / TRY_S)
+        worth = max(int(found[0].pass_s / TRY_S), FEWEST_TRIES)
         found[:0] = reversed(residency.exchange(found[0], arena_bytes, min(EXCHANGED_VISITS // len(uses), worth)))
         drafts = max(MOST_DRAFTS * HALVING_USES // (HALVING_USES + len(uses)), DRAFTS)
         moves = min(MOVED_VISITS // len(uses), worth)

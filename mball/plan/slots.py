@@ -174,7 +174,8 @@ class Pool:
             if offset is None:
                 return None
             offsets[number] = offset
-            active.append(number)
+            if size:  # what has no bytes is in nobody's way
+                active.append(number)
             pointer = offset + size
             placed_bytes += size
         return offsets, rounds
@@ -186,7 +187,8 @@ class Pool:
         of two passes counts: it begins with what the first has left.
         """
         offsets = [0] * len(self._spans)
-        if self._sizes and self._pool_bytes > MOST_SLOTS * statistics.median_high(self._sizes):
+        sizes = [size for size in self._sizes if size]
+        if sizes and self._pool_bytes > MOST_SLOTS * statistics.median_high(sizes):
             return None
         nobody = self._nobody
         edges, last = [0, self._pool_bytes], [nobody, 0]

@@ -20,11 +20,11 @@ import torch
 from mball.errors import StorageError
 from mball.memory import Arena, Device, Event
 from mball.memory.device import COMPLETE
+from mball.run.file_read import FileRead
 from mball.run.homes import Homes
 from mball.run.recorder import ReadRecord, Recorder
 from mball.run.rows import RowsAtHome
 from mball.schema import Bundle, Plan, Transfer
-from mball.storage import Read
 
 # The weights that a plan step hands out: a tuple of views for each of its trace steps.
 Bound = tuple[tuple[torch.Tensor, ...], ...]
@@ -405,11 +405,11 @@ class Execution:
             if occupant.offset_bytes < end and offset < occupant.end_bytes:
                 self._evict(other)
         reads = [
-            Read(
+            FileRead(
                 file=piece.file,
                 offset_bytes=piece.offset_bytes,
                 size_bytes=piece.size_bytes,
-                destination=self.arena.view(offset + extent.slot_offset_bytes + piece.shift_bytes, piece.size_bytes),
+                arena_offset_bytes=offset + extent.slot_offset_bytes + piece.shift_bytes,
             )
             for extent, piece in self.homes.reads(bundle.extents)
         ]

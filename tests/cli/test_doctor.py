@@ -1,4 +1,4 @@
-"""The doctor: what is missing is named, with what to do, and decides the exit status."""
+"""The doctor: what is missing is named, with what to do, and decides the exit status. GPUs: tests/observe/nvml."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import functools
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import pynvml
 import pytest
 
 from mball.cli import calibrate, doctor, findings, main
@@ -76,29 +73,6 @@ def test_slow_disk_and_no_direct_reads_are_only_said(monkeypatch: pytest.MonkeyP
     assert states["O_DIRECT"] is State.MISSING
     assert states["read through it, cold"] is State.LIMITED
     assert not doctor._fatal(found)
-
-
-def test_gpu_and_driver_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hidden(handle: Any) -> int:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
-    answers: dict[str, Any] = {
-        "nvmlInit": lambda: None,
-        "nvmlShutdown": lambda: None,
-        "nvmlSystemGetDriverVersion": lambda: "580.1",
-        "nvmlSystemGetCudaDriverVersion": lambda: 13010,
-        "nvmlDeviceGetCount": lambda: 1,
-        "nvmlDeviceGetHandleByIndex": lambda index: index,
-        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=80 << 30, free=79 << 30),
-        "nvmlDeviceGetName": lambda handle: "Big GPU",
-        "nvmlDeviceGetMaxPcieLinkGeneration": hidden,
-    }
-    for name, answer in answers.items():
-        monkeypatch.setattr(pynvml, name, answer)
-    found = {finding.name: finding for finding in findings.gpus()}
-    assert found["NVIDIA driver"].value == "580.1, CUDA 13.1"
-    assert found["GPU 0"].value == "Big GPU, 80.00 GiB, 79.00 GiB free, PCIe link unknown"
-    assert all(finding.need is Need.OPTIONAL for finding in found.values())
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.memory.driver.standin import LIBRARY_VARIABLE, StandIn
+from tests.memory.driver.standin import LIBRARY_VARIABLE, Order, StandIn
 
 # Before torch is imported, which may ask for a driver on a machine that has one.
 LOADED = StandIn(Path(os.environ[LIBRARY_VARIABLE])) if LIBRARY_VARIABLE in os.environ else None
@@ -23,11 +23,13 @@ def standin() -> Iterator[StandIn]:
         pytest.skip("the stand-in for the CUDA driver is loaded in a process of its own")
     LOADED.configure()
     LOADED.forget()
+    LOADED.run_in(Order.EARLIEST)
     yield LOADED
     LOADED.forget()
     LOADED.configure()
-    is_empty, num_contexts = LOADED.is_empty(), LOADED.num_contexts
+    is_empty, num_contexts, is_idle = LOADED.is_empty(), LOADED.num_contexts, LOADED.is_idle()
     LOADED.sweep()
     LOADED.pop_contexts()
     assert is_empty, "memory or addresses of the device are still taken"
+    assert is_idle, "streams, events, pinned memory or work are left"
     assert num_contexts == 0, "a context was left current"

@@ -14,7 +14,8 @@ import torch
 
 from mball.errors import DeviceError
 from mball.memory.arena import Arena
-from mball.memory.cuda_driver import CudaDriver, DriverError
+from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_errors import DriverError
 from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_virtual import EXTENT_BYTES, CudaMemory, open_cuda_memory
 from mball.memory.page_pool import PagePool

@@ -16,17 +16,42 @@ PAGE = 4096
 
 
 @dataclass
-class FakeRead:
+class FakeBytes:
+    """Fills a destination with one byte, and `excess_bytes` beyond it."""
+
     destination: memoryview
+    value: int
+    excess_bytes: int = 0
+    arena: Arena | None = None
+    arena_offset_bytes: int = 0
+
+    def land(self) -> None:
+        size = len(self.destination)
+        self.destination[:] = bytes([self.value]) * size
+        if self.excess_bytes:
+            assert self.arena is not None
+            beyond = self.arena.view(self.arena_offset_bytes + size, self.excess_bytes)
+            beyond[:] = bytes([self.value]) * self.excess_bytes
+
+
+@dataclass
+class FakeRead:
+    arena: Arena
+    arena_offset_bytes: int
     size_bytes: int
     value: int
+    file: str = "fake"
+    offset_bytes: int = 0
+
+    def into(self, destination: memoryview, first: int = 0) -> FakeBytes:
+        return FakeBytes(destination, self.value, arena=self.arena, arena_offset_bytes=self.arena_offset_bytes + first)
 
 
 @dataclass
 class FakeHandle:
     """Lands when it is waited for."""
 
-    reads: Sequence[FakeRead]
+    reads: Sequence[FakeBytes]
     fails: bool = False
     landed: bool = False
 
@@ -38,7 +63,7 @@ class FakeHandle:
             raise StorageError("injected")
         if not self.landed:
             for read in self.reads:
-                read.destination[: read.size_bytes] = bytes([read.value]) * read.size_bytes
+                read.land()
         self.landed = True
 
 
@@ -48,7 +73,7 @@ class FakeSource:
     fail_next: bool = False
     closed: bool = False
 
-    def submit(self, reads: Sequence[FakeRead]) -> FakeHandle:
+    def submit(self, reads: Sequence[FakeBytes]) -> FakeHandle:
         self.handles.append(FakeHandle(list(reads), fails=self.fail_next))
         self.fail_next = False
         return self.handles[-1]
@@ -84,7 +109,7 @@ def test_no_copy_starts_before_what_it_comes_after(wrap: type) -> None:
         arena = device.arena(PAGE)
         arena.resize(PAGE)
         latch = Latch(source)
-        event = device.copy([FakeRead(arena.view(0, PAGE), PAGE, 1)], latch)
+        event = device.copy([FakeRead(arena, 0, PAGE, 1)], latch)
         device.wait(event)
         assert latch.submitted_before == 0
         assert len(source.handles) == 1
@@ -107,7 +132,7 @@ def test_an_error_of_a_copy_is_raised_by_wait_each_time() -> None:
         device = PoisonedDevice(DelayedDevice(CpuDevice(source), seed))
         arena = device.arena(PAGE)
         arena.resize(PAGE)
-        event = device.copy([FakeRead(arena.view(0, PAGE), PAGE, 1)], None)
+        event = device.copy([FakeRead(arena, 0, PAGE, 1)], None)
         for _ in range(2):
             with pytest.raises(StorageError, match="injected"):
                 device.wait(event)
@@ -120,7 +145,7 @@ def test_poison_is_there_until_the_copy_lands_and_after_a_discard() -> None:
     arena = device.arena(2 * PAGE)
     arena.resize(2 * PAGE)
     tensor = arena.tensor(0, torch.float32, (2 * PAGE // 4,)).fill_(2)
-    event = device.copy([FakeRead(arena.view(PAGE, PAGE), PAGE, 0)], device.record())
+    event = device.copy([FakeRead(arena, PAGE, PAGE, 0)], device.record())
     assert tensor[: PAGE // 4].eq(2).all()
     assert tensor[PAGE // 4 :].isnan().all()
     device.wait(event)
@@ -138,9 +163,7 @@ def test_delays_are_out_of_order_and_the_same_for_the_same_seed() -> None:
         device = DelayedDevice(CpuDevice(source), seed)
         arena = device.arena(32 * PAGE)
         arena.resize(32 * PAGE)
-        events: list[Event] = [
-            device.copy([FakeRead(arena.view(i * PAGE, PAGE), PAGE, i)], device.record()) for i in range(32)
-        ]
+        events: list[Event] = [device.copy([FakeRead(arena, i * PAGE, PAGE, i)], device.record()) for i in range(32)]
         assert len(source.handles) < 32, "nothing is late"
         for event in reversed(events):
             device.wait(event)
@@ -160,7 +183,7 @@ def test_a_copy_nobody_waited_for_lands_in_the_end() -> None:
     arena = device.arena(16 * PAGE)
     arena.resize(16 * PAGE)
     for i in range(16):
-        device.copy([FakeRead(arena.view(i * PAGE, PAGE), PAGE, 7)], None)
+        device.copy([FakeRead(arena, i * PAGE, PAGE, 7)], None)
     device.synchronize()
     assert arena.tensor(0, torch.uint8, (16 * PAGE,)).eq(7).all()
     device.close()
@@ -174,32 +197,32 @@ def test_a_guarded_device_finds_a_copy_that_leaves_its_slot() -> None:
         device = GuardedDevice(PoisonedDevice(CpuDevice(source)))
         arena = device.arena(4 * PAGE)
         arena.resize(4 * PAGE)
-        device.wait(device.copy([FakeRead(arena.view(2 * PAGE, PAGE), PAGE, 2)], None))
+        device.wait(device.copy([FakeRead(arena, 2 * PAGE, PAGE, 2)], None))
         return device, arena
 
     # A read that is longer than its slot, into one that holds a bundle.
     device, arena = begin(FakeSource())
     with pytest.raises(GuardError, match="not free"):
-        device.copy([FakeRead(arena.view(PAGE, 2 * PAGE), 2 * PAGE, 1)], None)
+        device.copy([FakeRead(arena, PAGE, 2 * PAGE, 1)], None)
     # The same into room that is taken later.
     device, arena = begin(FakeSource())
-    device.wait(device.copy([FakeRead(arena.view(0, 2 * PAGE), 2 * PAGE, 1)], None))
+    device.wait(device.copy([FakeRead(arena, 0, 2 * PAGE, 1)], None))
     with pytest.raises(GuardError, match="not free"):
-        device.copy([FakeRead(arena.view(PAGE, PAGE), PAGE, 1)], None)
+        device.copy([FakeRead(arena, PAGE, PAGE, 1)], None)
     # A read that says the right size and brings one byte more, into a bundle and into free room.
     for slot in (1, 2):
         source = FakeSource()
         device, arena = begin(source)
         device.discard(2 * PAGE, PAGE)
-        device.wait(device.copy([FakeRead(arena.view(PAGE * 2, PAGE), PAGE, 2)], None))
-        event = device.copy([FakeRead(arena.view(slot * PAGE - PAGE, 2 * PAGE), PAGE, 1)], None)
-        source.handles[-1].reads[0].size_bytes += 1
+        device.wait(device.copy([FakeRead(arena, PAGE * 2, PAGE, 2)], None))
+        event = device.copy([FakeRead(arena, slot * PAGE - PAGE, PAGE, 1)], None)
+        source.handles[-1].reads[0].excess_bytes = 1
         with pytest.raises(GuardError, match=f"1 bytes of the arena changed from {slot * PAGE} on"):
             device.wait(event)
         device.synchronize()  # it complains once
     # A slot that is given away while its copy runs, and then compute that writes to the arena.
     device, arena = begin(FakeSource())
-    device.copy([FakeRead(arena.view(0, PAGE), PAGE, 1)], None)
+    device.copy([FakeRead(arena, 0, PAGE, 1)], None)
     with pytest.raises(GuardError, match="while a copy writes there"):
         device.discard(0, PAGE)
     device, arena = begin(FakeSource())
@@ -214,7 +237,7 @@ def test_a_guarded_device_lets_right_copies_pass() -> None:
         arena = device.arena(8 * PAGE)
         for round_ in range(4):
             arena.resize((8 - round_) * PAGE)
-            events = [device.copy([FakeRead(arena.view(i * PAGE, PAGE), PAGE, i)], device.record()) for i in range(4)]
+            events = [device.copy([FakeRead(arena, i * PAGE, PAGE, i)], device.record()) for i in range(4)]
             for i in (2, 0):
                 device.wait(events[i])
             device.synchronize()

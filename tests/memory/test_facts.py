@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,22 @@ def test_huge_page_settings(tmp_path: Path) -> None:
     assert facts.transparent_huge_pages(setting) is None
     setting.write_text("always [madvise] never\n")
     assert facts.transparent_huge_pages(setting) == "madvise"
+
+
+def test_another_process() -> None:
+    hold = "import sys; held = b'x' * (64 << 20); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        quick = facts.process_memory(process=process.pid, shares=False)
+        exact = facts.process_memory(process=process.pid)
+        process.kill()
+    assert quick.pss_bytes is None
+    assert 64 << 20 < quick.anonymous_bytes < 128 << 20
+    assert exact.pss_bytes is None or 64 << 20 < exact.pss_bytes < 128 << 20
+    with pytest.raises(OSError, match=str(process.pid)):
+        facts.process_memory(process=process.pid)
 
 
 def test_a_kernel_without_rollup(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.memory.driver import standin
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-FILES = [FOLDER / "test_conformance.py", *sorted((FOLDER / "driver").glob("test_*.py"))]
+FILES = [*sorted(FOLDER.glob("test_*conformance.py")), *sorted((FOLDER / "driver").glob("test_*.py"))]
 
 
 @dataclass(slots=True)

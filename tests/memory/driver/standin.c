@@ -25,7 +25,7 @@ enum {
   SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101,
   INVALID_CONTEXT = 201, NOT_FOUND = 500, NOT_SUPPORTED = 801,
   DEVICE_LOCATION = 1, PINNED = 1, FILE_DESCRIPTOR = 1, READ_WRITE = 3,
-  VIRTUAL_MEMORY_SUPPORTED = 102, FILE_DESCRIPTORS_SUPPORTED = 103,
+  HOST_ADDRESSES = 91, VIRTUAL_MEMORY_SUPPORTED = 102, FILE_DESCRIPTORS_SUPPORTED = 103,
 };
 
 // -- what there is ------------------------------------------------------------------------------------------------------
@@ -33,15 +33,15 @@ enum {
 // The pages of one cuMemCreate; imported ones were counted where they were created.
 typedef struct Pages { int fd, handle_types, imported, num_handles, num_mappings; size_t size; } Pages;
 typedef struct Handle { Pages *pages; struct Handle *next; } Handle;
-typedef struct Mapping { Address address; size_t size; Pages *pages; struct Mapping *next; } Mapping;
+typedef struct Mapping { Address address; size_t size; int granted; Pages *pages; struct Mapping *next; } Mapping;
 typedef struct Range { Address address; size_t size; int plain; struct Range *next; } Range;
 
 static Handle *handles;
 static Mapping *mappings;  // by address
 static Range *ranges;      // reservations, and plain allocations
-static int initialized, num_retained;
+static int initialized, num_retained, lost;  // lost: what broke the context, and every call says from then on
 static size_t granularity = 2 << 20, total_bytes = (size_t)1 << 40, taken_bytes;
-static int attribute_vmm = 1, attribute_fd = 1, num_devices = 1;
+static int attribute_vmm = 1, attribute_fd = 1, attribute_host = 1, num_devices = 1;
 static char primary;  // its address is the primary context
 static __thread void *contexts[64];
 static __thread int num_contexts;
@@ -80,7 +80,7 @@ static Result enter(const char *name) {
   do { Result failed = enter(__func__); if (failed) return failed; } while (0)
 #define REQUIRE(condition, code) do { if (!(condition)) return (code); } while (0)
 #define NEEDS_INIT REQUIRE(initialized, NOT_INITIALIZED)
-#define NEEDS_CONTEXT NEEDS_INIT; REQUIRE(num_contexts && contexts[num_contexts - 1], INVALID_CONTEXT)
+#define NEEDS_CONTEXT NEEDS_INIT; REQUIRE(num_contexts && contexts[num_contexts - 1], INVALID_CONTEXT); REQUIRE(!lost, lost)
 
 // Fails calls number `first` to `last` from now on, of this name ("" for any call), with `code`.
 void standin_fail(const char *name, long first, long last, int code) {
@@ -93,7 +93,7 @@ void standin_fail(const char *name, long first, long last, int code) {
   }
   pthread_mutex_unlock(&mutex);
 }
-void standin_forget(void) { pthread_mutex_lock(&mutex); num_rules = num_counts = 0; memset(counts, 0, sizeof counts); pthread_mutex_unlock(&mutex); }
+void standin_forget(void) { pthread_mutex_lock(&mutex); num_rules = num_counts = lost = 0; memset(counts, 0, sizeof counts); pthread_mutex_unlock(&mutex); }
 long standin_calls(const char *name) {  // "" for all
   long sum = 0;
   pthread_mutex_lock(&mutex);
@@ -101,9 +101,9 @@ long standin_calls(const char *name) {  // "" for all
   pthread_mutex_unlock(&mutex);
   return sum;
 }
-void standin_set(size_t granularity_bytes, size_t memory_bytes, int vmm, int descriptors, int devices) {
+void standin_set(size_t granularity_bytes, size_t memory_bytes, int vmm, int descriptors, int devices, int host_addresses) {
   granularity = granularity_bytes, total_bytes = memory_bytes;
-  attribute_vmm = vmm, attribute_fd = descriptors, num_devices = devices;
+  attribute_vmm = vmm, attribute_fd = descriptors, num_devices = devices, attribute_host = host_addresses;
 }
 size_t standin_taken_bytes(void) { return taken_bytes; }
 size_t standin_mapped_bytes(void) { size_t sum = 0; for (Mapping *m = mappings; m; m = m->next) sum += m->size; return sum; }
@@ -136,10 +136,16 @@ Result cuDeviceGetName(char *name, int size, int device) {
   strncpy(name, "stand-in", size);
   return SUCCESS;
 }
+Result cuDeviceGetPCIBusId(char *text, int size, int device) {
+  CALL; NEEDS_INIT;
+  REQUIRE(0 <= device && device < num_devices && size >= 13, INVALID_VALUE);
+  strncpy(text, "0000:3B:00.0", size);
+  return SUCCESS;
+}
 Result cuDeviceGetAttribute(int *value, int attribute, int device) {
   CALL; NEEDS_INIT;
   REQUIRE(0 <= device && device < num_devices, INVALID_DEVICE);
-  *value = attribute == VIRTUAL_MEMORY_SUPPORTED ? attribute_vmm : attribute == FILE_DESCRIPTORS_SUPPORTED ? attribute_fd : 0;
+  *value = attribute == VIRTUAL_MEMORY_SUPPORTED ? attribute_vmm : attribute == FILE_DESCRIPTORS_SUPPORTED ? attribute_fd : attribute == HOST_ADDRESSES ? attribute_host : 0;
   return SUCCESS;
 }
 Result cuDevicePrimaryCtxRetain(void **context, int device) {
@@ -284,8 +290,11 @@ static Mapping **whole_mappings(Address address, size_t size) {
   return *first && size && end == address + size ? first : NULL;
 }
 
+static void sweep_streams(void);
+
 // Gives up all there is: what interrupted and failed tests lost.
 void standin_sweep(void) {
+  sweep_streams();
   num_retained = 0;
   while (mappings) {
     Mapping *gone = mappings;
@@ -341,7 +350,7 @@ Result cuMemMap(Address address, size_t size, size_t offset, Address handle, Add
   REQUIRE(mapped != MAP_FAILED, OUT_OF_MEMORY);
   Mapping **at = &mappings, *made = malloc(sizeof *made);
   while (*at && (*at)->address < address) at = &(*at)->next;
-  made->address = address, made->size = size, made->pages = found->pages, made->next = *at, *at = made;
+  made->address = address, made->size = size, made->granted = 0, made->pages = found->pages, made->next = *at, *at = made;
   found->pages->num_mappings++;
   return SUCCESS;
 }
@@ -349,8 +358,10 @@ Result cuMemSetAccess(Address address, size_t size, const Access *access, size_t
   CALL; NEEDS_CONTEXT;
   REQUIRE(count == 1 && access->location.type == DEVICE_LOCATION && access->flags == READ_WRITE, INVALID_VALUE);
   REQUIRE(0 <= access->location.id && access->location.id < num_devices, INVALID_DEVICE);
-  REQUIRE(whole_mappings(address, size), INVALID_VALUE);
+  Mapping **first = whole_mappings(address, size);
+  REQUIRE(first, INVALID_VALUE);
   REQUIRE(!mprotect((void *)(uintptr_t)address, size, PROT_READ | PROT_WRITE), OUT_OF_MEMORY);
+  for (Mapping *m = *first; m && m->address < address + size; m = m->next) m->granted = 1;
   return SUCCESS;
 }
 Result cuMemUnmap(Address address, size_t size) {
@@ -402,6 +413,8 @@ Result cuMemcpyDtoH(void *to, Address from, size_t size) {
   return SUCCESS;
 }
 
+#include "streams.c"
+
 // -- names --------------------------------------------------------------------------------------------------------------
 
 static const struct { int code; const char *name, *text; } ERRORS[] = {
@@ -413,7 +426,12 @@ static const struct { int code; const char *name, *text; } ERRORS[] = {
   {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
   {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
   {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
-  {700, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
+  {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
+  {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
+  {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
+  {ALREADY_REGISTERED, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED", "part or all of the requested memory range is already mapped"},
+  {NOT_REGISTERED, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", "pointer does not correspond to a registered memory region"},
+  {719, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
   {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
   {999, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };

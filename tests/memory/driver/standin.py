@@ -7,13 +7,21 @@ import importlib.util
 import os
 import shutil
 import subprocess
+from enum import Enum
 from pathlib import Path
 
 from mball.units import KIB, MIB
 
 LIBRARY_VARIABLE = "MBALL_STANDIN_FOR_CUDA"  # names the built library; set only in processes that shall load it
 SOURCE = Path(__file__).with_name("standin.c")
-CODES = {"INVALID_VALUE": 1, "OUT_OF_MEMORY": 2, "INVALID_CONTEXT": 201, "ILLEGAL_ADDRESS": 700, "NOT_SUPPORTED": 801}
+CODES = {
+    "INVALID_VALUE": 1,
+    "OUT_OF_MEMORY": 2,
+    "INVALID_CONTEXT": 201,
+    "ILLEGAL_ADDRESS": 700,
+    "LAUNCH_FAILED": 719,
+    "NOT_SUPPORTED": 801,
+}
 # Small, so that examples with many pieces are quick.
 GRANULE_BYTES = 64 * KIB
 EXTENT_BYTES = 4 * GRANULE_BYTES
@@ -39,6 +47,14 @@ def build(folder: Path) -> Path:
     return library
 
 
+class Order(Enum):
+    """When the work of streams runs: at once, only when somebody waits for it, or by chance."""
+
+    EARLIEST = 0
+    LATEST = 1
+    RANDOM = 2
+
+
 class StandIn:
     """The loaded stand-in: its settings, failures and counters."""
 
@@ -47,9 +63,10 @@ class StandIn:
         self._library = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
         found = ctypes.CDLL("libcuda.so.1", os.RTLD_NOLOAD)
         assert hasattr(found, "standin_calls"), "a driver was loaded before the stand-in"
-        for name in ("taken_bytes", "mapped_bytes", "handle_bytes"):
+        for name in ("taken_bytes", "mapped_bytes", "handle_bytes", "registered_bytes"):
             getattr(self._library, f"standin_{name}").restype = ctypes.c_size_t
-        for name in ("calls", "num_handles", "num_ranges", "num_retained", "num_contexts"):
+        counts = ("handles", "ranges", "retained", "contexts", "streams", "events", "waiting")
+        for name in ("calls", *(f"num_{what}" for what in counts)):
             getattr(self._library, f"standin_{name}").restype = ctypes.c_long
         self.configure()
 
@@ -61,10 +78,16 @@ class StandIn:
         virtual_memory: bool = True,
         descriptors: bool = True,
         num_devices: int = 1,
+        host_addresses: bool = True,
     ) -> None:
         """Says what device there is from now on."""
         self._library.standin_set(
-            ctypes.c_size_t(granule_bytes), ctypes.c_size_t(memory_bytes), virtual_memory, descriptors, num_devices
+            ctypes.c_size_t(granule_bytes),
+            ctypes.c_size_t(memory_bytes),
+            virtual_memory,
+            descriptors,
+            num_devices,
+            host_addresses,
         )
 
     def fail(self, first: int, last: int | None = None, *, code: int, function: str = "") -> None:
@@ -79,6 +102,18 @@ class StandIn:
     def calls(self, function: str = "") -> int:
         """How often `function`, or any, was called since `forget`."""
         return int(self._library.standin_calls(function.encode()))
+
+    def run_in(self, order: Order, seed: int = 0) -> None:
+        """Chooses when work of streams runs; `seed` is for chance."""
+        self._library.standin_order(order.value, ctypes.c_ulonglong(seed))
+
+    def run(self) -> None:
+        """Runs all that streams were given."""
+        self._library.standin_run()
+
+    def lose(self, code: int) -> None:
+        """Breaks the context, as a kernel that goes astray does: every call says so from now on, until `forget`."""
+        self._library.standin_lose(code)
 
     def pop_contexts(self) -> None:
         """Empties this thread's stack of contexts, for tests that had the call fail that does it."""
@@ -117,6 +152,30 @@ class StandIn:
     def num_contexts(self) -> int:
         """How many contexts are on this thread's stack."""
         return int(self._library.standin_num_contexts())
+
+    @property
+    def registered_bytes(self) -> int:
+        """Bytes of host memory that are pinned."""
+        return int(self._library.standin_registered_bytes())
+
+    @property
+    def num_streams(self) -> int:
+        """Streams that were made and not destroyed."""
+        return int(self._library.standin_num_streams())
+
+    @property
+    def num_events(self) -> int:
+        """Events that were made and not destroyed."""
+        return int(self._library.standin_num_events())
+
+    @property
+    def num_waiting(self) -> int:
+        """How much work of streams did not run yet."""
+        return int(self._library.standin_num_waiting())
+
+    def is_idle(self) -> bool:
+        """Whether no streams, events, pinned memory and work are left."""
+        return (self.num_streams, self.num_events, self.registered_bytes, self.num_waiting) == (0, 0, 0, 0)
 
     def is_empty(self) -> bool:
         """Whether everything that was taken was given back."""

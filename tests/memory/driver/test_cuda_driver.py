@@ -16,8 +16,9 @@ import pytest
 from cuda.bindings import driver as calls
 
 from mball.errors import DeviceError
-from mball.memory import cuda_driver
-from mball.memory.cuda_driver import CudaDriver, DriverError
+from mball.memory import cuda_driver, cuda_errors
+from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_errors import DriverError
 from tests.memory.driver.standin import CODES, GRANULE_BYTES, StandIn
 
 
@@ -245,4 +246,4 @@ def test_a_device_that_cannot_share_says_so(standin: StandIn) -> None:
 
 
 def test_every_way_out_belongs_to_an_error_that_exists() -> None:
-    assert all(hasattr(calls.CUresult, name) for name in cuda_driver._WAYS_OUT)
+    assert all(hasattr(calls.CUresult, name) for name in cuda_errors._WAYS_OUT)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from mball.memory.cuda_driver import CudaDriver, DriverError
+from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_errors import DriverError
 from mball.memory.page_pool import PagePool
 from tests.memory.driver.standin import CODES, GRANULE_BYTES, MEMORY_BYTES, StandIn
 

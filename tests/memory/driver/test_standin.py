@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mball.memory.cuda_driver import CudaDriver, DriverError
+from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_errors import DriverError
 from tests.memory.driver.standin import GRANULE_BYTES, MEMORY_BYTES, StandIn
 
 REFUSED = "CUDA_ERROR_INVALID_VALUE"

@@ -1,0 +1,240 @@
+"""A GPU behind the device seam: copies on streams of their own, ordered with compute by events.
+
+[Note: who waits for whom] Compute runs on the caller's stream, copies out of pinned homes on one stream, copies that
+come from disk on another, so that a late read holds up no home. `after` is waited for by the stream that copies, the
+event of a copy by the stream that computes; the host waits for neither. It does wait, in `wait`, for reads from disk,
+since a read that failed must be known before anybody computes with its bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+
+from mball.errors import DeviceError, MballError
+from mball.memory import facts
+from mball.memory.arena import Arena
+from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_errors import GpuLostError
+from mball.memory.cuda_events import EventPool, StreamEvent
+from mball.memory.cuda_feed import DiskFeed, order
+from mball.memory.cuda_gauge import CudaGauge
+from mball.memory.cuda_region import CudaRegion
+from mball.memory.cuda_streams import CudaStreams
+from mball.memory.device import ArenaRead, CopySource, Event, Gauge
+from mball.memory.pinned import PinnedSlab
+from mball.memory.pinned_homes import PinnedHomes
+from mball.memory.pinned_ring import PinnedRing
+from mball.memory.region import Region
+from mball.memory.virtual import VirtualMemory
+from mball.units import MIB
+
+_log = logging.getLogger(__name__)
+
+NUM_BUFFERS = 8
+BUFFER_BYTES = 8 * MIB
+
+
+class CudaDevice:
+    """One GPU. Copies of pinned homes are given to a stream at once; what is on disk comes through a pinned ring.
+
+    Used by one thread at a time, like the engine that it serves.
+    """
+
+    def __init__(
+        self,
+        driver: CudaDriver,
+        memory: VirtualMemory,
+        source: CopySource,
+        current_stream: Callable[[], int],
+        *,
+        homes: PinnedHomes | None = None,
+        num_buffers: int = NUM_BUFFERS,
+        buffer_bytes: int = BUFFER_BYTES,
+        region: Callable[..., Region] | None = None,
+    ) -> None:
+        """Makes two streams; no thread starts and no host memory is pinned before the first copy from disk.
+
+        Args:
+            driver: the GPU's; stays the caller's, to be closed last.
+            memory: where the arena is from, see `open_cuda_memory`; stays the caller's too.
+            source: reads files; the device's own from now on.
+            current_stream: returns the stream that the calling thread computes on, as the driver's handle.
+            homes: what is in pinned memory; the caller may add to it between copies.
+            num_buffers: how many buffers the ring has.
+            buffer_bytes: what each takes, a multiple of the page.
+            region: makes tensors on the GPU's memory; for memory that is none of torch's.
+
+        Raises DeviceError.
+        """
+        self._driver = driver
+        self._memory = memory
+        self._source = source
+        self._current_stream = current_stream
+        self._homes = PinnedHomes() if homes is None else homes
+        self._region = partial(CudaRegion, ordinal=driver.ordinal) if region is None else region
+        self._streams = CudaStreams(driver)
+        self._pool = EventPool(self._streams)
+        self._arena: Arena | None = None
+        self._closed = False
+        self._own_streams: list[int] = []
+        node = facts.numa_node(driver.pci_address())
+        try:
+            with driver.current():
+                for _ in range(2):
+                    self._own_streams.append(self._streams.create_stream())
+        except BaseException:
+            self._destroy_streams()
+            raise
+        self._home_stream, disk_stream = self._own_streams
+        make_ring = partial(PinnedRing, self._pool, num_buffers=num_buffers, buffer_bytes=buffer_bytes, node=node)
+        self._feed = DiskFeed(self._pool, source, disk_stream, make_ring, buffer_bytes)
+
+    def arena(self, reserve_bytes: int) -> Arena:
+        self._arena = arena = self._reserve(reserve_bytes)
+        return arena
+
+    def _reserve(self, reserve_bytes: int) -> Arena:
+        if self._driver.has_virtual_memory:  # addresses cost nothing, and a larger budget may be set later
+            with self._driver.current():
+                _, total_bytes = self._driver.free_and_total_bytes()
+            if total_bytes > reserve_bytes:
+                with contextlib.suppress(DeviceError):
+                    return Arena(self._memory, total_bytes, region=self._region)
+        return Arena(self._memory, reserve_bytes, region=self._region)
+
+    def copy(self, reads: Sequence[ArenaRead], after: Event | None) -> Event:
+        """Returns an event also where the driver fails, with that error; nothing of the copy is under way then.
+
+        Raises DeviceError when closed, in a forked child, or if a destination is not backed.
+        """
+        self._driver.refuse_fork()
+        if self._closed:
+            raise DeviceError("the device is closed, so nothing can be copied to it; make another")
+        arena = self._arena
+        assert arena is not None, "the arena was not made by device.arena(), so nothing can be copied to it"
+        at_home: list[tuple[int, PinnedSlab, int, int]] = []
+        on_disk: list[tuple[ArenaRead, int]] = []
+        for read in reads:
+            if not read.size_bytes:
+                continue
+            address = arena.address_of(read.arena_offset_bytes, read.size_bytes)
+            home = self._homes.find(read.file, read.offset_bytes, read.size_bytes)
+            if home is None:
+                on_disk.append((read, address))
+            else:
+                at_home.append((address, *home, read.size_bytes))
+        event = StreamEvent(self._pool, bool(at_home) + bool(on_disk))
+        if at_home:
+            self._copy_homes(at_home, after, event)
+        if on_disk:
+            self._feed.submit(on_disk, after, event)
+        return event
+
+    def record(self) -> Event:
+        event = StreamEvent(self._pool, 1)
+        with self._driver.current():
+            event.settle(self._pool.record(self._current_stream()))
+        return event
+
+    def wait(self, event: Event) -> None:
+        """The host blocks for reads from disk only, and raises their errors; and for events that are not the GPU's."""
+        self._driver.refuse_fork()
+        with self._driver.current():
+            order(self._current_stream(), event)
+
+    def discard(self, offset: int, size: int) -> None:
+        """Does nothing."""
+
+    def rows_of(self, home: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor of the GPU on the home's own memory, which kernels read over the link, row by row.
+
+        Raises DeviceError when the home is not pinned, or not yet, or where the GPU does not read such memory.
+        """
+        address = home.data_ptr()
+        span = sum((length - 1) * stride for length, stride in zip(home.shape, home.stride(), strict=True)) + 1
+        size = span * home.element_size()
+        if not (self._homes.is_pinned(address, size) and self._driver.reads_pinned_memory()):
+            raise DeviceError(
+                f"a table of {size} bytes is not in memory that is pinned and that GPU {self._driver.ordinal} reads, "
+                "so rows of it cannot be looked up there; copy it to the arena, or pin it first"
+            )
+        region = self._region(address, size, lambda home=home: None, what="pinned home")
+        return region.tensor(0, home.dtype, (span,)).as_strided(home.shape, home.stride())
+
+    def gauge(self) -> Gauge:
+        return CudaGauge(self._driver.ordinal, lambda: 0 if self._arena is None else self._arena.taken_bytes)
+
+    def synchronize(self) -> None:
+        """Raises DeviceError when the driver does not tell: then copies may still write."""
+        self._driver.refuse_fork()
+        self._feed.drain()
+        with self._driver.current():
+            for stream in self._own_streams:
+                self._streams.drain(stream)
+
+    def close(self) -> None:
+        """Raises DeviceError when the driver does not let go of something: call it again.
+
+        Of a GPU whose work is lost nothing can be given back; it only says so in the log.
+        """
+        self._closed = True
+        if self._driver.is_forked:  # threads, streams and pinned memory are the parent's
+            return
+        try:
+            self._feed.close()
+            if self._own_streams:
+                with self._driver.current():
+                    for stream in self._own_streams:
+                        self._streams.drain(stream)
+                    self._pool.close()
+                self._destroy_streams()
+        except GpuLostError as error:
+            _log.warning("streams and pinned memory are left to the end of the process: %s", error)
+        finally:
+            self._source.close()
+
+    def _copy_homes(
+        self, homes: Sequence[tuple[int, PinnedSlab, int, int]], after: Event | None, event: StreamEvent
+    ) -> None:
+        stream = self._home_stream
+        try:
+            with self._driver.current():
+                if after is not None:
+                    order(stream, after)
+                for address, source, size in _joined(homes):
+                    self._streams.copy_in(address, source, size, stream)
+                event.settle(self._pool.record(stream))
+        except MballError as error:
+            event.fail(error, stream)
+
+    def _destroy_streams(self) -> None:
+        if self._own_streams:
+            with self._driver.current():
+                while self._own_streams:
+                    stream = self._own_streams.pop()  # first: an interrupt may lose it, but none is destroyed twice
+                    try:
+                        self._streams.destroy_stream(stream)
+                    except DeviceError:
+                        self._own_streams.append(stream)
+                        raise
+
+
+def _joined(homes: Sequence[tuple[int, PinnedSlab, int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Yields (address, source, size) of as few copies as bring these: reads side by side in both places are one."""
+    runs: list[tuple[int, PinnedSlab, int, int]] = []
+    for address, slab, offset, size in homes:
+        if runs:
+            start, last_slab, last_offset, last_size = runs[-1]
+            if (start + last_size, last_slab, last_offset + last_size) == (address, slab, offset):
+                runs[-1] = (start, slab, last_offset, last_size + size)
+                continue
+        runs.append((address, slab, offset, size))
+    for address, slab, offset, size in runs:
+        for source, part in slab.spans(offset, size):
+            yield address, source, part
+            address += part
