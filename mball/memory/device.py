@@ -111,7 +111,7 @@ class Device(Protocol):
 
         The CPU blocks, and raises the error of the copy (a StorageError that names file and offset). A device with
         streams blocks at most for what the host alone can know, whether a read from disk went well, and raises its
-        error then; else compute goes on with whatever is there, and the event says that the copy failed.
+        error. Where it does not block compute goes on with whatever is there, and the event says that the copy failed.
         """
 
     def discard(self, offset: int, size: int) -> None:
