@@ -51,9 +51,13 @@ lint: $(VENV)/.stamp
 
 # Tests compute on one thread, so that two run side by side; those that time something run alone afterwards. Of tests that
 # were chosen by name there may be none of one kind, which pytest calls an error.
+define run_tests
+	$(1)/python -m pytest -m "$(FAST) and not alone" -n $(WORKERS) --dist worksteal $(ARGS) || $(NONE_CHOSEN)
+	$(1)/python -m pytest -m "$(FAST) and alone" $(ARGS) || $(NONE_CHOSEN)
+endef
+
 test: lint
-	$(BIN)/python -m pytest -m "$(FAST) and not alone" -n $(WORKERS) --dist worksteal $(ARGS) || $(NONE_CHOSEN)
-	$(BIN)/python -m pytest -m "$(FAST) and alone" $(ARGS) || $(NONE_CHOSEN)
+	$(call run_tests,$(BIN))
 
 test-long: $(VENV)/.stamp
 	$(BIN)/python -m pytest -m "slow and not gpu" --hypothesis-profile=default --timeout=1800 $(ARGS)
@@ -92,7 +96,7 @@ gpu-bench:
 	fi
 
 test-torch211: $(VENV_211)/.stamp
-	$(VENV_211)/bin/python -m pytest -m "$(FAST)" $(ARGS)
+	$(call run_tests,$(VENV_211)/bin)
 
 clean:
 	rm -rf $(VENV) $(VENV_211) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -108,11 +108,12 @@ class Machinery:
         )
 
     def close(self) -> None:
-        """Ends everything and gives it back. Idempotent."""
-        self.page.close()
-        self.engine.close()
-        self.reader.close()
-        self.files.close()
+        """Ends everything and gives it back, whatever of it fails. Idempotent."""
+        with contextlib.ExitStack() as parts:
+            parts.callback(self.files.close)
+            parts.callback(self.reader.close)
+            parts.callback(self.engine.close)
+            parts.callback(self.page.close)
 
 
 def inductor_options(config: Config) -> dict[str, Any]:

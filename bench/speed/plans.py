@@ -182,4 +182,6 @@ def _rates(entries: Mapping[str, _Entry], samples: Mapping[str, Sequence[float]]
 
 def _bound_s(size_bytes: int, rates: Sequence[float], resident_s: Sequence[float]) -> list[float]:
     """Returns of each round the least that a step takes which computes all and reads so much."""
+    if not size_bytes:
+        return list(resident_s)
     return [max(step_s, size_bytes / rate) for step_s, rate in zip(resident_s, rates, strict=True)]

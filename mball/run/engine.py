@@ -469,5 +469,7 @@ class Engine:
         """Stops transfers and frees the arena. Idempotent."""
         if not self._closed:
             self._closed = True
-            self.execution.close()
-            self.homes.close()
+            try:
+                self.execution.close()
+            finally:
+                self.homes.close()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mball.errors import StorageError
+from mball.errors import DeviceError, StorageError
 from mball.memory import Arena, Device, Event
 from mball.memory.device import COMPLETE
 from mball.run.file_read import FileRead
@@ -28,6 +28,10 @@ from mball.schema import Bundle, Plan, Transfer
 
 # The weights that a plan step hands out: a tuple of views for each of its trace steps.
 Bound = tuple[tuple[torch.Tensor, ...], ...]
+
+
+# Of a copy: the file was not read, or the device did not copy.
+_CopyErrors = (StorageError, DeviceError)
 
 
 class _NotStarted:
@@ -178,8 +182,8 @@ class Execution:
         """Returns the weights that plan step `step` binds, a tuple for each trace step in it; blocks until they landed.
 
         Raises:
-            StorageError: a read failed, of this step or of one before; the bundle is read again by the next step that
-                needs it.
+            StorageError, DeviceError: a read or copy failed, of this step or of one before; the bundle is read again by
+                the next step that needs it.
         """
         assert self.plan is not None
         assert not self._in_use
@@ -282,15 +286,15 @@ class Execution:
     def abort(self) -> None:
         """Makes the state consistent after an exception: nothing in use, no copy running, no copy half known."""
         self._in_use = ()
+        self._cursor = -1
         self.counters.bytes_read += self.rows.leave()
         self.device.synchronize()
-        with contextlib.suppress(StorageError):  # the pass failed anyway
+        with contextlib.suppress(*_CopyErrors):  # the pass failed anyway
             self._hear()
         for bundle, occupant in list(self._occupants.items()):
             if occupant.event is not None:
                 self._evict(bundle)
         self._released = self.device.record()  # what the step issued before it failed still reads its bundles
-        self._cursor = -1
 
     def empty(self) -> None:
         """Drops every bundle, the plan and the arena's memory: an interrupt may have left half of another plan.
@@ -318,16 +322,22 @@ class Execution:
         self.counters.unplanned_fetches += 1
 
     def close(self) -> None:
-        """Waits for all that uses the arena and frees it. Idempotent."""
+        """Waits for all that uses the arena and frees it, also where the device fails. Idempotent."""
+        if self.arena.closed:
+            return
         self._in_use = ()
-        self.device.record().wait()
-        self.device.close()
-        self._occupants.clear()
-        self._landing.clear()
-        self._views.clear()
-        self._bound.clear()
-        self.recorder = Recorder()  # events of copies may hold memory of the arena
-        self.arena.close()
+        try:
+            self.device.record().wait()
+        finally:
+            try:
+                self.device.close()
+            finally:
+                self._occupants.clear()
+                self._landing.clear()
+                self._views.clear()
+                self._bound.clear()
+                self.recorder = Recorder()  # events of copies may hold memory of the arena
+                self.arena.close()
 
     # -- transfers -----------------------------------------------------------------------------------------------
 
@@ -427,7 +437,7 @@ class Execution:
         if occupant.event is not None:
             try:
                 self._stall(occupant, occupant.event)
-            except StorageError:
+            except _CopyErrors:
                 occupant.settle()
                 self._evict(bundle)
                 raise
@@ -440,14 +450,15 @@ class Execution:
         """Settles the copies that compute waits for and that are over.
 
         Raises:
-            StorageError: one failed, perhaps of a step that was left long ago; its bundle is read again when needed.
+            StorageError, DeviceError: one failed, perhaps of a step that was left long ago; its bundle is read again
+                when needed.
         """
-        failed: StorageError | None = None
+        failed: StorageError | DeviceError | None = None
         for landed in [each for each in self._landing if each[1].done()]:
             occupant, event = landed
             try:
                 event.wait()
-            except StorageError as error:
+            except _CopyErrors as error:
                 failed = failed or error
                 for bundle in [number for number, other in self._occupants.items() if other is occupant]:
                     self._evict(bundle)
@@ -469,7 +480,7 @@ class Execution:
         occupant = self._occupants[bundle]
         if occupant.event is not None:
             # Nobody reads these bytes; who needs them reads them again and sees the error.
-            with contextlib.suppress(StorageError):
+            with contextlib.suppress(*_CopyErrors):
                 self._stall(occupant, occupant.event)
             occupant.settle()
             # What takes its place comes after its copy: compute waits for that from here on.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mball.errors import SchemaError
 from mball.schema.document import Document
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

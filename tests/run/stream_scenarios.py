@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import mball
-from mball.errors import StorageError
+from mball.errors import DeviceError, MballError, StorageError
 from mball.memory import ArenaRead, Event
 from mball.run.homes import Homes
 from tests.adversarial import AdversarialDevice
@@ -209,7 +209,7 @@ def hints(directory: Path, capture: str) -> None:
 
 
 @contextlib.contextmanager
-def failed_read(device: AdversarialDevice, number: int) -> Iterator[None]:
+def failed_read(device: AdversarialDevice, number: int, error: MballError) -> Iterator[None]:
     """The read of this number fails, when it is read, which may be long after the step that waits for it was issued."""
     inner, count = device.device.copy, 0
 
@@ -217,7 +217,7 @@ def failed_read(device: AdversarialDevice, number: int) -> Iterator[None]:
         nonlocal count
         count += 1
         if count == number:
-            raise StorageError("injected")
+            raise error
         return inner(reads, after)
 
     device.device.copy = failing  # type: ignore[method-assign]
@@ -236,7 +236,7 @@ def failed_reads(directory: Path, capture: str) -> None:
             nonlocal raised
             try:
                 return call(model)
-            except StorageError:
+            except (StorageError, DeviceError):
                 raised += 1
                 return None
 
@@ -245,9 +245,9 @@ def failed_reads(directory: Path, capture: str) -> None:
     acts = [heard(each) for each in ACTS]
     adversary, expected = begin(chain, directory, 0.6, ACTS, capture)
     for pace in paces(2):
-        for number in (2, 7):
+        for number, error in ((2, StorageError("injected")), (7, DeviceError("injected"))):
             raised = 0
-            with failed_read(adversary.device, number):
+            with failed_read(adversary.device, number, error):
                 adversary.play(pace, acts)
                 adversary.play(pace, acts)
             adversary.play(CORNERS["all at once"], acts[:1])  # at the latest now that all copies are over
