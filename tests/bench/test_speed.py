@@ -262,8 +262,9 @@ def test_a_session_of_a_small_model(tmp_path: Path) -> None:
     # Where they are not asked for apart, the pairs are the rounds.
     assert {pair.name for pair in pairs} <= names.keys()
     assert {pair.num_samples for pair in pairs if pair.unit == "s"} == {3}
-    # A model this small may need more beside its weights than a tenth of them: that depends on the CPU's kernels.
-    assert "target 0" in (names["eager_decode_fits_read"].compared_with or "")
+    # A model this small may need more beside its weights than a tenth of them, which depends on the CPU's kernels. Most
+    # stays: in the two bursts that follow the first one, three steps each, less than half is read.
+    assert names["eager_decode_fits_read"].median < 0.5 * weight_bytes(scale.checkpoint) * 2 * 3
     path = record(
         name="speed-roofline", topic=Topic.SPEED, device=Device.CPU, headline="{eager_decode_50}", measurements=found,
         directory=tmp_path / "results",
