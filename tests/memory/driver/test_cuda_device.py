@@ -194,6 +194,40 @@ def test_a_copy_that_never_happened_is_not_done(
         bench.device.synchronize()
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_closed_device_refuses_copies_and_events(standin: StandIn, tmp_path: Path, place: str) -> None:
+    """Its events are destroyed; the driver may have given the same handle to somebody else."""
+    with cuda_on_the_stand_in(tmp_path, order=Order.LATEST, home_pages=PLACES[place]) as bench:
+        one_copy(bench)
+        event = bench.device.record()
+        bench.device.close()
+        standin.forget()
+        with pytest.raises(DeviceError, match="device is closed"):
+            bench.device.record()
+        with pytest.raises(DeviceError, match="device is closed"):
+            bench.device.copy([bench.read(0, PAGE, 0)], None)
+        bench.device.wait(event)
+        event.wait()
+        assert event.done()
+        assert standin.calls("cuEventRecord") == standin.calls("cuEventCreate") == 0
+
+
+def test_a_closed_pool_gives_no_event(standin: StandIn) -> None:
+    driver = CudaDriver()
+    pool = EventPool(CudaStreams(driver))
+    with driver.current():
+        free, taken = pool.take(), pool.take()
+        pool.give(free)
+        pool.close()
+        for _ in range(2):
+            with pytest.raises(DeviceError, match="events are destroyed"):
+                pool.take()
+            pool.give(taken)  # who let it go last did so late
+        pool.close()
+    assert standin.num_events == 0
+    driver.close()
+
+
 # -- what is left when a call fails -----------------------------------------------------------------------------------
 
 
