@@ -113,8 +113,7 @@ class CudaDevice:
         Raises DeviceError when closed, in a forked child, or if a destination is not backed.
         """
         self._driver.refuse_fork()
-        if self._closed:
-            raise DeviceError("the device is closed, so nothing can be copied to it; make another")
+        self._check_open()
         arena = self._arena
         assert arena is not None, "the arena was not made by device.arena(), so nothing can be copied to it"
         at_home: list[tuple[int, PinnedSlab, int, int]] = []
@@ -136,6 +135,8 @@ class CudaDevice:
         return event
 
     def record(self) -> Event:
+        """Raises DeviceError when closed, or when the driver refuses."""
+        self._check_open()
         event = StreamEvent(self._pool, 1)
         with self._driver.current():
             event.settle(self._pool.record(self._current_stream()))
@@ -197,6 +198,10 @@ class CudaDevice:
             _log.warning("streams and pinned memory are left to the end of the process: %s", error)
         finally:
             self._source.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise DeviceError("the device is closed, so nothing can be copied to it and no work marked; make another")
 
     def _copy_homes(
         self, homes: Sequence[tuple[int, PinnedSlab, int, int]], after: Event | None, event: StreamEvent

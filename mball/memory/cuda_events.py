@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 
+from mball.errors import DeviceError
 from mball.memory.cuda_errors import DriverError
 from mball.memory.cuda_streams import CudaStreams
 
@@ -23,7 +24,12 @@ class EventPool:
         self._free: deque[int] = deque()
 
     def take(self) -> int:
-        """Returns an event that nobody else has. Called inside `with driver.current()`. Raises DriverError."""
+        """Returns an event that nobody else has. Called inside `with driver.current()`.
+
+        Raises DriverError, or DeviceError when closed.
+        """
+        if self.closed:
+            raise DeviceError("the device is closed and its events are destroyed, so none is recorded; make another")
         try:
             return self._free.popleft()
         except IndexError:
@@ -33,10 +39,14 @@ class EventPool:
 
     def give(self, event: int) -> None:
         """Takes back what was taken. Never blocks, never fails."""
-        self._free.append(event)
+        if not self.closed:
+            self._free.append(event)
 
     def record(self, stream: int) -> int:
-        """Takes an event and records it on a stream. Raises DriverError; the event is then back in the pool."""
+        """Takes an event and records it on a stream.
+
+        Raises DriverError, the event is then back in the pool; or DeviceError when closed.
+        """
         event = self.take()
         try:
             self.streams.record(event, stream)
@@ -48,6 +58,7 @@ class EventPool:
     def close(self) -> None:
         """Destroys all events; those that somebody still has count as over. Idempotent. Raises DriverError."""
         self.closed = True
+        self._free.clear()
         while self._made:
             # Out of the books first: an interrupt may then lose an event, but none is destroyed twice.
             event = self._made.pop()

@@ -67,6 +67,7 @@ class _Queue:
     requests: list[_Request] = field(default_factory=list)
     worker: threading.Thread | None = None
     stopping: bool = False
+    ended_by: str = ""  # the error that nobody foresaw, if the thread died of one; set before `stopping`
 
 
 def cut(read: ArenaRead, address: int, buffer_bytes: int) -> Iterator[FeedPart]:
@@ -104,12 +105,14 @@ class DiskFeed:
     def submit(self, reads: Sequence[tuple[ArenaRead, int]], after: Event | None, event: StreamEvent) -> None:
         """Brings each read to an address, once `after` is over; settles one part of `event`. Does not block.
 
-        Raises DeviceError when closed; nothing is begun then.
+        Raises DeviceError when closed, or when the thread died; nothing is begun then.
         """
         parts = deque(part for read, address in reads for part in cut(read, address, self._buffer_bytes))
         request = _Request(parts=parts, after=after, event=event, num_open=len(parts))
         queue = self._queue
         with queue.changed:
+            if queue.ended_by:
+                raise self._death()
             if queue.stopping:
                 raise DeviceError("the device is closed, so nothing can be copied to it; make another")
             if queue.worker is None:
@@ -155,14 +158,23 @@ class DiskFeed:
                 request = self._pending()
                 if request is None or not self._begin(request):
                     self._hand_on()
+        except BaseException as error:
+            # Its words only: its traceback would hold what this thread worked with, pinned memory among it.
+            queue.ended_by = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise
         finally:
             with queue.changed:  # of requests there are some only if this thread dies
                 queue.stopping = True
                 left, queue.requests = queue.requests, []
                 queue.changed.notify_all()
             for request in left:
-                why = "the thread that feeds the GPU died, its traceback is on stderr; make another device"
-                request.event.fail(DeviceError(why), self._stream)
+                request.event.fail(self._death(), self._stream)
+
+    def _death(self) -> DeviceError:
+        return DeviceError(
+            f"the thread that feeds the GPU died of {self._queue.ended_by} (its traceback is on stderr), so nothing is "
+            "copied from disk any more; make another device"
+        )
 
     def _await(self) -> bool:
         """Blocks until there is something to do; returns whether there is."""
@@ -208,7 +220,10 @@ class DiskFeed:
         return True
 
     def _hand_on(self) -> None:
-        """Waits for the oldest read and has the stream copy it."""
+        """Waits for the oldest read and has the stream copy it.
+
+        After an error that nobody foresaw the part stays open, so that its request is among those that `_work` fails.
+        """
         if not self._landings:
             return
         landing = self._landings[0]
@@ -224,9 +239,8 @@ class DiskFeed:
                     self._ring.copy_out(landing.buffer, part.shift_bytes, part.address, part.size_bytes, self._stream)
         except MballError as error:
             self._fail(request, error)
-        finally:
-            self._landings.popleft()
-            self._close_parts(request, 1)
+        self._landings.popleft()
+        self._close_parts(request, 1)
 
     def _fail(self, request: _Request, error: BaseException) -> None:
         """Reads no more of a request; its event says why once nothing of it is under way."""

@@ -16,13 +16,16 @@ from mball.errors import DeviceError, MballError
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_errors import OUT_OF_MEMORY, DriverError, GpuLostError
+from mball.memory.cuda_events import EventPool
 from mball.memory.cuda_feed import cut
 from mball.memory.cuda_plain import PlainCudaMemory
 from mball.memory.cuda_streams import CudaStreams
 from mball.memory.pinned import PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes, PinnedRange
+from mball.memory.pinned_ring import PinnedRing
 from mball.memory.region import Region
 from mball.run.file_read import FileRead
+from mball.storage.threads import PendingReads
 from tests.memory.device_scenes import slots_in_turn
 from tests.memory.devices import BUFFER_BYTES, NUM_PAGES, PAGE, PLACES, Bench, cuda_on_the_stand_in
 from tests.memory.driver.standin import CODES, Order, StandIn
@@ -156,11 +159,73 @@ def test_a_thread_that_dies_keeps_nobody_waiting(
         one_copy(bench)
         monkeypatch.setattr(FileRead, "into", into)
         event = bench.device.copy([bench.read(0, 30 * PAGE, 0)], None)
-        with pytest.raises(DeviceError, match="thread that feeds the GPU died"):
+        with pytest.raises(DeviceError, match="thread that feeds the GPU died of ZeroDivisionError"):
             event.wait()
-        with pytest.raises(DeviceError, match="closed"):
+        with pytest.raises(DeviceError, match="thread that feeds the GPU died of ZeroDivisionError"):
             bench.device.copy([bench.read(0, PAGE, 0)], None)
         bench.device.synchronize()
+
+
+def unforeseen(*arguments: object) -> None:
+    raise ZeroDivisionError("of nobody's making")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("num_pages", [1, 30])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(PendingReads, "wait"), (PinnedRing, "copy_out"), (CudaStreams, "copy_in"), (EventPool, "record")],
+    ids=["the read", "the ring", "the driver", "the event"],
+)
+def test_a_copy_that_never_happened_is_not_done(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, num_pages: int
+) -> None:
+    """Whatever ended the thread, and were it with the last part of all."""
+    with cuda_on_the_stand_in(tmp_path, order=Order.LATEST) as bench:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, unforeseen)
+            event = bench.device.copy([bench.read(0, num_pages * PAGE, 0)], None)
+            for _ in range(2):
+                with pytest.raises(DeviceError, match=r"died of ZeroDivisionError: of nobody's making"):
+                    event.wait()
+        assert event.done()
+        with pytest.raises(DeviceError, match=r"died of ZeroDivisionError: of nobody's making"):
+            bench.device.copy([bench.read(0, PAGE, 0)], None)
+        bench.device.synchronize()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_closed_device_refuses_copies_and_events(standin: StandIn, tmp_path: Path, place: str) -> None:
+    """Its events are destroyed; the driver may have given the same handle to somebody else."""
+    with cuda_on_the_stand_in(tmp_path, order=Order.LATEST, home_pages=PLACES[place]) as bench:
+        one_copy(bench)
+        event = bench.device.record()
+        bench.device.close()
+        standin.forget()
+        with pytest.raises(DeviceError, match="device is closed"):
+            bench.device.record()
+        with pytest.raises(DeviceError, match="device is closed"):
+            bench.device.copy([bench.read(0, PAGE, 0)], None)
+        bench.device.wait(event)
+        event.wait()
+        assert event.done()
+        assert standin.calls("cuEventRecord") == standin.calls("cuEventCreate") == 0
+
+
+def test_a_closed_pool_gives_no_event(standin: StandIn) -> None:
+    driver = CudaDriver()
+    pool = EventPool(CudaStreams(driver))
+    with driver.current():
+        free, taken = pool.take(), pool.take()
+        pool.give(free)
+        pool.close()
+        for _ in range(2):
+            with pytest.raises(DeviceError, match="events are destroyed"):
+                pool.take()
+            pool.give(taken)  # who let it go last did so late
+        pool.close()
+    assert standin.num_events == 0
+    driver.close()
 
 
 # -- what is left when a call fails -----------------------------------------------------------------------------------
