@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -35,31 +36,46 @@ def run_top(*, interval_s: float, once: bool, as_json: bool) -> int:
         return 0
     with _ended_by_signals() as ended, Looker() as looker:
         with Live(console=console, screen=True, auto_refresh=False) as live:
-            while not ended.is_set():
+            rest_s = 0.0
+            while (number := ended.within(rest_s)) is None:
                 began_s = time.monotonic()
                 live.update(draw(looker.look()), refresh=True)
-                ended.wait(max(began_s + interval_s - time.monotonic(), 0.0))
-        return _SIGNAL_STATUS + ended.signal
+                rest_s = max(began_s + interval_s - time.monotonic(), 0.0)
+        return _SIGNAL_STATUS + number
 
 
-class _Ended(threading.Event):
-    """Set when a signal asked for the end; `signal` is its number."""
+class _Ended:
+    """Whether a signal asked for the end.
 
-    signal = 0
+    A handler runs between any two lines of the program, so it takes no lock, which those lines may hold. A signal that
+    comes just before a wait has its handler run after it; what ends the wait is the byte that the interpreter writes.
+    """
+
+    def __init__(self, wakeups: int) -> None:
+        """`wakeups` is a descriptor that can be read once a signal came; it does not block."""
+        self._wakeups = wakeups
+        self._signal: int | None = None
 
     def by(self, number: int, frame: Any) -> None:
-        self.signal = number
-        self.set()
+        self._signal = number
+
+    def within(self, wait_s: float) -> int | None:
+        """Waits until a signal comes, but no longer than this. Returns the signal's number, or None if none came."""
+        if select.select([self._wakeups], [], [], wait_s)[0]:
+            os.read(self._wakeups, 64)
+        return self._signal
 
 
 @contextmanager
 def _ended_by_signals() -> Iterator[_Ended]:
     """Has Ctrl-C and termination end the view between two looks: at any other line they would leave half a screen."""
-    ended = _Ended()
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, ended.by) for number in numbers}
-    try:
+    with ExitStack() as undo:
+        wakeups, wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        undo.callback(os.close, wakeups)
+        undo.callback(os.close, wakes)
+        undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(wakes, warn_on_full_buffer=False))
+        ended = _Ended(wakeups)
+        for number in numbers:
+            undo.callback(signal.signal, number, signal.signal(number, ended.by))
         yield ended
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
