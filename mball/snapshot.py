@@ -133,7 +133,8 @@ def _cuda_facts(ordinal: int) -> CudaFacts:
 
 
 def _kinds(ledger: Ledger) -> dict[str, int]:
-    return {kind.value: ledger.account(kind).current_bytes for kind in Kind}
+    accounts = ledger.snapshot()
+    return {kind.value: accounts[kind.value].current_bytes for kind in Kind}
 
 
 def take_timeline(engine: Engine) -> Timeline | None:
