@@ -9,31 +9,57 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from enum import Enum
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 
+from mball.cli import TOP_INTERVAL_S
 from mball.cli.top_look import Looker, as_document
 from mball.cli.top_tables import draw
+from mball.errors import ConfigError
 
 _SIGNAL_STATUS = 128  # what a shell adds to the number of the signal that ended a command
 
 
-def run_top(*, interval_s: float, once: bool, as_json: bool) -> int:
-    """Shows what there is every `interval_s` until Ctrl-C, or once: as JSON, or where nobody looks at a terminal.
+class View(Enum):
+    """How a look is shown: tables that are drawn anew until the user leaves, the same once, or JSON once."""
 
-    Returns 0, or 130 after Ctrl-C, as the shell has it. A machine without a GPU is shown, too.
+    LIVE = "live"
+    TABLES = "tables"
+    JSON = "json"
+
+
+def run_top(view: View, *, interval_s: float | None) -> int:
+    """Shows what there is. Where nobody looks at a terminal the live view is one look.
+
+    `interval_s` is from look to look of the live view; None leaves it to mball. Returns 0, or 130 after Ctrl-C, as the
+    shell has it. A machine without a GPU is shown, too.
+
+    Raises:
+        ConfigError: an interval was asked for, and there is one look only.
     """
     console = Console()
-    if as_json or once or not console.is_terminal:
+    if view is View.LIVE and not console.is_terminal:
+        view = View.TABLES
+    if view is not View.LIVE:
+        if interval_s is not None:
+            raise ConfigError(
+                f"--interval {interval_s:g} is for the live view, and this is one look (--once, --json, or an output "
+                "that is no terminal); drop it"
+            )
         with Looker() as looker:
             look = looker.look_well()
-        if as_json:
+        if view is View.JSON:
             print(json.dumps(as_document(look), indent=2))
         else:
             console.print(draw(look))
         return 0
+    return _show_live(console, TOP_INTERVAL_S if interval_s is None else interval_s)
+
+
+def _show_live(console: Console, interval_s: float) -> int:
     with _ended_by_signals() as ended, Looker() as looker:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             rest_s = 0.0
