@@ -10,7 +10,6 @@ import torch
 
 from mball.memory.gauge import HostGauge
 from mball.memory.ledger import Kind, Ledger
-from mball.observe.nvml import NoGpuError, open_nvml
 from mball.observe.reconcile import CudaFacts, Reconciliation, reconcile_gpu, reconcile_host
 from mball.observe.report import Report
 from mball.observe.timeline import Lane, Span, Timeline
@@ -100,6 +99,8 @@ def take_gpu_memory(ledger: Ledger, *, ordinal: int = 0, spare_bytes: int = 0) -
 
 def explain_gpu_memory(ledger: Ledger, facts: CudaFacts, *, spare_bytes: int) -> Reconciliation:
     """Asks NVML about the GPU of `facts`, and holds its numbers against the others."""
+    from mball.observe.nvml import NoGpuError, open_nvml  # models are wrapped where there is no pynvml that works, too
+
     held: Told[int]
     free: Told[int]
     try:
@@ -133,7 +134,8 @@ def _cuda_facts(ordinal: int) -> CudaFacts:
 
 
 def _kinds(ledger: Ledger) -> dict[str, int]:
-    return {kind.value: ledger.account(kind).current_bytes for kind in Kind}
+    accounts = ledger.snapshot()
+    return {kind.value: accounts[kind.value].current_bytes for kind in Kind}
 
 
 def take_timeline(engine: Engine) -> Timeline | None:

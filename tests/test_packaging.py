@@ -49,6 +49,30 @@ def test_import_starts_no_thread_and_loads_no_torch() -> None:
     assert finished.returncode == 0, finished.stderr
 
 
+WRAP = """
+import sys
+import pynvml, torch, mball
+from safetensors.torch import save_file
+model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+save_file(model.state_dict(), sys.argv[1])
+mball.wrap(model, budget="1MiB", weights=sys.argv[1], capture="operators")
+with torch.no_grad():
+    model(torch.zeros(1, 64))
+assert mball.report(model).passes == 1
+mball.unwrap(model)
+assert pynvml.__file__ == sys.argv[2]
+assert "mball.observe.nvml" not in sys.modules
+"""
+
+
+def test_models_are_wrapped_whatever_is_installed_as_pynvml(tmp_path: Path) -> None:
+    foreign = tmp_path / "pynvml.py"
+    foreign.write_text("")
+    path = f"{tmp_path}:{ROOT}"
+    finished = run(sys.executable, "-c", WRAP, str(tmp_path / "model.safetensors"), str(foreign), PYTHONPATH=path)
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_every_requirement_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]

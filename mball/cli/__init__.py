@@ -75,12 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
             )
         if options.command == "top":
-            from mball.cli.top import run_top
+            from mball.cli.top import View, run_top
 
-            if options.interval is not None and (options.once or options.json):
-                top.error("--interval is for the live view; drop it, or drop --once and --json")
-            interval_s = TOP_INTERVAL_S if options.interval is None else options.interval
-            return run_top(interval_s=interval_s, once=options.once, as_json=options.json)
+            view = View.JSON if options.json else View.TABLES if options.once else View.LIVE
+            return run_top(view, interval_s=options.interval)
         if options.calibrate is not None:
             from mball.cli.calibrate import run_calibrate
 

@@ -20,6 +20,9 @@ _NAME = "mball-ledger"
 _LINK = f"/memfd:{_NAME} (deleted)"
 _PAGE_BYTES = 4096
 _VERSION = 1
+_END_OF_BYTES = 2**63
+# What reading a page raises that is half written, or another's: numbers too large or too long, brackets too deep.
+_NO_PAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _ATTEMPTS = 3  # a page may be read while it is written, which gives half of either
 
 
@@ -34,7 +37,10 @@ class PublishedLedger:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publishers:
-    """The processes that publish ledgers, by number, and how many processes could not be looked into."""
+    """The processes that publish ledgers, by number, and how many processes could not be looked into.
+
+    Threads of the kernel, which publish nothing, are not among them.
+    """
 
     ledgers: Mapping[int, tuple[PublishedLedger, ...]]
     num_hidden: int
@@ -45,19 +51,21 @@ class LedgerPage:
 
     def __init__(self) -> None:
         """Makes an empty page, which is not found before the first `write`."""
-        self._descriptor = -1
-        try:
-            self._descriptor = os.memfd_create(_NAME)  # closed in programs that this process starts
-        except (OSError, AttributeError) as error:  # the system forbids it, or Python was built for an older one
-            _log.info("mball top will not see the budget of this process: %s", error)
+        self._pid = os.getpid()
+        self._descriptor = _make_page()
 
     def write(self, published: PublishedLedger) -> None:
-        """Shows this from now on. About 10 µs, and never fails."""
-        if self._descriptor < 0:
+        """Shows this from now on. About 10 µs, and never fails. A forked child gets a page of its own."""
+        if self._descriptor is None:
             return
+        if self._pid != os.getpid():
+            self.close()  # the child's descriptor; the page is its parent's
+            self._pid, self._descriptor = os.getpid(), _make_page()
+            if self._descriptor is None:
+                return
         document = {
             "version": _VERSION,
-            "pid": os.getpid(),  # a forked child has the descriptor, too, and not the engine
+            "pid": self._pid,  # a forked child has the descriptor, too, and not the engine
             "budget_bytes": published.budget_bytes,
             "peak_bytes": published.peak_bytes,
             "kinds": dict(published.kinds),
@@ -67,9 +75,17 @@ class LedgerPage:
 
     def close(self) -> None:
         """Publishes nothing any more. Idempotent."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
             os.close(descriptor)
+
+
+def _make_page() -> int | None:
+    try:
+        return os.memfd_create(_NAME)  # closed in programs that this process starts
+    except (OSError, AttributeError) as error:  # the system forbids it, or Python was built for an older one
+        _log.info("mball top will not see the budget of this process: %s", error)
+        return None
 
 
 def find_publishers(proc: Path = Path("/proc")) -> Publishers:
@@ -82,7 +98,8 @@ def find_publishers(proc: Path = Path("/proc")) -> Publishers:
         try:
             descriptors = list((process / "fd").iterdir())
         except PermissionError:
-            num_hidden += 1
+            if not _is_of_the_kernel(process):
+                num_hidden += 1
             continue
         except OSError:  # it has ended
             continue
@@ -98,18 +115,38 @@ def _read(process: Path, descriptor: Path) -> PublishedLedger | None:
             return None
         own_numbers = _own_numbers(process)
         for _ in range(_ATTEMPTS):
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                document = json.loads(descriptor.read_bytes())
+            with contextlib.suppress(*_NO_PAGE):
+                document = json.loads(_read_page(descriptor))
                 if document["version"] != _VERSION or document["pid"] not in own_numbers:
                     return None
                 return PublishedLedger(
-                    budget_bytes=int(document["budget_bytes"]),
-                    peak_bytes=int(document["peak_bytes"]),
-                    kinds={str(kind): int(num_bytes) for kind, num_bytes in document["kinds"].items()},
+                    budget_bytes=_bytes_of(document["budget_bytes"]),
+                    peak_bytes=_bytes_of(document["peak_bytes"]),
+                    kinds={str(kind): _bytes_of(num_bytes) for kind, num_bytes in document["kinds"].items()},
                 )
     except OSError:  # it has ended, or closed its page, meanwhile
         return None
     return None
+
+
+def _read_page(descriptor: Path) -> bytes:
+    """Reads no more than a page has: the memory behind a name like ours may be of any size."""
+    with descriptor.open("rb", buffering=0) as file:
+        return file.read(_PAGE_BYTES)
+
+
+def _bytes_of(number: object) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < _END_OF_BYTES:
+        raise ValueError(f"{number!r} is no number of bytes")
+    return number
+
+
+def _is_of_the_kernel(process: Path) -> bool:
+    """Whether it is a thread of the kernel, which runs no program."""
+    try:
+        return not (process / "cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _own_numbers(process: Path) -> set[int]:

@@ -114,7 +114,7 @@ def test_json_says_the_same_and_why_a_value_is_null(nvml: Path) -> None:
     assert second["busy_percent"] == 0
     assert second["processes"] == []
     (own,) = [process for process in document["mball"] if process["pid"] == os.getpid()]
-    assert "pytest" in own["command"]
+    assert own["command"] == Path("/proc/self/cmdline").read_text().rstrip("\0").replace("\0", " ")
     assert own["rss_bytes"] > own["anonymous_bytes"] > 10 * MIB
     assert {"budget_bytes": 80 * MIB, "peak_bytes": 70 * MIB, "kinds": {"arena": 60 * MIB, "buffers": MIB}} in own[
         "ledgers"
@@ -177,12 +177,12 @@ def test_intervals_that_make_no_sense(interval: str, capsys: pytest.CaptureFixtu
     assert "--interval" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", ["--once", "--json"])
-def test_an_interval_for_one_look_is_refused(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as refused:
-        main(["top", "--interval", "2", mode])
-    assert refused.value.code == 2
-    assert "--interval is for the live view" in capsys.readouterr().err
+@pytest.mark.parametrize("mode", [["--once"], ["--json"], []])  # the last has no terminal
+def test_an_interval_for_one_look_is_refused(mode: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["top", "--interval", "2", *mode]) == 2
+    said = capsys.readouterr()
+    assert "--interval 2 is for the live view" in said.err
+    assert said.out == ""
 
 
 # -- live, in a terminal --------------------------------------------------------------------------------
@@ -191,13 +191,13 @@ def test_an_interval_for_one_look_is_refused(mode: str, capsys: pytest.CaptureFi
 class Terminal:
     """A terminal of its own, in which `mball top` runs."""
 
-    def __init__(self, nvml: Path, settings: str) -> None:
+    def __init__(self, nvml: Path, settings: str, interval: str) -> None:
         self._screen, inside = pty.openpty()
         fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 160, 0, 0))
         self.before = termios.tcgetattr(inside)
         self._inside = inside
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mball.cli", "top", "--interval", "0.1"],
+            [sys.executable, "-m", "mball.cli", "top", "--interval", interval],
             env=environment(nvml, settings),
             stdin=inside, stdout=inside, stderr=inside,
             start_new_session=True,
@@ -252,8 +252,8 @@ class Terminal:
 def terminal(nvml: Path) -> Iterator[Any]:
     opened: list[Terminal] = []
 
-    def open_terminal(settings: str = TWO_GPUS) -> Terminal:
-        opened.append(Terminal(nvml, settings))
+    def open_terminal(settings: str = TWO_GPUS, interval: str = "0.1") -> Terminal:
+        opened.append(Terminal(nvml, settings, interval))
         return opened[-1]
 
     yield open_terminal
@@ -290,3 +290,56 @@ def test_termination_leaves_a_clean_terminal(terminal: Any) -> None:
     view.process.send_signal(signal.SIGTERM)
     assert view.end() == 143
     assert view.is_clean(), view.output
+
+
+INTERRUPT = """
+import io, os, signal, sys, threading
+from rich.console import Console
+from mball.cli import top
+
+class Still:
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        pass
+    def look(self):
+        global looked
+        looked = True
+
+top.Looker, top.draw = Still, lambda look: "a look"
+top.Console = lambda: Console(file=io.StringIO(), force_terminal=True)
+WAITING = {top.__file__, threading.__file__}
+
+def interrupt(frame, event, argument):
+    global line
+    if frame.f_code.co_filename not in WAITING:
+        return None
+    if looked and event == "line":
+        line += 1
+        if line == chosen:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return interrupt
+
+for chosen in range(1, 60):
+    line, looked = 0, False
+    sys.settrace(interrupt)
+    status = top.run_top(top.View.LIVE, interval_s=0.001)
+    sys.settrace(None)
+    assert status == 143, (chosen, status)
+print("ended", flush=True)
+"""
+
+
+def test_termination_at_any_line_of_the_wait_ends_the_view() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", INTERRUPT], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (finished.returncode, finished.stdout) == (0, "ended\n"), finished.stderr
+
+
+def test_termination_is_not_waited_with_until_the_next_look(terminal: Any) -> None:
+    view = terminal(NO_DRIVER, interval="3600")
+    view.read_until(SHOW, b"no GPU")
+    time.sleep(0.1)
+    view.process.send_signal(signal.SIGTERM)
+    assert view.end() == 143

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -110,22 +111,63 @@ def test_a_wrapped_model_is_seen_until_it_is_unwrapped(tmp_path: Path, own: Own)
     assert own() == ()
 
 
+@contextmanager
+def forked(run: Callable[[], int]) -> Iterator[int]:
+    """A forked child, by number: it runs this, says so by ending with its result, and is never a second pytest."""
+    child = os.fork()
+    if not child:
+        code = 255
+        try:
+            code = run()
+        finally:
+            os._exit(code)
+    try:
+        yield child
+    finally:
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
+
+
+def code_of(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def test_a_forked_child_does_not_show_its_parents_ledger(page: LedgerPage) -> None:
     page.write(PublishedLedger(budget_bytes=1, peak_bytes=1, kinds={}))
     stop, go = os.pipe()
-    child = os.fork()
-    if not child:
+
+    def wait() -> int:
         os.close(go)
         os.read(stop, 1)
-        os._exit(0)
-    try:
-        ledgers = find_publishers().ledgers
+        return 0
+
+    with forked(wait) as child:
+        try:
+            ledgers = find_publishers().ledgers
+        finally:
+            os.close(go)
+            os.close(stop)
         assert os.getpid() in ledgers
         assert child not in ledgers
-    finally:
-        os.close(go)
-        os.close(stop)
-        os.waitpid(child, 0)
+        assert code_of(child) == 0
+
+
+def test_a_forked_child_that_writes_has_a_page_of_its_own(page: LedgerPage, own: Own) -> None:
+    of_parent = PublishedLedger(budget_bytes=1, peak_bytes=1, kinds={})
+    of_child = PublishedLedger(budget_bytes=2, peak_bytes=2, kinds={})
+    page.write(of_parent)
+
+    def write() -> int:
+        num_open = len(os.listdir("/proc/self/fd"))
+        page.write(of_child)
+        page.write(of_child)
+        if len(os.listdir("/proc/self/fd")) != num_open:
+            return 1
+        return 0 if find_publishers().ledgers[os.getpid()] == (of_child,) else 2
+
+    with forked(write) as child:
+        assert code_of(child) == 0
+        assert own() == (of_parent,)
 
 
 def test_without_memory_for_the_page_nothing_is_published_and_nothing_fails(
@@ -150,6 +192,12 @@ def test_without_memory_for_the_page_nothing_is_published_and_nothing_fails(
 def test_what_is_no_page_of_ours_is_passed_by(own: Own) -> None:
     good = {"version": 1, "pid": os.getpid(), "budget_bytes": 1, "peak_bytes": 1, "kinds": {}}
     bad = [b"", b"{", b"[]", b'"text"', b"\xff", json.dumps(good | {"version": 2}).encode()]
+    bad += [json.dumps({**good, "peak_bytes": what}).encode() for what in (-1, 2**63, 1.5, True, "1", None)]
+    bad += [json.dumps(good).encode().replace(b'"peak_bytes": 1', b'"peak_bytes": 1e999'), b"[" * 100_000]
+    bad += [
+        json.dumps(good).encode().replace(b"{}", b"{" + b" " * 4096 + b"}"),
+        json.dumps(good | {"kinds": {"a": -1}}).encode(),
+    ]
     bad += [json.dumps(good | {"kinds": 3}).encode(), json.dumps({**good, "budget_bytes": "much"}).encode()]
     for content in [*bad, json.dumps(good).encode()]:
         descriptor = os.memfd_create("mball-ledger")
@@ -163,6 +211,7 @@ def test_what_is_no_page_of_ours_is_passed_by(own: Own) -> None:
 def test_pages_are_read_whole_while_they_are_written(page: LedgerPage, own: Own) -> None:
     """What adds up in each ledger adds up in what is read."""
     stop = threading.Event()
+    num_seen = 0
 
     def write() -> None:
         number = 0
@@ -175,19 +224,39 @@ def test_pages_are_read_whole_while_they_are_written(page: LedgerPage, own: Own)
     try:
         for _ in range(20):
             for published in own():
+                num_seen += 1
                 assert published.budget_bytes == published.peak_bytes == published.kinds["arena"]
     finally:
         stop.set()
         writer.join()
+    assert num_seen, "the page was never read"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
 def test_processes_that_cannot_be_looked_into_are_counted(page: LedgerPage) -> None:
     page.write(PublishedLedger(budget_bytes=1, peak_bytes=1, kinds={}))
-    child = os.fork()
-    if not child:
+
+    def look() -> int:
         os.setuid(65534)
         publishers = find_publishers()
-        os._exit(min(publishers.num_hidden, 100) if os.getppid() not in publishers.ledgers else 101)
-    _, status = os.waitpid(child, 0)
-    assert 1 <= os.waitstatus_to_exitcode(status) <= 100
+        return min(publishers.num_hidden, 100) if os.getppid() not in publishers.ledgers else 101
+
+    with forked(look) as child:
+        assert 1 <= code_of(child) <= 100
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
+def test_threads_of_the_kernel_are_not_counted_as_hidden(tmp_path: Path) -> None:
+    for number, command in (("2", b""), ("3", b"python\0")):
+        (tmp_path / number / "fd").mkdir(parents=True)
+        (tmp_path / number / "fd").chmod(0o700)
+        (tmp_path / number / "cmdline").write_bytes(command)
+    tmp_path.chmod(0o755)
+
+    def look() -> int:
+        os.chdir(tmp_path)  # what is above it is closed to the other user
+        os.setuid(65534)
+        return find_publishers(Path()).num_hidden
+
+    with forked(look) as child:
+        assert code_of(child) == 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mball.memory.ledger import Kind, Ledger
+from mball.memory.ledger import Account, Kind, Ledger
 from mball.observe.reconcile import CudaFacts, Reconciliation, reconcile_gpu, reconcile_host
 from mball.observe.told import NotTold
 from mball.snapshot import take_host_memory
@@ -82,6 +83,30 @@ def test_this_process_is_explained() -> None:
     planned = take_host_memory(ledger)
     if planned.held_bytes < GIB:
         assert isinstance(planned.rest_bytes, NotTold)
+
+
+class MovedBetween(Ledger):
+    """What is in buffers moves to the arena after the first question."""
+
+    def account(self, kind: Kind) -> Account:
+        answer = super().account(kind)
+        self.move()
+        return answer
+
+    def snapshot(self) -> Mapping[str, Account]:
+        answer = super().snapshot()
+        self.move()
+        return answer
+
+    def move(self) -> None:
+        self.set(Kind.BUFFERS, 0)
+        self.set(Kind.ARENA, MIB)
+
+
+def test_what_moves_from_kind_to_kind_is_counted_once() -> None:
+    ledger = MovedBetween(2 * MIB)
+    ledger.set(Kind.BUFFERS, MIB)
+    assert take_host_memory(ledger).known_bytes == MIB
 
 
 def test_a_kernel_that_tells_nothing() -> None:
