@@ -26,10 +26,10 @@ def test_nothing_is_left_of_an_engine_that_cannot_start(tmp_path: Path, monkeypa
     monkeypatch.setattr(CpuDevice, "arena", arena)
     config = Config.of(budget="1MiB", swap_dir=tmp_path)
     storage = Storage.open(config)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())  # some of them may be ending
     homes = Homes([], [], storage.swap)
     with pytest.raises(IndexError):  # no home is weight 7
         Machinery.start(config, storage, homes, lambda: pytest.fail("not asked"), expected=[OperatorReads((7,))])
     assert [each.closed for each in arenas] == [True]
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     storage.close()

@@ -245,12 +245,12 @@ def failed_reads(directory: Path, capture: str) -> None:
     acts = [heard(each) for each in ACTS]
     adversary, expected = begin(chain, directory, 0.6, ACTS, capture)
     for pace in paces(2):
+        raised = 0
         for number, error in ((2, StorageError("injected")), (7, DeviceError("injected"))):
-            raised = 0
             with failed_read(adversary.device, number, error):
                 adversary.play(pace, acts)
                 adversary.play(pace, acts)
             adversary.play(CORNERS["all at once"], acts[:1])  # at the latest now that all copies are over
-            if not raised:
-                raise DifferentError(f"{pace}: nobody heard that read {number} failed")
             adversary.check(pace, ACTS, expected)
+        if not raised:  # of a copy that was given up nobody needs to hear, but these are not both given up
+            raise DifferentError(f"{pace}: nobody heard that a read failed")
