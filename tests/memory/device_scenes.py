@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from mball.memory import Event
-from tests.memory.devices import NUM_PAGES, PAGE, Bench
+from tests.memory.devices import NUM_PAGES, PAGE, Bench, expect
 
 
 def slots_in_turn(bench: Bench, chance: random.Random, *, num_copies: int = 24) -> None:
@@ -32,7 +32,7 @@ def slots_in_turn(bench: Bench, chance: random.Random, *, num_copies: int = 24) 
         _land(bench, under_way, slot, slot_pages, seen)
     bench.finish()
     for number, (look, wanted) in enumerate(seen):
-        assert look() == wanted, f"look {number} of {len(seen)}"
+        expect(look(), wanted, f"look {number} of {len(seen)}")
 
 
 def _land(
@@ -55,13 +55,13 @@ def events_are_reached(bench: Bench) -> None:
         assert event.done()
     look = bench.look(3, 33)
     bench.finish()
-    assert look() == bench.content[PAGE : 31 * PAGE]
+    expect(look(), bench.content[PAGE : 31 * PAGE])
     event = bench.device.copy([bench.read(0, 20 * PAGE, 40)], None)
     while not event.done():
         pass
     look = bench.look(40, 60)
     bench.finish()
-    assert look() == bench.content[: 20 * PAGE]
+    expect(look(), bench.content[: 20 * PAGE])
 
 
 def nothing_writes_after_synchronize(bench: Bench) -> None:
@@ -72,8 +72,8 @@ def nothing_writes_after_synchronize(bench: Bench) -> None:
     bench.fill(0, 48, 7)
     after = bench.look(0, 48)
     bench.finish()
-    assert look() == b"".join(bench.content[n * PAGE : (n + 8) * PAGE] for n in range(6))
-    assert after() == bytes([7]) * 48 * PAGE
+    expect(look(), b"".join(bench.content[n * PAGE : (n + 8) * PAGE] for n in range(6)))
+    expect(after(), bytes([7]) * 48 * PAGE)
     assert all(event.done() for event in events)
 
 
@@ -85,4 +85,4 @@ def compute_is_waited_for(bench: Bench) -> None:
     bench.device.wait(event)
     event.wait()
     assert event.done()
-    assert look() == bytes([9]) * 4 * PAGE
+    expect(look(), bytes([9]) * 4 * PAGE)

@@ -65,6 +65,16 @@ class Bench:
         )
 
 
+def expect(seen: bytes, wanted: bytes, where: str = "") -> None:
+    """Says where bytes differ first: pytest's own comparison of so many takes minutes where it prints it whole."""
+    __tracebackhide__ = True
+    if seen != wanted:
+        pairs = enumerate(zip(seen, wanted, strict=False))
+        first = next((at for at, (one, other) in pairs if one != other), min(len(seen), len(wanted)))
+        got, expected = (each[first : first + 8].hex() or "the end" for each in (seen, wanted))
+        raise AssertionError(f"{where or 'bytes'}: at {first} (page {first // PAGE}) {got} instead of {expected}")
+
+
 Open = Callable[[Path], Any]
 
 

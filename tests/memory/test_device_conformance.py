@@ -17,7 +17,7 @@ from tests.memory.device_scenes import (
     nothing_writes_after_synchronize,
     slots_in_turn,
 )
-from tests.memory.devices import DEVICES, NUM_PAGES, PAGE, Bench
+from tests.memory.devices import DEVICES, NUM_PAGES, PAGE, Bench, expect
 
 Opener = Callable[[Path], AbstractContextManager[Bench]]
 
@@ -47,7 +47,7 @@ def test_bytes_land(bench: Bench) -> None:
         looks = [bench.look(page, page - (-len(wanted) // PAGE)) for page, wanted in expected]
         bench.finish()
         for look, (_, wanted) in zip(looks, expected, strict=True):
-            assert look()[: len(wanted)] == wanted
+            expect(look()[: len(wanted)], wanted)
 
 
 def test_a_copy_waits_for_what_it_comes_after_and_compute_for_the_copy(bench: Bench) -> None:
@@ -90,7 +90,7 @@ def test_a_read_that_fails_stays_with_its_event(bench: Bench, request: pytest.Fi
         bench.device.wait(bad)
         look = bench.look(8, 16)
         bench.finish()
-        assert look() == bench.content[38 * PAGE : 46 * PAGE]
+        expect(look(), bench.content[38 * PAGE : 46 * PAGE])
         return
     for _ in range(2):
         with pytest.raises(StorageError, match=rf"offset {40 * PAGE} B|offset {38 * PAGE} B.*{bench.path}"):
@@ -103,7 +103,8 @@ def test_a_read_that_fails_stays_with_its_event(bench: Bench, request: pytest.Fi
         bench.device.wait(event)
     look = bench.look(0, 24)
     bench.finish()
-    assert look()[: 8 * PAGE] == look()[16 * PAGE :] == bench.content[: 8 * PAGE]
+    expect(look()[: 8 * PAGE], bench.content[: 8 * PAGE])
+    expect(look()[16 * PAGE :], bench.content[: 8 * PAGE])
 
 
 def test_after_close_nothing_is_copied(bench: Bench) -> None:
@@ -116,7 +117,7 @@ def test_after_close_nothing_is_copied(bench: Bench) -> None:
     with pytest.raises(MballError, match="closed"):
         bench.device.copy([bench.read(0, PAGE, 0)], None)
     assert event.done()
-    assert look() == bench.content[: 8 * PAGE]
+    expect(look(), bench.content[: 8 * PAGE])
 
 
 def test_a_forked_child_is_refused_and_takes_nothing_with_it(bench: Bench) -> None:
@@ -135,4 +136,4 @@ def test_a_forked_child_is_refused_and_takes_nothing_with_it(bench: Bench) -> No
     bench.device.wait(under_way)
     look = bench.look(0, 30)
     bench.finish()
-    assert look() == bench.content[: 30 * PAGE]
+    expect(look(), bench.content[: 30 * PAGE])

@@ -27,7 +27,7 @@ from mball.memory.region import Region
 from mball.run.file_read import FileRead
 from mball.storage.threads import PendingReads
 from tests.memory.device_scenes import slots_in_turn
-from tests.memory.devices import BUFFER_BYTES, NUM_PAGES, PAGE, PLACES, Bench, cuda_on_the_stand_in
+from tests.memory.devices import BUFFER_BYTES, NUM_PAGES, PAGE, PLACES, Bench, cuda_on_the_stand_in, expect
 from tests.memory.driver.standin import CODES, Order, StandIn
 
 COPY = "cuMemcpyHtoDAsync"
@@ -54,7 +54,7 @@ def test_homes_side_by_side_are_one_copy_cut_where_pinning_was(standin: StandIn,
             for page, place in pages:
                 look = bench.look(place, place + 1)
                 bench.finish()
-                assert look() == bench.content[page * PAGE : (page + 1) * PAGE]
+                expect(look(), bench.content[page * PAGE : (page + 1) * PAGE])
 
 
 def test_the_host_waits_for_nothing_but_reads(standin: StandIn, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_the_host_waits_for_nothing_but_reads(standin: StandIn, tmp_path: Path) 
         assert standin.num_waiting >= 20 * 6, "something ran, so somebody waited for it"
         assert "mball-feed" not in names_of_threads()
         bench.finish()
-        assert look() == bench.content[: 8 * PAGE]
+        expect(look(), bench.content[: 8 * PAGE])
 
 
 def test_bytes_from_disk_come_through_a_ring_that_is_gone_round(standin: StandIn, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_bytes_from_disk_come_through_a_ring_that_is_gone_round(standin: StandIn
         assert standin.calls(COPY) == -(-(40 * PAGE + 5) // BUFFER_BYTES)
         look = bench.look(0, 40)
         bench.finish()
-        assert look() == bench.content[5 : 5 + 40 * PAGE]
+        expect(look(), bench.content[5 : 5 + 40 * PAGE])
     assert names_of_threads() == before
 
 
@@ -299,7 +299,7 @@ def test_any_call_of_a_copy_may_fail(
             standin.run()
             look = bench.look(0, 11)
             bench.finish()
-            assert look() == bytes([66]) * 11 * PAGE, "a copy that failed wrote late"
+            expect(look(), bytes([66]) * 11 * PAGE, "a copy that failed wrote late")
             for _ in range(3):
                 one_copy(bench)
         assert standin.is_idle(), "streams, events, pinned memory or work are left"
