@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -14,9 +15,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from mball.assembly import AdaptDevice, Machinery, Storage, inductor_options
+from mball.assembly import Machinery, Storage, inductor_options
 from mball.backend import Backend
 from mball.backend_door import Door, find_door
+from mball.compute import OpenCompute, open_compute
 from mball.config import Capture, Compile, Config
 from mball.errors import ConfigError, WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
@@ -28,7 +30,7 @@ from mball.run.doors import Gate, Wrapped, hang_door, mix_in, mix_out, mixed_cla
 from mball.run.engine import Engine
 from mball.run.home_sources import map_checkpoint, write_homes
 from mball.run.homes import Homes
-from mball.run.tenants import move_in, move_out, place_buffers
+from mball.run.tenants import move_buffers, move_in, move_out, place_buffers
 from mball.run.tiers import TieredCall
 from mball.schema import LiveRange, Plan, Tensor, Trace
 from mball.snapshot import take_report, take_timeline
@@ -109,7 +111,7 @@ def _wrap(
     config: Config,
     weights: str | os.PathLike[str] | None,
     rename: Mapping[str, str],
-    adapt_device: AdaptDevice = lambda device: device,
+    open_compute: OpenCompute = open_compute,
 ) -> None:
     _check_roots(roots)
     options = inductor_options(config)
@@ -123,25 +125,27 @@ def _wrap(
     new_buffers = load_buffers(census, index, rename)
     fixed_bytes = census.buffer_bytes() + sum(tensor.nbytes for tensor in new_buffers.values())
 
-    storage = Storage.open(config)
-    try:
+    with contextlib.ExitStack() as undo:
+        storage = Storage.open(config)
+        undo.callback(storage.close)
+        compute = open_compute(config, storage.files)
+        undo.callback(compute.close)
+        new_buffers |= move_buffers(census, new_buffers, compute.device.place)
         homes = _homes(census, entries, storage)
-        machine = measure_machine(homes.homes, storage.files, config.io_threads)
+        machine = measure_machine(homes.homes, storage.files, config.io_threads, compute.link)
         expected = expected_operators(roots, census)
         check_budget(config.budget_bytes, homes.homes, machine, fixed_bytes, expected)
         machinery = Machinery.start(
             config,
             storage,
             homes,
+            compute,
             lambda: machine,
             fixed_bytes=fixed_bytes,
             expected=expected,
             verify_files=index.verify_unchanged if index is not None else _nothing_to_verify,
-            adapt_device=adapt_device,
         )
-    except BaseException:
-        storage.close()
-        raise
+        undo.pop_all()
 
     # Nothing above changed the model; nothing below fails.
     parameters = move_in(census, homes.homes)
@@ -298,7 +302,7 @@ def report(model: torch.nn.Module) -> Report:
         state.engine,
         policy=state.machinery.policy.value,
         link_bytes_per_s=state.machinery.machine().link.bandwidth_bytes_per_s,
-        io_path=state.machinery.reader.path,
+        io_path=state.machinery.compute.reader.path,
         weights_owned=count_weights(roots),
         graphs=len(state.backend.runners),
     )

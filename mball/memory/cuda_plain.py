@@ -75,6 +75,11 @@ class PlainCudaMemory:
             size = reservation.size_bytes
             raise DeviceError(f"cannot free {format_bytes(size)} ({size} bytes): {error}") from error
 
+    @property
+    def in_use(self) -> bool:
+        """Whether something is reserved: an arena, or a tensor that is left of one."""
+        return bool(self._live)
+
     def close(self) -> None:
         """Gives the driver's context up; every reservation was released before. Raises DeviceError."""
         assert not self._live, "release what is reserved first"

@@ -194,6 +194,11 @@ class CudaMemory:
             f"give back {format_bytes(size)} ({size} bytes) that are pooled", partial(self._pool.trim, keep_bytes)
         )
 
+    @property
+    def in_use(self) -> bool:
+        """Whether something is reserved: an arena, or a tensor that is left of one."""
+        return bool(self._spaces)
+
     def close(self) -> None:
         """Gives the driver's context up; every reservation was released before. Idempotent. Raises DeviceError."""
         assert not self._spaces, "release what is reserved first"

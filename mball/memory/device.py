@@ -90,6 +90,14 @@ class Gauge(Protocol):
 class Device(Protocol):
     """Where steps run: memory, copies into it, and the order of copies and compute."""
 
+    @property
+    def place(self) -> torch.device:
+        """Where torch has the tensors that compute works on."""
+
+    @property
+    def reads_mappings(self) -> bool:
+        """Whether compute reads mapped files page by page, so that hints of what comes help."""
+
     def arena(self, reserve_bytes: int) -> Arena:
         """Makes the device's one arena, which can grow to `reserve_bytes`, or further. The caller closes it.
 
@@ -120,10 +128,23 @@ class Device(Protocol):
         A hint: devices do nothing, adaptors for tests destroy the content.
         """
 
-    def rows_of(self, home: torch.Tensor) -> torch.Tensor:
+    def expect(self, reads: Sequence[ArenaRead]) -> None:
+        """Says what is copied again and again from now on, in this order: a device may keep it in a faster place.
+
+        Takes the place of what was said before. Does not block.
+        """
+
+    def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
+        """Says that these bytes of a file are others now; no copy of them is under way."""
+
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
         """Returns what compute that looks up a few rows reads in the place of `home`, a mapping of a file.
 
-        The CPU reads the home itself, page by page. A device that cannot has to bring rows to memory of its own.
+        The CPU reads the home itself, page by page. Another device finds the bytes by the `reads` that bring them, one
+        behind the other, to the arena.
+
+        Raises:
+            StorageError, DeviceError: they cannot be brought where the device reads them.
         """
 
     def gauge(self) -> Gauge:
@@ -186,7 +207,21 @@ class CpuDevice:
     def discard(self, offset: int, size: int) -> None:
         """Does nothing."""
 
-    def rows_of(self, home: torch.Tensor) -> torch.Tensor:
+    @property
+    def place(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def reads_mappings(self) -> bool:
+        return True
+
+    def expect(self, reads: Sequence[ArenaRead]) -> None:
+        """Does nothing: there is no faster place."""
+
+    def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
+        """Does nothing."""
+
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
         return home
 
     def gauge(self) -> Gauge:

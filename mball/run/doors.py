@@ -197,10 +197,11 @@ class Wrapped:
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = next((p for p in self.parameters()), None)  # type: ignore[attr-defined]
+        place = self._mball_gate.engine.place
         if before is not None and recurse:
             with torch.no_grad():
-                probe = fn(torch.empty(1, dtype=before.dtype, device=before.device))
-            if probe.dtype == before.dtype and probe.device == before.device:
+                probe = fn(torch.empty(1, dtype=before.dtype, device=place))
+            if probe.dtype == before.dtype and probe.device == place:
                 return self
         raise WrapError(
             "a wrapped model cannot be moved or converted, because its weights stay at their homes: "

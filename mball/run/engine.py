@@ -67,7 +67,7 @@ class Engine:
         self.execution = execution
         self.ledger = ledger
         self.fixed_bytes = fixed_bytes
-        self.live = LiveBytes()
+        self.live = LiveBytes(execution.device.place)
         self.meter = PassMeter(execution, correction, retime)
         self.num_steps = 0  # of the plan that ran last
         self.weights_read: set[int] = set()
@@ -102,6 +102,11 @@ class Engine:
     def trace(self) -> Trace | None:
         """The trace of the pass that is planned now."""
         return self._active.tape.trace if self._active else None
+
+    @property
+    def place(self) -> torch.device:
+        """Where steps compute."""
+        return self.execution.device.place
 
     @property
     def closed(self) -> bool:

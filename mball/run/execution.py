@@ -155,6 +155,7 @@ class Execution:
             for step in plan.steps
         ]
         self._bound = [None] * count
+        self._expect()
         if len(self._views) > 8 * len(self.homes):
             self._views.clear()
 
@@ -279,9 +280,15 @@ class Execution:
 
     def forget(self, weights: Iterable[int]) -> None:
         """Drops the copies of weights whose homes were written; they are read again when needed."""
-        for bundle in {self._bundle_of_weight[weight] for weight in weights if weight in self._bundle_of_weight}:
+        written = list(weights)
+        for bundle in {self._bundle_of_weight[weight] for weight in written if weight in self._bundle_of_weight}:
             if bundle in self._occupants:
                 self._evict(bundle)
+        for weight in written:
+            for piece in self.homes.pieces(weight):
+                self.device.changed(piece.file, piece.offset_bytes, piece.size_bytes)
+        if written and self.plan is not None:
+            self._expect()  # what was written lies elsewhere now
 
     def abort(self) -> None:
         """Makes the state consistent after an exception: nothing in use, no copy running, no copy half known."""
@@ -414,15 +421,7 @@ class Execution:
         for other, occupant in list(self._occupants.items()):
             if occupant.offset_bytes < end and offset < occupant.end_bytes:
                 self._evict(other)
-        reads = [
-            FileRead(
-                file=piece.file,
-                offset_bytes=piece.offset_bytes,
-                size_bytes=piece.size_bytes,
-                arena_offset_bytes=offset + extent.slot_offset_bytes + piece.shift_bytes,
-            )
-            for extent, piece in self.homes.reads(bundle.extents)
-        ]
+        reads = self._reads(bundle, offset)
         # Known before it starts: an interrupt in between leaves an occupant that `abort` removes.
         occupant = self._occupants[number] = Occupant(bundle, offset, _NOT_STARTED, planned)
         asked_s = time.perf_counter()
@@ -431,6 +430,26 @@ class Execution:
         self.counters.bytes_read += size_bytes
         self.counters.reads += len(reads)
         occupant.record = self.recorder.reading(bundle, size_bytes, asked_s, event)
+
+    def _reads(self, bundle: Bundle, offset: int) -> list[FileRead]:
+        """Returns what brings a bundle to `offset`."""
+        return [
+            FileRead(
+                file=piece.file,
+                offset_bytes=piece.offset_bytes,
+                size_bytes=piece.size_bytes,
+                arena_offset_bytes=offset + extent.slot_offset_bytes + piece.shift_bytes,
+            )
+            for extent, piece in self.homes.reads(bundle.extents)
+        ]
+
+    def _expect(self) -> None:
+        """Tells the device what the plan copies in each pass."""
+        assert self.plan is not None
+        places = {transfer.bundle: transfer.offset_bytes for transfer in self.plan.transfers}
+        self.device.expect(
+            [read for bundle, offset in places.items() for read in self._reads(self.plan.bundles[bundle], offset)]
+        )
 
     def _land(self, bundle: int) -> Occupant:
         occupant = self._occupants[bundle]

@@ -267,6 +267,12 @@ class Homes:
             for piece in self._file_of[extent.file].resolve(extent):
                 yield extent, piece
 
+    def pieces(self, weight: int) -> list[Piece]:
+        """Returns where the current bytes of a weight are, in order."""
+        home = self.homes[weight]
+        extent = Extent(file=home.file, offset_bytes=home.offset_bytes, size_bytes=home.span_bytes, slot_offset_bytes=0)
+        return self._file_of[home.file].resolve(extent)
+
     def close(self) -> None:
         """Closes the swap file. Homes that somebody still holds stay readable. Idempotent."""
         self.swap.close()

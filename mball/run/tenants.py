@@ -27,6 +27,24 @@ def move_in(census: Census, homes: Sequence[Home]) -> list[tuple[torch.nn.Parame
     return parameters
 
 
+def move_buffers(census: Census, new: Mapping[str, torch.Tensor], place: torch.device) -> dict[str, torch.Tensor]:
+    """Returns those buffers that are elsewhere as they are on the compute device, under each of their names.
+
+    Args:
+        census: of the modules.
+        new: what takes the place of buffers on the meta device.
+        place: where steps compute.
+    """
+    moved: dict[int, torch.Tensor] = {}
+    there: dict[str, torch.Tensor] = {}
+    for name, buffer in {**census.buffers, **new}.items():
+        if buffer.device != place and not buffer.is_meta:
+            if id(buffer) not in moved:
+                moved[id(buffer)] = buffer.to(place)
+            there[name] = moved[id(buffer)]
+    return there
+
+
 def place_buffers(census: Census, tensors: Mapping[str, torch.Tensor]) -> None:
     """Makes the buffers of these names these tensors."""
     for name, tensor in tensors.items():

@@ -1,0 +1,113 @@
+"""Where steps run: the CPU, or a GPU whose copies come from pinned memory and from files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from mball.config import Config
+from mball.errors import ConfigError
+from mball.memory import CpuDevice, Device
+from mball.memory.cuda_device import CudaDevice
+from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_link import measure_copies
+from mball.memory.cuda_plain import PlainCudaMemory
+from mball.memory.cuda_virtual import CudaMemory
+from mball.memory.page_pool import PagePool
+from mball.run.homes import PAGE_BYTES
+from mball.schema import Link, Tier
+from mball.storage import FileTable, ThreadedReader
+from mball.units import MIB
+
+_log = logging.getLogger(__name__)
+
+# A copy that is long enough to show how fast the link is: some milliseconds.
+_MEASURED_BYTES = 128 * MIB
+
+
+def _no_more() -> None:
+    """Nothing is left to close."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """A device, and what reads files for it.
+
+    Attributes:
+        device: ends with `device.close`, after which its arena may be closed.
+        reader: reads files; the device closes it.
+        page_bytes: what the device's memory comes in.
+        link: on which plans bring bundles, where that is not the disk.
+        closer: gives back what is left when device and arena are closed.
+    """
+
+    device: Device
+    reader: ThreadedReader
+    page_bytes: int = PAGE_BYTES
+    link: Link | None = None
+    closer: Callable[[], None] = _no_more
+
+    def close(self) -> None:
+        """Ends a device that no engine has taken over. Idempotent."""
+        self.device.close()
+        self.closer()
+
+
+OpenCompute = Callable[[Config, FileTable], Compute]
+
+
+def open_compute(config: Config, files: FileTable) -> Compute:
+    """Returns the device that `config` names.
+
+    Raises:
+        ConfigError: this torch knows no such device.
+        DeviceError: there is none, or it lacks something that is needed.
+    """
+    kind, _, number = config.device.partition(":")
+    reader = ThreadedReader(files, num_threads=config.io_threads)
+    try:
+        if kind == "cpu":
+            return Compute(device=CpuDevice(reader), reader=reader)
+        return _open_cuda(reader, int(number) if number else None)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _open_cuda(reader: ThreadedReader, ordinal: int | None) -> Compute:
+    if not torch.backends.cuda.is_built():
+        raise ConfigError(f"device is 'cuda', and this torch ({torch.__version__}) is built without CUDA: install one")
+    if ordinal is None:
+        ordinal = torch.cuda.current_device()
+    stream_of = torch.cuda.current_stream
+    with contextlib.ExitStack() as undo:
+        driver = CudaDriver(ordinal)
+        undo.callback(driver.close)
+        # What an arena gives up is for activations, and counts: so nothing is pooled.
+        memory: CudaMemory | PlainCudaMemory = (
+            CudaMemory(driver, pool=PagePool(driver, limit_bytes=0))
+            if driver.has_virtual_memory
+            else PlainCudaMemory(driver)
+        )
+        link = measure_copies(driver, size_bytes=_MEASURED_BYTES)
+        device = CudaDevice(driver, memory, reader, lambda: int(stream_of(ordinal).cuda_stream))
+        undo.pop_all()
+    _log.info("GPU %d copies %.1f GB/s out of pinned memory", ordinal, link.bandwidth_bytes_per_s / 1e9)
+    return Compute(
+        device=device,
+        reader=reader,
+        page_bytes=memory.page_bytes,
+        # Plans know one link yet: homes that are in no pinned memory come more slowly than they think.
+        link=replace(link, source=Tier.DISK),
+        closer=partial(_let_go, memory),
+    )
+
+
+def _let_go(memory: CudaMemory | PlainCudaMemory) -> None:
+    if not memory.in_use:  # else it goes with the process: a tensor outlives the arena it is on
+        memory.close()
