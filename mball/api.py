@@ -448,6 +448,8 @@ def _hang_doors(
                 before_capture=gate.engine.capture.begin,
                 faithful=config.compile is Compile.EAGER,
                 fullgraph=config.fullgraph,
+                place=gate.engine.place,
+                is_home=gate.engine.homes.has,
             )
             call = compiled(dynamic=config.dynamic)
             if capture is Capture.AUTO:

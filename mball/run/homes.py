@@ -193,6 +193,10 @@ class Homes:
                 sorted((home.offset_bytes, home.offset_bytes + home.span_bytes, index) for index, home in held)
             )
 
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Returns whether a plain tensor is a home, or a view of one."""
+        return storage_key(tensor) in self.weight_of_storage
+
     def schema(self) -> tuple[Tensor, ...]:
         """Returns all homes as the trace describes them."""
         return tuple(home.schema() for home in self.homes)
