@@ -30,7 +30,8 @@ from mball.run.doors import Gate, Wrapped, hang_door, mix_in, mix_out, mixed_cla
 from mball.run.engine import Engine
 from mball.run.home_sources import map_checkpoint, write_homes
 from mball.run.homes import Homes
-from mball.run.tenants import move_buffers, move_in, move_out, place_buffers
+from mball.run.placed import displace, place
+from mball.run.tenants import move_buffers, move_in, move_out, place_buffers, return_buffers
 from mball.run.tiers import TieredCall
 from mball.schema import LiveRange, Plan, Tensor, Trace
 from mball.snapshot import take_report, take_timeline
@@ -116,7 +117,8 @@ def _wrap(
     _check_roots(roots)
     options = inductor_options(config)
     capture = _capture_of(config)
-    classes = [_mixed(root) for root in roots]
+    for root in roots:
+        _check_derivable(root)
     census = take_census(roots)
     if not census.weights:
         raise WrapError("the model has no weights, so there is nothing to stream")
@@ -150,6 +152,8 @@ def _wrap(
     # Nothing above changed the model; nothing below fails.
     parameters = move_in(census, homes.homes)
     place_buffers(census, new_buffers)
+    if compute.device.place.type != "cpu":
+        place((module for root in roots for module in root.modules()), compute.device.place)
     buffers = [buffer for root in roots for buffer in root.buffers()]
     if capture is not Capture.GRAPHS:
         machinery.engine.live.count_inputs(buffers)
@@ -157,7 +161,7 @@ def _wrap(
     if config.compile is Compile.EAGER:
         make_faithful()
     backend = Backend(gate, parameters, buffers, config, options)
-    _hang_doors(roots, classes, gate, backend, config, capture)
+    _hang_doors(roots, gate, backend, config, capture)
     state = _State(
         machinery=machinery,
         gate=gate,
@@ -193,10 +197,12 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
         return model
     roots = [root for ref in state.roots if (root := ref()) is not None]
     move_out(state.gate.pairs())
+    return_buffers(roots, state.engine.place)
     for root in roots:
         for module in root.modules():
             set_call(module, None)
         mix_out(root)
+        displace(root.modules())
         del _states[root]
     state.closer()
     return model
@@ -417,9 +423,9 @@ def _nothing_to_verify() -> None:
     """A swap file has no name: nobody can change it."""
 
 
-def _mixed(root: torch.nn.Module) -> type[torch.nn.Module]:
+def _check_derivable(root: torch.nn.Module) -> None:
     try:
-        return mixed_class(type(root))
+        mixed_class(type(root))
     except TypeError as error:
         raise WrapError(
             f"{type(root).__name__} cannot be derived from ({error}), and mball derives a class to wrap it: put the "
@@ -429,13 +435,12 @@ def _mixed(root: torch.nn.Module) -> type[torch.nn.Module]:
 
 def _hang_doors(
     roots: Sequence[torch.nn.Module],
-    classes: Sequence[type[torch.nn.Module]],
     gate: Gate,
     backend: Backend,
     config: Config,
     capture: Capture,
 ) -> None:
-    for root, mixed in zip(roots, classes, strict=True):
+    for root in roots:
         for module in root.modules():
             if get_call(module) is None and any(True for _ in module.parameters()):
                 hang_door(module, gate)
@@ -457,4 +462,4 @@ def _hang_doors(
                 varied = call if config.dynamic is not None else compiled(dynamic=True)
                 call = TieredCall(gate.engine, gate.mode, plain, call, varied)
             hang_door(root, gate, call)
-        mix_in(root, mixed, gate)
+        mix_in(root, mixed_class(type(root)), gate)

@@ -52,6 +52,19 @@ def place_buffers(census: Census, tensors: Mapping[str, torch.Tensor]) -> None:
         owner.module._buffers[owner.attribute] = tensor
 
 
+def return_buffers(roots: Sequence[torch.nn.Module], place: torch.device) -> None:
+    """Moves the buffers on `place` to host memory, where the weights are; one that two modules have stays one."""
+    moved: dict[int, torch.Tensor] = {}
+    if place.type == "cpu":
+        return
+    for module in (module for root in roots for module in root.modules()):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device == place:
+                if id(buffer) not in moved:
+                    moved[id(buffer)] = buffer.cpu()
+                module._buffers[name] = moved[id(buffer)]
+
+
 def move_out(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
     """Gives parameters ordinary memory with the bytes of their homes, tied ones the same.
 

@@ -67,7 +67,11 @@ def compile_call(
             _capture.active, running.here = faithful, True
             # Here and not once for all: `torch._dynamo.reset()` removes what is registered.
             callback_handler.register_start_callback(started)
-            with _weights_as_arguments(), homes_on(place, is_home), torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            with (
+                _weights_as_arguments(),
+                homes_on(place, is_home),
+                torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),
+            ):
                 return compiled(*args, **kwargs)
         finally:
             with contextlib.suppress(ValueError):

@@ -17,8 +17,7 @@ import torch
 
 
 class _Faking(threading.local):
-    is_home: Callable[[torch.Tensor], bool] | None = None
-    place: torch.device | None = None
+    homes: tuple[torch.device, Callable[[torch.Tensor], bool]] | None = None
 
 
 _faking = _Faking()
@@ -31,12 +30,12 @@ def homes_on(place: torch.device, is_home: Callable[[torch.Tensor], bool]) -> It
         yield
         return
     _watch_fakes()
-    before = _faking.is_home, _faking.place
+    before = _faking.homes
     try:
-        _faking.is_home, _faking.place = is_home, place
+        _faking.homes = place, is_home
         yield
     finally:
-        _faking.is_home, _faking.place = before
+        _faking.homes = before
 
 
 @functools.cache
@@ -48,9 +47,9 @@ def _watch_fakes() -> None:
     @functools.wraps(make)
     def from_tensor(self: FakeTensorMode, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         fake = make(self, tensor, *args, **kwargs)
-        if _faking.is_home is not None and type(tensor) in (torch.Tensor, torch.nn.Parameter):
-            if _faking.is_home(tensor):
-                fake.fake_device = _faking.place
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        if _faking.homes is not None and plain and _faking.homes[1](tensor):
+            fake.fake_device = _faking.homes[0]
         return fake
 
     FakeTensorMode.from_tensor = from_tensor  # type: ignore[method-assign]
