@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # its usual name
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from tests.foreign.device import foreign_tensor
@@ -467,6 +468,46 @@ class Kept:
 
     def __del__(self) -> None:
         self.died.set()
+
+
+class Exchange(TorchDispatchMode):
+    """Has operators read copies on the device for weights that lie on the CPU, as whoever keeps them there does."""
+
+    def __init__(self, weights: list[torch.Tensor]) -> None:
+        super().__init__()
+        # They want gradients as the weights do, since ATen chooses kernels by that.
+        self.copies = {w.untyped_storage()._cdata: w.detach().to("foreign").requires_grad_() for w in weights}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def exchanged(tensor: torch.Tensor) -> torch.Tensor:
+            copied = self.copies.get(tensor.untyped_storage()._cdata)
+            if copied is None or func._schema.name in ("aten::t", "aten::view", "aten::detach"):
+                return tensor  # views stay views of what is at home
+            if copied.shape == tensor.shape and copied.stride() == tensor.stride():
+                return copied
+            return copied.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        return func(
+            *tree_map_only(torch.Tensor, exchanged, args), **tree_map_only(torch.Tensor, exchanged, kwargs or {})
+        )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "convolutions"])  # they have buffers
+def test_weights_that_lie_on_the_cpu_are_exchanged_by_a_mode(name: str, mode: Callable[[], Any]) -> None:
+    """No operator looks at devices before a mode has seen it, so weights may be elsewhere than inputs."""
+    make, shape = MODULES[name]
+    torch.manual_seed(0)
+    module, x = make(), random(*shape)
+    with mode():
+        with pytest.raises(RuntimeError, match=r"same device|on the same"):
+            module(x.to("foreign"))
+        torch.manual_seed(1)
+        with Exchange([]):  # a mode that does nothing changes bits on the CPU too, under inference mode
+            expected = module(x)
+        torch.manual_seed(1)
+        with Exchange(list(module.parameters())):
+            assert_equal(module(x.to("foreign")), expected)
 
 
 def test_streams_and_events_are_accepted(foreign: ModuleType) -> None:
