@@ -40,7 +40,7 @@ constexpr auto kForeignBit = c10::BackendComponent::PrivateUse1Bit;
 constexpr auto kHostBit = c10::BackendComponent::CPUBit;
 const Device kDevice(kForeign, 0);
 
-// -- memory -----------------------------------------------------------------------------------------------------------
+// -- memory ----------------------------------------------------------------------------------------------------------
 
 std::atomic<int64_t> allocated_bytes{0};
 std::atomic<int64_t> peak_bytes{0};
@@ -94,7 +94,7 @@ void let_storage_go(void* context) {
   delete static_cast<Storage*>(context);
 }
 
-// -- crossing to the CPU and back ---------------------------------------------------------------------------------------
+// -- crossing to the CPU and back ------------------------------------------------------------------------------------
 
 bool is_foreign(const Tensor& tensor) {
   return tensor.defined() && tensor.device().type() == kForeign;
@@ -239,7 +239,7 @@ class Crossing {
   std::vector<Pair> storages_;
 };
 
-// -- devices do not mix -------------------------------------------------------------------------------------------------
+// -- devices do not mix ----------------------------------------------------------------------------------------------
 
 // `pointwise` is torch's tag for operators that take a tensor without dimensions from the CPU; these do, and lack it.
 bool takes_cpu_scalars(const c10::OperatorHandle& op) {
@@ -299,7 +299,7 @@ void check_devices(const c10::OperatorHandle& op, const Stack& stack) {
   }
 }
 
-// -- operators ----------------------------------------------------------------------------------------------------------
+// -- operators -------------------------------------------------------------------------------------------------------
 
 // A kernel of the CPU calls others, which must be the CPU's as they are: no gradients, no versions, no casts.
 struct OnlyKernels {
@@ -307,20 +307,52 @@ struct OnlyKernels {
   c10::impl::ExcludeDispatchKeyGuard no_casts{c10::autocast_dispatch_keyset};
 };
 
-void run_on_host(const c10::OperatorHandle& op, DispatchKeySet /*keys*/, Stack* stack) {
+// What an operator is made of on the CPU is called as there: a view of a weight must know that the weight wants
+// gradients, since matmul decides by that.
+c10::impl::PODLocalDispatchKeySet with_autograd() {
+  auto keys = c10::impl::tls_local_dispatch_key_set();
+  const bool is_inference = c10::InferenceMode::is_enabled();
+  const DispatchKeySet views(DispatchKey::ADInplaceOrView);
+  auto included = is_inference ? keys.included_ : keys.included_ | views;
+  auto excluded = (keys.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView) | c10::autocast_dispatch_keyset;
+  if (is_inference)
+    excluded = excluded | c10::autograd_dispatch_keyset;
+  c10::impl::PODLocalDispatchKeySet result{};
+  result.set_included(included);
+  result.set_excluded(excluded);
+  return result;
+}
+
+template <typename Call>
+void cross(const c10::OperatorHandle& op, Stack* stack, const Call& call) {
   check_devices(op, *stack);
   Crossing crossing;
   const auto num_arguments = op.schema().arguments().size();
   for (auto i = stack->size() - num_arguments; i < stack->size(); ++i)
     (*stack)[i] = crossing.to_host((*stack)[i]);
-  {
-    OnlyKernels only;
-    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
-  }
+  call();
   crossing.finish();
   const auto num_results = op.schema().returns().size();
   for (auto i = stack->size() - num_results; i < stack->size(); ++i)
     (*stack)[i] = crossing.to_foreign((*stack)[i]);
+}
+
+void run_on_host(const c10::OperatorHandle& op, DispatchKeySet /*keys*/, Stack* stack) {
+  cross(op, stack, [&] {
+    OnlyKernels only;
+    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
+  });
+}
+
+void run_parts_on_host(const c10::OperatorHandle& op, DispatchKeySet /*keys*/, Stack* stack) {
+  cross(op, stack, [&] {
+    {
+      c10::impl::ForceDispatchKeyGuard guard(with_autograd());
+      op.callBoxed(stack);
+    }
+    for (auto i = stack->size() - op.schema().returns().size(); i < stack->size(); ++i)
+      (*stack)[i] = (*stack)[i].toTensor().detach();  // gradients are found in another way; see Again
+  });
 }
 
 Tensor empty(
@@ -416,7 +448,7 @@ int64_t choose_attention(
       DispatchKeySet(DispatchKey::CPU), query, key, value, mask, dropout_p, is_causal, scale, enable_gqa);
 }
 
-// -- gradients of operators that are one operator here --------------------------------------------------------------------
+// -- gradients of operators that are one operator here ---------------------------------------------------------------
 
 std::vector<Tensor> tensors_among(c10::ArrayRef<IValue> values) {
   std::vector<Tensor> found;
@@ -554,6 +586,15 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
 }
 
+// What is only marked as conjugated is copied to be resolved, so a copy must take it as it is.
+TORCH_LIBRARY_IMPL(aten, Conjugate, library) {
+  library.impl("_copy_from", torch::CppFunction::makeFallthrough());
+}
+
+TORCH_LIBRARY_IMPL(aten, Negative, library) {
+  library.impl("_copy_from", torch::CppFunction::makeFallthrough());
+}
+
 // Autocast is accepted and casts nothing.
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFallthrough());
@@ -588,7 +629,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   for (const auto* name : {"convolution", "convolution_backward"})
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   for (const auto* name : kLeaves)
-    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_parts_on_host>());
 }
 
 TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, library) {
@@ -596,7 +637,7 @@ TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, library) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_with_gradients>());
 }
 
-// -- generators ---------------------------------------------------------------------------------------------------------
+// -- generators ------------------------------------------------------------------------------------------------------
 
 // Gives the CPU's random numbers: one of the CPU's inside, the default one for the default.
 struct Generator final : c10::GeneratorImpl {
@@ -635,7 +676,7 @@ IValue Crossing::host_generator(const at::Generator& generator) {
   return static_cast<Generator*>(generator.unsafeGetGeneratorImpl())->host;
 }
 
-// -- what torch asks a device -------------------------------------------------------------------------------------------
+// -- what torch asks a device ----------------------------------------------------------------------------------------
 
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override {
@@ -731,7 +772,7 @@ struct Engine : torch::autograd::Engine {
   }
 };
 
-// -- memory that others own ---------------------------------------------------------------------------------------------
+// -- memory that others own ------------------------------------------------------------------------------------------
 
 using Release = void (*)(int64_t);
 std::atomic<Release> release{nullptr};
