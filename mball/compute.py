@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -19,6 +18,7 @@ from mball.memory.cuda_link import measure_copies
 from mball.memory.cuda_plain import PlainCudaMemory
 from mball.memory.cuda_virtual import CudaMemory
 from mball.memory.page_pool import PagePool
+from mball.memory.region import Region
 from mball.run.homes import PAGE_BYTES
 from mball.schema import Link, Tier
 from mball.storage import FileTable, ThreadedReader
@@ -84,7 +84,24 @@ def _open_cuda(reader: ThreadedReader, ordinal: int | None) -> Compute:
         raise ConfigError(f"device is 'cuda', and this torch ({torch.__version__}) is built without CUDA: install one")
     if ordinal is None:
         ordinal = torch.cuda.current_device()
-    stream_of = torch.cuda.current_stream
+    current_stream = torch.cuda.current_stream
+    return cuda_compute(reader, ordinal, lambda: int(current_stream(ordinal).cuda_stream))
+
+
+def cuda_compute(
+    reader: ThreadedReader,
+    ordinal: int,
+    current_stream: Callable[[], int],
+    *,
+    measured_bytes: int = _MEASURED_BYTES,
+    region: Callable[..., Region] | None = None,
+    place: torch.device | None = None,
+) -> Compute:
+    """Returns a GPU; see `CudaDevice`. Copies `measured_bytes` to see how fast its link is.
+
+    Raises:
+        DeviceError: there is no such GPU, no driver, or no package cuda-bindings.
+    """
     with contextlib.ExitStack() as undo:
         driver = CudaDriver(ordinal)
         undo.callback(driver.close)
@@ -94,8 +111,8 @@ def _open_cuda(reader: ThreadedReader, ordinal: int | None) -> Compute:
             if driver.has_virtual_memory
             else PlainCudaMemory(driver)
         )
-        link = measure_copies(driver, size_bytes=_MEASURED_BYTES)
-        device = CudaDevice(driver, memory, reader, lambda: int(stream_of(ordinal).cuda_stream))
+        link = measure_copies(driver, size_bytes=measured_bytes)
+        device = CudaDevice(driver, memory, reader, current_stream, region=region, place=place)
         undo.pop_all()
     _log.info("GPU %d copies %.1f GB/s out of pinned memory", ordinal, link.bandwidth_bytes_per_s / 1e9)
     return Compute(
@@ -104,10 +121,5 @@ def _open_cuda(reader: ThreadedReader, ordinal: int | None) -> Compute:
         page_bytes=memory.page_bytes,
         # Plans know one link yet: homes that are in no pinned memory come more slowly than they think.
         link=replace(link, source=Tier.DISK),
-        closer=partial(_let_go, memory),
+        closer=memory.close_after_use,
     )
-
-
-def _let_go(memory: CudaMemory | PlainCudaMemory) -> None:
-    if not memory.in_use:  # else it goes with the process: a tensor outlives the arena it is on
-        memory.close()

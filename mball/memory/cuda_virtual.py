@@ -113,6 +113,7 @@ class CudaMemory:
         self._lock = threading.Lock()
         self._dropped: deque[Reservation] = deque()
         self._interrupted = False
+        self._closing = False
 
     @property
     def page_bytes(self) -> int:
@@ -194,15 +195,16 @@ class CudaMemory:
             f"give back {format_bytes(size)} ({size} bytes) that are pooled", partial(self._pool.trim, keep_bytes)
         )
 
-    @property
-    def in_use(self) -> bool:
-        """Whether something is reserved: an arena, or a tensor that is left of one."""
-        return bool(self._spaces)
-
     def close(self) -> None:
         """Gives the driver's context up; every reservation was released before. Idempotent. Raises DeviceError."""
         assert not self._spaces, "release what is reserved first"
         self._driver.close()
+
+    def close_after_use(self) -> None:
+        """Closes when the last reservation is released: now, or when the last tensor dies that is left of an arena."""
+        self._closing = True
+        if not self._spaces:
+            self.close()
 
     def _exclusively(self, what: str, work: Callable[[], _Result]) -> _Result:
         """Works while no other thread does, in the GPU's context; a failure says what could not be done."""
@@ -298,6 +300,8 @@ class CudaMemory:
                 except DriverError:
                     self._spaces[reservation] = space
                     raise
+            if self._closing and not self._spaces:
+                self._driver.close()
         except DriverError as error:
             size = reservation.size_bytes
             raise DeviceError(f"cannot release {format_bytes(size)} ({size} bytes) of addresses: {error}") from error
