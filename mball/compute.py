@@ -16,7 +16,7 @@ from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_link import measure_copies
 from mball.memory.cuda_plain import PlainCudaMemory
-from mball.memory.cuda_virtual import CudaMemory
+from mball.memory.cuda_virtual import EXTENT_BYTES, CudaMemory
 from mball.memory.page_pool import PagePool
 from mball.memory.region import Region
 from mball.run.homes import PAGE_BYTES
@@ -94,10 +94,11 @@ def cuda_compute(
     current_stream: Callable[[], int],
     *,
     measured_bytes: int = _MEASURED_BYTES,
+    extent_bytes: int = EXTENT_BYTES,
     region: Callable[..., Region] | None = None,
     place: torch.device | None = None,
 ) -> Compute:
-    """Returns a GPU; see `CudaDevice`. Copies `measured_bytes` to see how fast its link is.
+    """Returns a GPU, its arena in extents; see `CudaDevice`. Copies `measured_bytes` to see how fast its link is.
 
     Raises:
         DeviceError: there is no such GPU, no driver, or no package cuda-bindings.
@@ -107,7 +108,7 @@ def cuda_compute(
         undo.callback(driver.close)
         # What an arena gives up is for activations, and counts: so nothing is pooled.
         memory: CudaMemory | PlainCudaMemory = (
-            CudaMemory(driver, pool=PagePool(driver, limit_bytes=0))
+            CudaMemory(driver, pool=PagePool(driver, limit_bytes=0), extent_bytes=extent_bytes)
             if driver.has_virtual_memory
             else PlainCudaMemory(driver)
         )

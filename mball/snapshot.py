@@ -42,7 +42,7 @@ def take_report(
     if plan is not None:
         resident = _weight_bytes(plan, [placement.bundle for placement in plan.residents], engine)
         streamed = plan.prediction.streamed_bytes
-        arena, activations = plan.arena_bytes, plan.activation_bytes
+        arena, activations = engine.execution.arena.bytes_of(plan.arena_bytes), plan.activation_bytes
     compute_s = max(last.wall_s - last.stall_s, 0.0)
     roofline_s = max(compute_s, last.bytes_read / link_bytes_per_s)
     return Report(

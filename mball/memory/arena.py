@@ -56,6 +56,14 @@ class Arena:
             return 0
         return self._memory.piece_end(self._reservation, round_up(num_bytes, self._memory.page_bytes))
 
+    def bytes_of(self, num_bytes: int) -> int:
+        """Returns the memory that an arena of `num_bytes` takes, in whole pages."""
+        return round_up(num_bytes, self._memory.page_bytes)
+
+    def cut_at(self, num_bytes: int) -> int:
+        """Returns how far to shrink first, so that shrinking to `num_bytes` gives back all above: that, or less."""
+        return self._memory.piece_start(self._reservation, self.bytes_of(num_bytes))
+
     @property
     def reserved_bytes(self) -> int:
         """How far the arena can grow."""

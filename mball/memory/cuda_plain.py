@@ -61,6 +61,10 @@ class PlainCudaMemory:
         self._check(reservation, offset, offset)
         return reservation.size_bytes
 
+    def piece_start(self, reservation: Reservation, offset: int) -> int:
+        self._check(reservation, offset, offset)
+        return offset  # all of it is one piece, which stays
+
     def release(self, reservation: Reservation) -> None:
         if self._driver.is_forked:  # it belongs to the parent
             return

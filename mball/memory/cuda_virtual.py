@@ -178,6 +178,14 @@ class CudaMemory:
         piece = space.pieces[count - 1]
         return max(offset, piece.offset + piece.size_bytes)
 
+    def piece_start(self, reservation: Reservation, offset: int) -> int:
+        self._check(reservation, offset, offset)
+        space = self._spaces[reservation]
+        count = space.count_below(offset)
+        if not count or space.pieces[count - 1].offset + space.pieces[count - 1].size_bytes <= offset:
+            return offset
+        return space.pieces[count - 1].offset
+
     def release(self, reservation: Reservation) -> None:
         if self._driver.is_forked:  # all of it belongs to the parent
             return

@@ -427,7 +427,7 @@ class Engine:
             ledger.set_budget(self.budget_bytes)
         ledger.set(Kind.ACTIVATIONS, 0)
         ledger.set(Kind.CAPTURE, 0)
-        ledger.set(Kind.ARENA, plan.arena_bytes)
+        ledger.set(Kind.ARENA, self.execution.arena.bytes_of(plan.arena_bytes))
         ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
         ledger.set(Kind.CAPTURE, self.budget_bytes - plan.budget_bytes)
         self._active = None  # until the plan is adopted whole: `recover` sees by this what an interrupt left

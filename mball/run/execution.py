@@ -133,9 +133,7 @@ class Execution:
                 self._evict(number)
         kept = {known[occupant.bundle]: occupant for occupant in self._occupants.values()}
         self._occupants = kept
-        if plan.arena_bytes < self.arena.backed_bytes:
-            self._released.wait()  # memory is given back after its last use
-        self.arena.resize(plan.arena_bytes)
+        self._resize(plan.arena_bytes)
         self.plan = plan
         self._resident = resident
         self._cursor = -1
@@ -158,6 +156,17 @@ class Execution:
         self._expect()
         if len(self._views) > 8 * len(self.homes):
             self._views.clear()
+
+    def _resize(self, num_bytes: int) -> None:
+        """Resizes the arena, so that it takes no more than that."""
+        if num_bytes < self.arena.backed_bytes:
+            cut = self.arena.cut_at(num_bytes)
+            if cut < num_bytes:  # memory comes in pieces, and what lies in one that is cut comes anew
+                for bundle in [n for n, occupant in self._occupants.items() if occupant.end_bytes > cut]:
+                    self._evict(bundle)
+            self._released.wait()  # memory is given back after its last use
+            self.arena.resize(cut)
+        self.arena.resize(num_bytes)
 
     def set_requires_grad(self, flags: Sequence[bool]) -> None:
         """Says for each weight whether what is bound for it requires grad, as the user's Parameter does."""

@@ -20,6 +20,7 @@ import mball
 from mball.api import _wrap
 from mball.compute import Compute, cuda_compute
 from mball.config import Config
+from mball.errors import DeviceError
 from mball.memory import Device, Event, Gauge
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
@@ -31,10 +32,10 @@ from tests.foreign import device as foreign
 from tests.foreign.build import missing
 from tests.foreign.compute import ForeignGauge
 from tests.foreign.region import ForeignRegion
-from tests.memory.driver.standin import Order, StandIn
-from tests.run.harness import assert_streamed, engine_of, make, weight_bytes
-from tests.run.there import compare
-from tests.run.zoo import ZOO
+from tests.memory.driver.standin import CODES, EXTENT_BYTES, Order, StandIn
+from tests.run.harness import assert_streamed, engine_of, make, run, weight_bytes
+from tests.run.there import PLACE, compare
+from tests.run.zoo import ZOO, ids, llama, logits
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
 
@@ -87,6 +88,7 @@ def wrapped(
             0,
             lambda: stream.handle,
             measured_bytes=1 * MIB,
+            extent_bytes=EXTENT_BYTES,
             region=ForeignRegion,
             place=torch.device("foreign", 0),
         )
@@ -129,3 +131,91 @@ def test_streamed_equals_resident(name: str, capture: str, order: Order, standin
             for number, call in enumerate(specimen.runs):
                 compare(model, plain, call, f"{name}, attempt {attempt}, call {number}")
             assert_streamed(model)
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All reads that were asked of files."""
+    seen: list[Any] = []
+    submit = ThreadedReader.submit
+
+    def note(self: ThreadedReader, reads: Any) -> Any:
+        seen.extend(reads)
+        return submit(self, reads)
+
+    monkeypatch.setattr(ThreadedReader, "submit", note)
+    return seen
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_what_streams_is_read_from_disk_once(
+    capture: str, standin: StandIn, tmp_path: Path, submitted: list[Any]
+) -> None:
+    plain = make(llama)
+    with wrapped(make(llama), 0.9, swap_dir=tmp_path, capture=capture) as model:
+        for _ in range(4):
+            compare(model, plain, logits(1, 6))
+        device_of(model)._tier.finish()
+        submitted.clear()
+        for _ in range(3):
+            compare(model, plain, logits(1, 6))
+            assert assert_streamed(model).bytes_read_last_pass
+        assert not submitted
+        # What is written comes from its file again, and is pinned again.
+        for each in (plain, model):
+            for parameter in each.parameters():
+                parameter.data.mul_(0.5)
+        compare(model, plain, logits(1, 6))
+        assert submitted
+        compare(model, plain, logits(1, 6))
+        device_of(model)._tier.finish()
+        submitted.clear()
+        compare(model, plain, logits(1, 6))
+        assert not submitted
+
+
+def test_the_budget_holds_whatever_comes(standin: StandIn, tmp_path: Path) -> None:
+    """Pages of the device and tensors on it together, for prompts and tokens in turn, and for other budgets."""
+    plain = make(llama)
+    with wrapped(make(llama), 1.2, swap_dir=tmp_path) as model:
+        size = weight_bytes(plain)
+        for share in (1.2, 0.95, 1.1, 1.5):
+            budget = int(size * share)
+            mball.set_budget(model, budget)
+            for rows, length in ((1, 1), (2, 24), (1, 1), (4, 24), (1, 3)):
+                run(model, lambda m, rows=rows, length=length: m(ids(rows, length).to(PLACE)).logits.cpu())
+                gc.collect()
+                before = foreign.memory_allocated()
+                foreign.reset_peak_memory_stats()
+                with torch.no_grad():
+                    model(ids(rows, length).to(PLACE))
+                seen = standin.handle_bytes
+                activations = foreign.max_memory_allocated() - before
+                assert seen + activations <= budget, f"{share}, {rows} x {length}"
+                assert seen <= mball.report(model).arena_bytes
+            compare(model, plain, logits(2, 5), f"{share}")
+
+
+FAILING = ["cuMemcpyHtoDAsync", "cuEventRecord", "cuStreamWaitEvent", "cuMemCreate", "cuMemMap", "cuMemHostRegister"]
+
+
+@pytest.mark.parametrize("call", FAILING)
+def test_after_a_driver_that_fails_the_next_pass_is_right(call: str, standin: StandIn, tmp_path: Path) -> None:
+    plain = make(llama)
+    failures = 0
+    with wrapped(make(llama), 0.9, swap_dir=tmp_path) as model:
+        size = weight_bytes(plain)
+        for position in range(1, 12, 2):
+            for act in (lambda: run(model, lambda m: m(ids(1, 6).to(PLACE))), lambda: mball.set_budget(model, size)):
+                standin.fail(position, position, code=CODES["OUT_OF_MEMORY"], function=call)
+                for _ in range(2):  # a copy for the next pass that failed is raised there
+                    try:
+                        act()
+                    except DeviceError as error:
+                        failures += call in str(error)
+                    standin.forget()
+                compare(model, plain, logits(1, 6), f"{call} {position}")
+                mball.set_budget(model, int(size * 0.9))
+                compare(model, plain, logits(1, 6), f"{call} {position}, with the budget of before")
+    if call != "cuMemHostRegister":  # then copies are slower, and nothing fails
+        assert failures
