@@ -132,6 +132,10 @@ class AdversarialDevice(DeviceAdaptor):
         return self.device.place
 
     @property
+    def computes_at_once(self) -> bool:
+        return self.device.computes_at_once
+
+    @property
     def reads_mappings(self) -> bool:
         return self.device.reads_mappings
 

@@ -116,6 +116,10 @@ class CudaDevice:
         return self._place
 
     @property
+    def computes_at_once(self) -> bool:
+        return False
+
+    @property
     def reads_mappings(self) -> bool:
         return False
 

@@ -95,6 +95,10 @@ class Device(Protocol):
         """Where torch has the tensors that compute works on."""
 
     @property
+    def computes_at_once(self) -> bool:
+        """Whether compute is over when its call returns, so that the host's clock tells how long it took."""
+
+    @property
     def reads_mappings(self) -> bool:
         """Whether compute reads mapped files page by page, so that hints of what comes help."""
 
@@ -210,6 +214,10 @@ class CpuDevice:
     @property
     def place(self) -> torch.device:
         return torch.device("cpu")
+
+    @property
+    def computes_at_once(self) -> bool:
+        return True
 
     @property
     def reads_mappings(self) -> bool:

@@ -287,6 +287,10 @@ class Execution:
         self._released = self.device.record()
         self.counters.bytes_read += self.rows.leave()
 
+    def catch_up(self) -> None:
+        """Blocks until all compute that was issued is over."""
+        self.device.record().wait()
+
     def forget(self, weights: Iterable[int]) -> None:
         """Drops the copies of weights whose homes were written; they are read again when needed."""
         written = list(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from torch import nn
 
 import mball
-from mball.api import _wrap
+from mball.api import _wrap, trace_and_plan
 from mball.backend_door import mball_backend
 from mball.config import Config
 from mball.errors import ConfigError, WrapError
-from tests.adaptors import DelayedDevice, PoisonedDevice, adapted
+from mball.memory import Event
+from tests.adaptors import DelayedDevice, DeviceAdaptor, PoisonedDevice, adapted
 from tests.foreign import device as foreign
 from tests.foreign.build import missing
 from tests.foreign.compute import open_foreign
@@ -170,3 +172,40 @@ def test_a_device_that_is_not_there(device: str, reason: str, tmp_path: Path) ->
     compiled = torch.compile(model, backend=mball_backend, options={"budget": "1GiB", "device": device})
     with pytest.raises(ConfigError, match=r"runs on the CPU so far|give 'cpu'"), torch.no_grad():
         compiled(ids(1, 5))
+
+
+class _LateDevice(DeviceAdaptor):
+    """Compute goes on for a while after its call has returned."""
+
+    LATE_S = 0.02
+
+    @property
+    def computes_at_once(self) -> bool:
+        return False
+
+    def record(self) -> Event:
+        return _LateEvent(time.perf_counter() + self.LATE_S)
+
+
+class _LateEvent:
+    def __init__(self, over_s: float) -> None:
+        self._over_s = over_s
+
+    def done(self) -> bool:
+        return time.perf_counter() >= self._over_s
+
+    def wait(self) -> None:
+        time.sleep(max(self._over_s - time.perf_counter(), 0))
+
+
+def test_steps_are_timed_until_compute_is_over(tmp_path: Path) -> None:
+    model = make(llama)
+    budget = int(weight_bytes(model) * 0.7)
+    _wrap((model,), Config.of(budget=budget, swap_dir=tmp_path, capture="graphs"), None, {}, adapted(_LateDevice))
+    for _ in range(12):
+        run(model, logits(1, 5))
+    trace, plan = trace_and_plan(model)
+    assert all(step.time_s >= _LateDevice.LATE_S for step in trace.steps)
+    # The host's clock saw passes that took less, and plans are not made for it.
+    assert plan.prediction.compute_s >= _LateDevice.LATE_S * len(trace.steps)
+    assert engine_of(model).meter.calls_for_another_plan(engine_of(model)._active) is False
