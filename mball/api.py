@@ -86,8 +86,10 @@ def wrap(
     """Makes `model` run under a memory budget, in place.
 
     Args:
-        model: a module on the CPU, or on the meta device when `weights` is given.
-        budget: bytes, or text such as ``"6GiB"``: a hard cap on weights, buffers and predicted activations.
+        model: a module on the CPU, or on the meta device when `weights` is given. With ``device="cuda"`` its weights
+            stay in host memory; buffers move to the GPU, and inputs belong there (``model.device``).
+        budget: bytes, or text such as ``"6GiB"``: a hard cap on weights, buffers and predicted activations on the
+            device that computes.
         weights: a safetensors file or checkpoint directory to read the weights from, in place. Without it the
             model's own weights are written once to a swap file.
         rename: for parameters and buffers that have another name in the checkpoint, that name.
@@ -101,6 +103,7 @@ def wrap(
         BudgetError: the budget is too small even for the weights of one module; it names the smallest.
         CheckpointError: the checkpoint is missing, damaged or does not fit the model.
         StorageError: the swap file cannot be written.
+        DeviceError: the device is not there, or lacks memory or something else that is needed.
         WrapError: the model cannot be wrapped. In every case the model is left as it was.
     """
     _wrap((model,), Config.of(budget=budget, **settings), weights, rename or {})
