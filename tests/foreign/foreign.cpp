@@ -16,8 +16,6 @@
 #include <ATen/native/DispatchStub.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/ops/_fused_sdp_choice_ops.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/ones_like.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/engine.h>
@@ -386,16 +384,6 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool /*non_blocking*/) {
   return to;
 }
 
-Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
-  Crossing crossing;
-  {
-    OnlyKernels only;
-    crossing.to_host(to).resize_(from.sizes()).copy_(crossing.to_host(from));
-  }
-  crossing.finish();
-  return to;
-}
-
 Tensor& set_storage(
     Tensor& tensor, Storage storage, int64_t offset, c10::IntArrayRef size, c10::IntArrayRef stride) {
   TORCH_CHECK(storage.device() == tensor.device(), "a storage of ", storage.device(), " for a tensor of ", kDevice);
@@ -422,18 +410,12 @@ Tensor& set_nothing(Tensor& tensor) {
 
 void record_stream(Tensor& /*tensor*/, c10::Stream /*stream*/) {}  // everything is done when a call returns
 
-// Dropout of other devices is one operator; these are the CPU's steps and so its bits.
-std::tuple<Tensor, Tensor> dropout(const Tensor& input, double p, std::optional<bool> train) {
-  if (!train.value_or(true))
-    return {input.clone(), at::ones_like(input, input.options().dtype(c10::kBool))};
-  auto noise = at::empty_like(input).bernoulli_(1 - p).div_(1 - p);
-  return {input.mul(noise), noise.to(c10::kBool)};
-}
-
+// Other devices have one operator for dropout, whose gradient is scaled in another order than the CPU's is.
 Tensor dropout_backward(const Tensor& grad, const Tensor& mask, double scale) {
   return grad.mul(mask.to(grad.scalar_type()).div_(1 / scale));
 }
 
+// What attention is made of is the CPU's choice too.
 int64_t choose_attention(
     const Tensor& query,
     const Tensor& key,
@@ -618,12 +600,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("empty.memory_format", &empty);
   library.impl("empty_strided", &empty_strided);
   library.impl("_copy_from", &copy_from);
-  library.impl("_copy_from_and_resize", &copy_from_and_resize);
   library.impl("set_", &set_nothing);
   library.impl("set_.source_Storage", &set_whole_storage);
   library.impl("set_.source_Storage_storage_offset", &set_storage);
   library.impl("record_stream", &record_stream);
-  library.impl("native_dropout", &dropout);
   library.impl("native_dropout_backward", &dropout_backward);
   // These choose kernels by the device. They are the CPU's choice where the CPU chooses.
   for (const auto* name : {"convolution", "convolution_backward"})

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # its usual name
 from torch import nn
+from torch._dynamo.device_interface import get_interface_for_device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -524,8 +525,17 @@ def test_streams_and_events_are_accepted(foreign: ModuleType) -> None:
     assert stream != foreign.current_stream()
 
 
+def test_autocast_is_accepted_and_casts_nothing() -> None:
+    foreign = X.to("foreign")
+    with torch.autocast("foreign", dtype=torch.bfloat16):
+        assert_equal(foreign @ foreign, X @ X)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # is not for what the CPU computes here
+        result = F.scaled_dot_product_attention(foreign[None], foreign[None], foreign[None])
+    assert_equal(result, F.scaled_dot_product_attention(X[None], X[None], X[None]))
+
+
 @pytest.mark.usefixtures("new_dynamo")
-def test_dynamo_captures() -> None:
+def test_dynamo_captures(foreign: ModuleType) -> None:
     torch.manual_seed(0)
     module = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
     copied = copy.deepcopy(module).to("foreign")
@@ -541,6 +551,8 @@ def test_dynamo_captures() -> None:
         torch._dynamo.reset()
         assert_equal(torch.compile(copied, backend=backend, fullgraph=True)(x.to("foreign")), expected)
     assert graphs == [{"foreign"}]
+    interface = get_interface_for_device("foreign")
+    assert (interface.device_count(), interface.current_stream()) == (1, foreign.current_stream())
 
 
 @pytest.mark.usefixtures("new_dynamo")
