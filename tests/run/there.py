@@ -1,4 +1,4 @@
-"""Models whose inputs are on the foreign device, as callers use them."""
+"""Models whose inputs are on the foreign device, or another that is not the CPU, as callers use them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ PLACE = "foreign:0"
 class There:
     """A model as callers use it whose inputs are on its device: what tests give it is moved there, and back."""
 
-    def __init__(self, model: Any, homes: Any = None) -> None:
+    def __init__(self, model: Any, homes: Any = None, place: str = PLACE) -> None:
         self.model = model
         self.homes = homes
+        self.place = place
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(self.model, *args, **kwargs)
@@ -33,15 +34,15 @@ class There:
 
     def _there(self, found: Any) -> Any:
         if isinstance(found, nn.Module):
-            return There(found, self.homes)
+            return There(found, self.homes, self.place)
         return functools.partial(self._call, found) if callable(found) else found
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map(lambda value: moved(value, PLACE), (args, kwargs))
+        args, kwargs = tree_map(lambda value: moved(value, self.place), (args, kwargs))
         result = function(*args, **kwargs)
         for tensor in tensors_in(result):
             at_home = self.homes is not None and self.homes.has(tensor)
-            assert tensor.device.type == "foreign" or at_home, "it was computed elsewhere"
+            assert tensor.device == torch.device(self.place) or at_home, "it was computed elsewhere"
         return tree_map(lambda value: moved(value, "cpu"), result)
 
 

@@ -44,12 +44,13 @@ def llama(
     dtype: torch.dtype = torch.float32,
     kv_heads: int = 2,
     vocabulary: int = 128,
+    hidden: int = 128,
 ) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
@@ -86,14 +87,14 @@ def logits(*shape: int) -> Run:
 class Breaks(nn.Module):
     """Graph breaks, an eager read of a child's weight, a parameter of its own, a buffer, a shared module."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.first = nn.Linear(64, 256)
-        self.second = nn.Linear(256, 64)
-        self.shared = nn.LayerNorm(64)
-        self.scale = nn.Parameter(torch.randn(64, 64))
-        self.rnn = nn.GRU(64, 64, batch_first=True)
-        self.register_buffer("shift", torch.randn(64))
+        self.first = nn.Linear(width, 4 * width)
+        self.second = nn.Linear(4 * width, width)
+        self.shared = nn.LayerNorm(width)
+        self.scale = nn.Parameter(torch.randn(width, width))
+        self.rnn = nn.GRU(width, width, batch_first=True)
+        self.register_buffer("shift", torch.randn(width))
 
     @torch._dynamo.disable
     def by_hand(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,7 +104,7 @@ class Breaks(nn.Module):
         x = self.shared(x + self.shift)
         y = self.second(self.first(x).relu())
         torch._dynamo.graph_break()
-        y = self.shared(y) @ self.scale[:, :32].repeat(1, 2)
+        y = self.shared(y) @ self.scale[:, : len(self.scale) // 2].repeat(1, 2)
         y = self.by_hand(y)
         y, _ = self.rnn(y)
         return y + x, self.scale.t()
@@ -112,19 +113,19 @@ class Breaks(nn.Module):
 class Net(nn.Module):
     """A convolutional network with batch norm."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1),
-            nn.BatchNorm2d(32),
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.BatchNorm2d(width),
             nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.BatchNorm2d(64),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.BatchNorm2d(2 * width),
             nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1, groups=4),
-            nn.ConvTranspose2d(64, 32, 2, stride=2),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=4),
+            nn.ConvTranspose2d(2 * width, width, 2, stride=2),
         )
-        self.head = nn.Linear(32, 10)
+        self.head = nn.Linear(width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.layers(x).mean((2, 3)))
@@ -151,10 +152,12 @@ def mixtral() -> nn.Module:
 class Experts(nn.Module):
     """A mixture of experts with a data-dependent loop over modules."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.gate = nn.Linear(64, 6)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64)) for _ in range(6))
+        self.gate = nn.Linear(width, 6)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)) for _ in range(6)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         choice = self.gate(x).argmax(-1)
@@ -165,13 +168,13 @@ class Experts(nn.Module):
         return out
 
 
-def t5() -> nn.Module:
+def t5(width: int = 64) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
         num_layers=2,
         num_heads=4,
         vocab_size=128,
@@ -225,11 +228,11 @@ def bert() -> nn.Module:
     return BertModel(config)
 
 
-def tied_sequential() -> nn.Module:
-    first, last = nn.Linear(64, 64), nn.Linear(64, 64)
+def tied_sequential(width: int = 64) -> nn.Module:
+    first, last = nn.Linear(width, width), nn.Linear(width, width)
     last.weight = first.weight
-    block = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
-    return nn.Sequential(first, block, nn.LayerNorm(64), block, last)
+    block = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+    return nn.Sequential(first, block, nn.LayerNorm(width), block, last)
 
 
 def transformer_encoder() -> nn.Module:

@@ -1,0 +1,191 @@
+"""The scenes that a real GPU plays, over the stand-in for the driver: they work, and are no news to a GPU."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mball
+from mball.api import _wrap
+from mball.compute import Compute, cuda_compute
+from mball.config import Config
+from mball.memory import Device
+from mball.storage import FileTable, ThreadedReader
+from mball.units import GIB, KIB, MIB
+from tests.adaptors import PoisonedDevice
+from tests.foreign import device as foreign
+from tests.foreign.build import missing
+from tests.foreign.region import ForeignRegion
+from tests.memory.driver.standin import EXTENT_BYTES, GRANULE_BYTES, Order, StandIn
+from tests.memory.driver.test_models import _AtOnce, _Stream
+from tests.run import scenes
+from tests.run.gpu_child import STORIES
+from tests.run.scenes import Hostility, Place
+from tests.run.test_on_a_gpu import check_budgets
+from tests.run.there import PLACE
+from tests.run.wide import WIDE, wide_llama
+from tests.run.zoo import ZOO
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
+
+
+@contextmanager
+def wrapped_for_the_stand_in(
+    model: nn.Module,
+    budget_bytes: int,
+    *,
+    swap_dir: Path,
+    hostility: Hostility = Hostility.POISONED,
+    weights: Path | None = None,
+    extent_bytes: int = EXTENT_BYTES,
+    **settings: Any,
+) -> Iterator[Any]:
+    """As `wrapped_for_gpu`; how late things are the stand-in's order says."""
+    stream = _Stream()
+
+    def opened(config: Config, files: FileTable) -> Compute:
+        reader = ThreadedReader(files, num_threads=config.io_threads)
+        compute = cuda_compute(
+            reader,
+            0,
+            lambda: stream.handle,
+            measured_bytes=1 * MIB,
+            extent_bytes=extent_bytes,
+            region=ForeignRegion,
+            place=torch.device(PLACE),
+        )
+        device: Device = _AtOnce(compute.device, stream)
+        if hostility is Hostility.POISONED:
+            device = PoisonedDevice(device)
+        return Compute(
+            device=device, reader=reader, page_bytes=compute.page_bytes, link=compute.link, closer=compute.closer
+        )
+
+    _wrap((model,), Config.of(budget=budget_bytes, swap_dir=swap_dir, **settings), weights, {}, opened)
+    try:
+        yield model
+    finally:
+        mball.unwrap(model)
+        stream.close()
+        gc.collect()
+
+
+# As a real GPU has them.
+LARGE_GRANULE_BYTES, LARGE_EXTENT_BYTES = 2 * MIB, 32 * MIB
+
+
+@pytest.fixture
+def large_place(standin: StandIn) -> Place:
+    """What a GPU plays, with its models and sizes."""
+    foreign.load()
+    standin.configure(granule_bytes=LARGE_GRANULE_BYTES, memory_bytes=2 * GIB)
+    standin.run_in(Order.RANDOM, 3)
+    return Place(
+        name=PLACE,
+        page_bytes=LARGE_GRANULE_BYTES,
+        width=1024,
+        specimens=WIDE,
+        llama=lambda: wide_llama(torch.float32),
+        wrapped=partial(wrapped_for_the_stand_in, extent_bytes=LARGE_EXTENT_BYTES),
+        other_stream=scenes.same_stream,
+        finish=lambda: None,
+        activation_bytes=4 * MIB,
+    )
+
+
+@pytest.fixture
+def place(standin: StandIn) -> Place:
+    foreign.load()
+    standin.run_in(Order.RANDOM, 3)
+    return Place(
+        name=PLACE,
+        page_bytes=GRANULE_BYTES,
+        width=128,
+        specimens=ZOO,
+        llama=scenes.small_llama,
+        wrapped=wrapped_for_the_stand_in,
+        other_stream=scenes.same_stream,
+        finish=lambda: None,
+        activation_bytes=128 * KIB,
+    )
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_streams_as_resident(capture: str, place: Place, tmp_path: Path) -> None:
+    scenes.streams_as_resident(place, "llama-fp32", capture=capture, swap_dir=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["sequential", "breaks"])
+def test_streams_as_resident_in_a_gpus_sizes(kind: str, large_place: Place, tmp_path: Path) -> None:
+    scenes.streams_as_resident(large_place, kind, capture="graphs", swap_dir=tmp_path)
+
+
+@pytest.mark.parametrize("hostility", list(Hostility), ids=lambda hostility: hostility.value)
+@pytest.mark.parametrize("num_slots", [2, 3, 5])
+def test_passes_follow_each_other(num_slots: int, hostility: Hostility, place: Place, tmp_path: Path) -> None:
+    capture = "operators" if num_slots == 3 else "graphs"
+    scenes.passes_follow_each_other(place, num_slots, capture=capture, swap_dir=tmp_path, hostility=hostility)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_streams_take_turns(ordered: bool, place: Place, tmp_path: Path) -> None:
+    scenes.streams_take_turns(place, ordered=ordered, swap_dir=tmp_path, hostility=Hostility.NONE)
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_writes_are_noticed(capture: str, place: Place, tmp_path: Path) -> None:
+    scenes.writes_are_noticed(place, capture=capture, swap_dir=tmp_path)
+
+
+def test_budgets_follow_each_other(place: Place, tmp_path: Path) -> None:
+    scenes.budgets_follow_each_other(place, swap_dir=tmp_path)
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_after_an_error(capture: str, place: Place, tmp_path: Path) -> None:
+    scenes.after_an_error(place, capture=capture, swap_dir=tmp_path)
+
+
+@pytest.mark.parametrize("capture", ["auto", "graphs"])
+def test_generates(capture: str, place: Place, tmp_path: Path) -> None:
+    scenes.generates(place, capture=capture, swap_dir=tmp_path, num_calls=2)
+
+
+@pytest.mark.parametrize("shift_bytes", [0, 8, 40])
+def test_a_checkpoint_is_read_in_place(shift_bytes: int, place: Place, tmp_path: Path) -> None:
+    scenes.a_checkpoint_is_read_in_place(place, shift_bytes, swap_dir=tmp_path)
+
+
+def test_unwrapped_it_is_as_before(place: Place, standin: StandIn, tmp_path: Path) -> None:
+    def used_bytes() -> int:
+        gc.collect()
+        return standin.taken_bytes
+
+    used = scenes.unwrapped_it_is_as_before(place, swap_dir=tmp_path, used_bytes=used_bytes)
+    assert used["before"] == used["after"] < used["wrapped"], used
+
+
+@pytest.mark.parametrize("story", ["budgets", "unwrapped", "small"])
+def test_stories_of_a_process(story: str, place: Place, standin: StandIn, tmp_path: Path) -> None:
+    def used_bytes() -> int:
+        return standin.taken_bytes + foreign.memory_allocated()
+
+    answer = STORIES[story](place, used_bytes, tmp_path)
+    assert json.loads(json.dumps(answer)) == answer
+    if story == "budgets":
+        for each in answer["budgets"]:
+            assert each["above_baseline_bytes"] <= each["budget_bytes"], answer
+        check_budgets(answer)
+    elif story == "unwrapped":
+        assert answer["before"] == answer["after"] < answer["wrapped"], answer
+    else:
+        assert answer["read_bytes"] > 0, answer
