@@ -300,8 +300,10 @@ class Execution:
         for weight in written:
             for piece in self.homes.pieces(weight):
                 self.device.changed(piece.file, piece.offset_bytes, piece.size_bytes)
+        if written:
+            self._bound = [None] * len(self._bound)  # tables that rows are looked up of lie elsewhere now
         if written and self.plan is not None:
-            self._expect()  # what was written lies elsewhere now
+            self._expect()  # and so does what is copied
 
     def abort(self) -> None:
         """Makes the state consistent after an exception: nothing in use, no copy running, no copy half known."""
