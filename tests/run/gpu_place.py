@@ -27,7 +27,7 @@ CYCLES = (0, 100_000, 1_000_000)
 
 
 class PoisonedOnStreams(PoisonedDevice):
-    """As `PoisonedDevice`, but the host waits for nothing, so that it stays ahead of compute as it is without poison."""
+    """As `PoisonedDevice`, but the host waits for nothing, so that it is as far ahead of compute as without poison."""
 
     def copy(self, reads: Sequence[ArenaRead], after: Event | None) -> Event:
         if after is not None:
@@ -111,9 +111,14 @@ def gpu_place() -> Place:
     side = torch.cuda.Stream()
 
     @contextmanager
-    def other_stream() -> Iterator[None]:
+    def other_stream(ordered: bool) -> Iterator[None]:
+        before = torch.cuda.current_stream()
+        if ordered:
+            side.wait_stream(before)
         with torch.cuda.stream(side):
             yield
+        if ordered:
+            before.wait_stream(side)
 
     return Place(
         name="cuda:0",

@@ -67,7 +67,8 @@ class Place:
         specimens: models that are large enough to be streamed there, by kind.
         llama: such a Llama.
         wrapped: wraps models for it.
-        other_stream: makes another stream the current one, which waits for nothing that the last one does.
+        other_stream: makes another stream the current one; with True each of both waits for what the other one had
+            to do before.
         finish: blocks until all compute is over.
         activation_bytes: room for what the small models of these scenes compute, beside the weights.
     """
@@ -78,7 +79,7 @@ class Place:
     specimens: dict[str, Specimen]
     llama: Callable[[], nn.Module]
     wrapped: Wrap
-    other_stream: Callable[[], AbstractContextManager[None]]
+    other_stream: Callable[[bool], AbstractContextManager[None]]
     finish: Callable[[], None]
     activation_bytes: int
 
@@ -150,7 +151,7 @@ def streams_take_turns(place: Place, *, ordered: bool, swap_dir: Path, hostility
     inputs = [noise(3, place.width, seed=seed).to(place.name) for seed in range(8)]
     calls = [lambda m, x=x: m(x) for x in inputs]
     expected = resident(place, plain, calls)
-    with place.other_stream():  # and what libraries keep for that stream
+    with place.other_stream(True):  # and what libraries keep for that stream
         resident(place, plain, calls[:1])
     place.finish()
     budget_bytes = 4 * place.layer_bytes + place.page_bytes + place.activation_bytes
@@ -159,12 +160,10 @@ def streams_take_turns(place: Place, *, ordered: bool, swap_dir: Path, hostility
             found = []
             for number, call in enumerate(calls):
                 if number % 2:
-                    with place.other_stream():
+                    with place.other_stream(ordered):
                         found.append(run(model, call))
                 else:
                     found.append(run(model, call))
-                if ordered:
-                    place.finish()
         place.finish()
         for number, (got, wanted) in enumerate(zip(found, expected, strict=True)):
             assert_same(got.cpu(), wanted, f"pass {number}, on stream {number % 2}")
@@ -259,7 +258,7 @@ def generates(place: Place, *, capture: str, swap_dir: Path, num_calls: int = 3)
 
 
 def a_checkpoint_is_read_in_place(place: Place, shift_bytes: int, *, swap_dir: Path) -> None:
-    """Weights begin `shift_bytes` behind a multiple of 64 in their file, as safetensors lets them, and in their slots."""
+    """Weights begin `shift_bytes` behind a multiple of 64 in their file, as safetensors lets them, so in slots too."""
     call = _tokens(1, 6)
     plain = make(place.llama)
     path = swap_dir / f"shifted-{shift_bytes}.safetensors"
@@ -381,7 +380,7 @@ def write_shifted(model: nn.Module, path: Path, shift_bytes: int) -> None:
 
 
 @contextmanager
-def same_stream() -> Iterator[None]:
+def same_stream(ordered: bool) -> Iterator[None]:
     """For devices that compute at once: there is no other stream."""
     yield
 

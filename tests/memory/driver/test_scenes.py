@@ -35,7 +35,10 @@ from tests.run.there import PLACE
 from tests.run.wide import WIDE, wide_llama
 from tests.run.zoo import ZOO
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
+pytestmark = [
+    pytest.mark.skipif(bool(missing()), reason=missing() or "it is there"),
+    pytest.mark.usefixtures("new_dynamo"),
+]
 
 
 @contextmanager
@@ -144,6 +147,11 @@ def test_streams_take_turns(ordered: bool, place: Place, tmp_path: Path) -> None
 @pytest.mark.parametrize("capture", ["graphs", "operators"])
 def test_writes_are_noticed(capture: str, place: Place, tmp_path: Path) -> None:
     scenes.writes_are_noticed(place, capture=capture, swap_dir=tmp_path)
+
+
+def test_a_table_that_is_written_lies_elsewhere(large_place: Place, tmp_path: Path) -> None:
+    """It is large enough that what was given back is no memory any more."""
+    scenes.writes_are_noticed(large_place, capture="operators", swap_dir=tmp_path)
 
 
 def test_budgets_follow_each_other(place: Place, tmp_path: Path) -> None:
