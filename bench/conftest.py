@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from bench.findings import Findings, Heading
-from bench.results import RESULTS, record
+from bench.gpu.keep import Book, keep
+from bench.gpu.limit import Limit
+from bench.results import RESULTS, Measurement, record
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,6 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--before", default="", help="another checkout of mball to run beside this one, in the bench of plans"
+    )
+    group.addoption("--model-dir", default="", help="where the benches of a GPU write their model of 16 GB, once")
+    group.addoption(
+        "--gpu-seconds",
+        type=float,
+        default=480.0,
+        help="what all benches of a GPU take together; the last are left out",
     )
     group.addoption("--note", default="", help="what a reader of the results has to know about this run")
 
@@ -92,3 +101,33 @@ def findings(request: pytest.FixtureRequest) -> Iterator[Findings]:
         directory=Path(config.getoption("--results-dir")),
     )
     config.stash[_SAID].append(f"{heading.name}: {path}")
+
+
+@pytest.fixture
+def kept(request: pytest.FixtureRequest, say: Callable[[str], None]) -> Callable[[Book, Sequence[Measurement]], None]:
+    """Takes measurements of a part of a result; with `--save-results` they are written at once."""
+    config = request.config
+
+    def take(book: Book, measurements: Sequence[Measurement]) -> None:
+        for measurement in measurements:
+            measurement.check()
+        if config.getoption("--save-results"):
+            directory = Path(config.getoption("--results-dir"))
+            path = keep(book, measurements, note=config.getoption("--note"), directory=directory)
+            say(f"{book.name}: {len(measurements)} figures written to {path}")
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def gpu_time(request: pytest.FixtureRequest) -> Callable[[float], Limit]:
+    """Returns what gives a part its time, and skips it where all parts together have no more."""
+    whole = Limit(request.config.getoption("--gpu-seconds"))
+
+    def allot(seconds: float) -> Limit:
+        left_s = whole.left_s()
+        if left_s < seconds / 2:
+            pytest.skip(f"{left_s:.0f} s are left of --gpu-seconds, and this takes up to {seconds:.0f} s: run it alone")
+        return Limit(min(seconds, left_s))
+
+    return allot

@@ -46,6 +46,7 @@ class Topic(Enum):
     MEMORY_CAP = "memory-cap"
     WRITES = "writes"
     PLANNER = "planner"
+    LINK = "link"
     SPEED = "speed"
     PLANS = "plans"
     PEERS = "peers"

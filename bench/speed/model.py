@@ -15,6 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mball.config import cache_directory
 
 _WEIGHTS = "model.safetensors"
+# 128 MiB of bfloat16, made in a second; and how far the stretches of two weights lie apart, an odd number.
+_NUM_NOISE = 1 << 26
+_NOISE_STEP = 1_000_003
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,10 @@ LARGE = Shape(
 )  # fmt: skip
 # 7 MB, for tests of the harness and to load what a process needs before it is capped
 SMALL = Shape(name="llama-small", hidden=256, intermediate=704, layers=2, heads=4, kv_heads=2, vocabulary=4096)
+# 8.0 billion parameters, 16.1 GB: the shape of Llama 3 8B
+LLAMA_8B = Shape(
+    name="llama-8b", hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocabulary=128256
+)  # fmt: skip
 SHAPES = {shape.name: shape for shape in (LARGE, SMALL)}
 
 
@@ -74,10 +81,13 @@ def weight_file(checkpoint: Path) -> Path:
     return checkpoint / _WEIGHTS
 
 
-def make_checkpoint(shape: Shape, directory: Path | None = None) -> Path:
+def make_checkpoint(shape: Shape, directory: Path | None = None, *, quick: bool = False) -> Path:
     """Returns the checkpoint of `shape` in `directory` (default: mball's cache), written now unless it is there whole.
 
-    Holds one weight at a time in memory. Raises OSError when it cannot be written.
+    Holds one weight at a time in memory. `quick`: all weights are stretches of the same noise, each beginning elsewhere
+    in it, and nobody waits for the disk: 16 GB take as long as writing them to the page cache.
+
+    Raises OSError when it cannot be written.
     """
     home = directory or cache_directory() / "bench"
     checkpoint = home / shape.name
@@ -89,10 +99,11 @@ def make_checkpoint(shape: Shape, directory: Path | None = None) -> Path:
     try:
         with (unfinished / _WEIGHTS).open("wb") as file:
             file.write(header)
-            for weight in _weights(shape):
+            for weight in _noisy_weights(shape) if quick else _weights(shape):
                 file.write(weight.view(torch.uint8).numpy().data)
             file.flush()
-            os.fsync(file.fileno())
+            if not quick:
+                os.fsync(file.fileno())
         shape.config().save_pretrained(unfinished)
         shutil.rmtree(checkpoint, ignore_errors=True)
         unfinished.rename(checkpoint)  # it is there whole or not at all
@@ -134,3 +145,22 @@ def _weights(shape: Shape) -> Iterator[torch.Tensor]:
         if len(size) > 1:
             weight.normal_(0.0, 0.02, generator=generator)
         yield weight.to(torch.bfloat16).flatten()
+
+
+def _noisy_weights(shape: Shape, *, num_noise: int = _NUM_NOISE) -> Iterator[torch.Tensor]:
+    """Yields what `_weights` does, in parts; numbers come again, but no two weights of one size are alike."""
+    noise = torch.empty(num_noise).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
+    first = 0
+    for _, size in _parameters(shape):
+        left = torch.Size(size).numel()
+        if len(size) == 1:
+            yield torch.ones(left, dtype=torch.bfloat16)
+            continue
+        # Another stretch for each weight: the step has no divisor in common with the length of the noise.
+        first = (first + _NOISE_STEP) % num_noise
+        start = first
+        while left:
+            part = noise[start : start + left]
+            yield part
+            left -= len(part)
+            start = 0

@@ -40,14 +40,17 @@ class Workload:
         prompt_tokens: the prompt's length.
         collects: whether garbage is collected after each step: what accelerate reads from disk stays in reference
             cycles, all weights within a few steps.
+        device: where inputs and cache are; a step is over when all compute there is.
     """
 
-    def __init__(self, model: Any, prompt_tokens: int, *, collects: bool = False) -> None:
+    def __init__(self, model: Any, prompt_tokens: int, *, collects: bool = False, device: str = "cpu") -> None:
         self._model = model
+        self._device = torch.device(device)
         self._collects = collects
         config = model.config
         generator = torch.Generator().manual_seed(11)
         self._tokens = torch.randint(config.vocab_size, (1, prompt_tokens + NUM_DECODED), generator=generator)
+        self._tokens = self._tokens.to(self._device)
         self._prompt_tokens = prompt_tokens
         # Bound before anything is captured, so that prefill and decode find the same cache.
         self._cache = StaticCache(config=config, max_cache_len=prompt_tokens + NUM_DECODED)
@@ -56,7 +59,7 @@ class Workload:
             num_heads=config.num_key_value_heads,
             head_dim=config.hidden_size // config.num_attention_heads,
             dtype=torch.bfloat16,
-            device=torch.device("cpu"),
+            device=self._device,
         )
         self._is_filled = False
 
@@ -84,9 +87,11 @@ class Workload:
             self._fill()
         first, count = (self._prompt_tokens, 1) if kind is Kind.DECODE else (0, self._prompt_tokens)
         times = []
+        self._finish()
         began_s = time.perf_counter()
         for _ in range(burst.warm + burst.timed):
             self._step(first, count)
+            self._finish()
             ended_s = time.perf_counter()
             times.append(ended_s - began_s)
             began_s = ended_s
@@ -94,6 +99,10 @@ class Workload:
                 gc.collect()
                 began_s = time.perf_counter()
         return times[burst.warm :]
+
+    def _finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _fill(self) -> None:
         """Fills the cache as a prompt would, unless no prompt was run since the last time."""
