@@ -11,6 +11,7 @@ unexpectedly, costs time and no more.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +19,15 @@ from dataclasses import dataclass, field
 import torch
 
 from mball.errors import DeviceError, StorageError
-from mball.memory import Arena, Device, Event
+from mball.memory import Arena, Device, Event, GpuLostError
 from mball.memory.device import COMPLETE
 from mball.run.file_read import FileRead
 from mball.run.homes import Homes
 from mball.run.recorder import ReadRecord, Recorder
 from mball.run.rows import RowsAtHome
 from mball.schema import Bundle, Plan, Transfer
+
+logger = logging.getLogger(__name__)
 
 # The weights that a plan step hands out: a tuple of views for each of its trace steps.
 Bound = tuple[tuple[torch.Tensor, ...], ...]
@@ -347,7 +350,9 @@ class Execution:
             return
         self._in_use = ()
         try:
-            self.device.record().wait()
+            self.catch_up()
+        except GpuLostError as error:
+            logger.warning("nothing of a lost GPU is waited for: %s", error)
         finally:
             try:
                 self.device.close()

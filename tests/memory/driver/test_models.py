@@ -24,6 +24,7 @@ from mball.errors import DeviceError
 from mball.memory import Device, Event, Gauge
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_errors import GpuLostError
 from mball.memory.cuda_streams import CudaStreams
 from mball.storage import FileTable, ThreadedReader
 from mball.units import MIB
@@ -32,8 +33,9 @@ from tests.foreign import device as foreign
 from tests.foreign.build import missing
 from tests.foreign.compute import ForeignGauge
 from tests.foreign.region import ForeignRegion
+from tests.memory.conftest import LOADED
 from tests.memory.driver.standin import CODES, EXTENT_BYTES, Order, StandIn
-from tests.run.harness import assert_streamed, engine_of, make, run, weight_bytes
+from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
 from tests.run.there import PLACE, compare
 from tests.run.zoo import ZOO, ids, llama, logits
 
@@ -104,6 +106,8 @@ def wrapped(
         yield model
     finally:
         mball.unwrap(model)
+        assert LOADED
+        LOADED.forget()
         stream.close()
         gc.collect()  # what is left of the arena: graphs and their code are cycles
 
@@ -219,3 +223,20 @@ def test_after_a_driver_that_fails_the_next_pass_is_right(call: str, standin: St
                 compare(model, plain, logits(1, 6), f"{call} {position}, with the budget of before")
     if call != "cuMemHostRegister":  # then copies are slower, and nothing fails
         assert failures
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_a_lost_gpu_is_said_and_weights_are_not(capture: str, standin: StandIn, tmp_path: Path) -> None:
+    plain = make(llama)
+    with wrapped(make(llama), 0.9, swap_dir=tmp_path, capture=capture) as model:
+        compare(model, plain, logits(1, 6))
+        standin.lose(CODES["ILLEGAL_ADDRESS"])
+        for _ in range(2):
+            with pytest.raises(GpuLostError, match=r"ILLEGAL_ADDRESS.*save what is in host memory"):
+                run(model, lambda m: m(ids(1, 6).to(PLACE)))
+        # What to save is in host memory.
+        for name, value in plain.cpu().named_parameters():
+            assert torch.equal(model.state_dict()[name], value)
+    standin.sweep()  # a lost GPU's is left to the end of the process
+    standin.pop_contexts()
+    assert_same(run(model, logits(1, 6)), run(plain, logits(1, 6)), "unwrapped")
