@@ -7,7 +7,7 @@ import logging
 
 from mball.errors import DeviceError
 from mball.memory.cuda_driver import CudaDriver
-from mball.memory.cuda_errors import DriverError, GpuLostError
+from mball.memory.cuda_errors import DriverError
 from mball.memory.virtual import Reservation
 from mball.units import MIB, format_bytes, round_up
 
@@ -75,9 +75,6 @@ class PlainCudaMemory:
         try:
             with self._driver.current():
                 self._driver.free(reservation.address)
-        except GpuLostError as error:
-            _log.warning("memory of GPU %d is left to the end of the process: %s", self._driver.ordinal, error)
-            return
         except DriverError as error:
             self._live.add(reservation)
             size = reservation.size_bytes

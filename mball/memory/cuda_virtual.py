@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from mball.errors import DeviceError
 from mball.memory.cuda_driver import CudaDriver
-from mball.memory.cuda_errors import INVALID_VALUE, DriverError, GpuLostError
+from mball.memory.cuda_errors import INVALID_VALUE, DriverError
 from mball.memory.cuda_plain import PlainCudaMemory
 from mball.memory.page_pool import PagePool
 from mball.memory.virtual import Reservation, VirtualMemory
@@ -310,9 +310,6 @@ class CudaMemory:
                     raise
             if self._closing and not self._spaces:
                 self._driver.close()
-        except GpuLostError as error:
-            self._spaces.pop(reservation, None)
-            _log.warning("memory of GPU %d is left to the end of the process: %s", self._driver.ordinal, error)
         except DriverError as error:
             size = reservation.size_bytes
             raise DeviceError(f"cannot release {format_bytes(size)} ({size} bytes) of addresses: {error}") from error

@@ -10,7 +10,6 @@ import torch
 from mball.run.census import Census
 from mball.run.homes import Home
 
-
 logger = logging.getLogger(__name__)
 
 
