@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mball.config import Config
-from mball.errors import ConfigError
+from mball.errors import ConfigError, DeviceError
 from mball.memory import CpuDevice, Device
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
@@ -82,8 +82,15 @@ def open_compute(config: Config, files: FileTable) -> Compute:
 def _open_cuda(reader: ThreadedReader, ordinal: int | None) -> Compute:
     if not torch.backends.cuda.is_built():
         raise ConfigError(f"device is 'cuda', and this torch ({torch.__version__}) is built without CUDA: install one")
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "device is 'cuda', and torch sees no GPU: mball doctor says what there is (nvidia-smi, CUDA_VISIBLE_DEVICES, "
+            "and whether the driver is new enough for this torch)"
+        )
     if ordinal is None:
         ordinal = torch.cuda.current_device()
+    if ordinal >= torch.cuda.device_count():
+        raise DeviceError(f"device is 'cuda:{ordinal}', and torch sees {torch.cuda.device_count()} GPUs; count from 0")
     current_stream = torch.cuda.current_stream
     return cuda_compute(reader, ordinal, lambda: int(current_stream(ordinal).cuda_stream))
 

@@ -14,7 +14,7 @@ import mball
 from mball.api import _wrap, trace_and_plan
 from mball.backend_door import mball_backend
 from mball.config import Config
-from mball.errors import ConfigError, WrapError
+from mball.errors import ConfigError, DeviceError, WrapError
 from mball.memory import Event
 from tests.adaptors import DelayedDevice, DeviceAdaptor, PoisonedDevice, adapted
 from tests.foreign import device as foreign
@@ -161,11 +161,14 @@ def test_memory_there_is_counted(tmp_path: Path) -> None:
     [("cuda", "built without CUDA"), ("cuda:3", "built without CUDA"), ("tpu", "give 'cpu'"), ("cuda:", "give 'cpu'")],
 )
 def test_a_device_that_is_not_there(device: str, reason: str, tmp_path: Path) -> None:
-    if device.startswith("cuda") and torch.backends.cuda.is_built():
-        pytest.skip("this torch is built with CUDA")
+    kind: type[Exception] = ConfigError
+    if device.startswith("cuda") and device != "cuda:" and torch.backends.cuda.is_built():
+        if torch.cuda.is_available():
+            pytest.skip("there is one")
+        kind, reason = DeviceError, "sees no GPU.*nvidia-smi"
     model = make(llama)
     before = type(model)
-    with pytest.raises(ConfigError, match=reason):
+    with pytest.raises(kind, match=reason):
         mball.wrap(model, "1GiB", device=device, swap_dir=tmp_path)
     assert type(model) is before
     assert not list(tmp_path.iterdir())

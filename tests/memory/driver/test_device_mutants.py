@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from mball.errors import MballError
-from mball.memory import cuda_device, cuda_events, cuda_feed, pinned_ring
+from mball.memory import cuda_device, cuda_events, cuda_feed, pinned_ring, pinned_tier
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_errors import DriverError
 from tests.adaptors import DelayedDevice
@@ -33,7 +33,7 @@ from tests.memory.device_scenes import (
 from tests.memory.devices import NUM_PAGES, PAGE, PLACES, Bench, expect
 from tests.memory.driver.standin import CODES, Order, StandIn
 
-MODULES = (cuda_device, cuda_events, cuda_feed, pinned_ring)
+MODULES = (cuda_device, cuda_events, cuda_feed, pinned_ring, pinned_tier)
 # Calls that order work, where nothing uses what they return.
 _WAITS = {"wait", "order", "synchronize", "drain", "free", "record"}
 
