@@ -84,8 +84,8 @@ def _open_cuda(reader: ThreadedReader, ordinal: int | None) -> Compute:
         raise ConfigError(f"device is 'cuda', and this torch ({torch.__version__}) is built without CUDA: install one")
     if not torch.cuda.is_available():
         raise DeviceError(
-            "device is 'cuda', and torch sees no GPU: mball doctor says what there is (nvidia-smi, CUDA_VISIBLE_DEVICES, "
-            "and whether the driver is new enough for this torch)"
+            "device is 'cuda', and torch sees no GPU: mball doctor says what there is (look at nvidia-smi, "
+            "CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this torch)"
         )
     if ordinal is None:
         ordinal = torch.cuda.current_device()
@@ -104,6 +104,7 @@ def cuda_compute(
     extent_bytes: int = EXTENT_BYTES,
     region: Callable[..., Region] | None = None,
     place: torch.device | None = None,
+    empty_cache: Callable[[], None] | None = None,
 ) -> Compute:
     """Returns a GPU, its arena in extents; see `CudaDevice`. Copies `measured_bytes` to see how fast its link is.
 
@@ -120,7 +121,7 @@ def cuda_compute(
             else PlainCudaMemory(driver)
         )
         link = measure_copies(driver, size_bytes=measured_bytes)
-        device = CudaDevice(driver, memory, reader, current_stream, region=region, place=place)
+        device = CudaDevice(driver, memory, reader, current_stream, region=region, place=place, empty_cache=empty_cache)
         undo.pop_all()
     _log.info("GPU %d copies %.1f GB/s out of pinned memory", ordinal, link.bandwidth_bytes_per_s / 1e9)
     return Compute(

@@ -131,6 +131,12 @@ class AdversarialDevice(DeviceAdaptor):
     def place(self) -> torch.device:
         return self.device.place
 
+    def follow(self) -> None:
+        self.device.follow()
+
+    def make_room(self) -> None:
+        self.device.make_room()
+
     @property
     def computes_at_once(self) -> bool:
         return self.device.computes_at_once

@@ -115,6 +115,15 @@ class Device(Protocol):
         streams does not block; the CPU blocks until `after` is complete, and raises its error.
         """
 
+    def follow(self) -> None:
+        """Says that compute goes on where the calling thread computes now: behind all that was computed before.
+
+        Called when a pass begins: until it ends its thread stays where it is.
+        """
+
+    def make_room(self) -> None:
+        """Has others give back what they keep of the device's memory and nobody uses: the arena is about to grow."""
+
     def record(self) -> Event:
         """Returns the event that completes when all compute issued so far has finished. Does not block."""
 
@@ -201,6 +210,12 @@ class CpuDevice:
         arena = self._arena
         assert arena is not None, "the arena was not made by device.arena(), so nothing can be copied to it"
         return self._source.submit([read.into(arena.view(read.arena_offset_bytes, read.size_bytes)) for read in reads])
+
+    def follow(self) -> None:
+        """Does nothing: compute is over when its call returns."""
+
+    def make_room(self) -> None:
+        """Does nothing: the kernel takes memory from whoever does not use it."""
 
     def record(self) -> Event:
         return COMPLETE

@@ -138,6 +138,7 @@ class Engine:
         self.room.begin_pass(kind)
         self._tape = []
         self.capture.abandon()
+        self.execution.device.follow()
         self.meter.begin()
 
     def continue_pass(self) -> None:

@@ -169,6 +169,8 @@ class Execution:
                     self._evict(bundle)
             self._released.wait()  # memory is given back after its last use
             self.arena.resize(cut)
+        if num_bytes > self.arena.backed_bytes:
+            self.device.make_room()
         self.arena.resize(num_bytes)
 
     def set_requires_grad(self, flags: Sequence[bool]) -> None:

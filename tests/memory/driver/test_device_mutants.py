@@ -6,6 +6,7 @@ The sites are found in the sources, so one that is added is tried too.
 from __future__ import annotations
 
 import ast
+import ctypes
 import gc
 import random
 import time
@@ -244,6 +245,30 @@ def a_table_goes_after_its_last_lookup(bench: Bench) -> None:
     expect(look(), bench.content[7 * PAGE : 8 * PAGE])
 
 
+def compute_goes_on_elsewhere(bench: Bench) -> None:
+    """A pass on another stream than the one before reads what that one had brought."""
+    device = bench.device
+    assert isinstance(device, CudaDevice)
+    device.follow()
+    before = device._current_stream
+    with device._driver.current():
+        other = device._streams.create_stream()
+    try:
+        device.wait(device.copy([bench.read(0, 8 * PAGE, 0)], None))
+        device.record()
+        device._current_stream = lambda: other
+        device.follow()
+        with device._driver.current():
+            seen = ctypes.create_string_buffer(8 * PAGE)
+            device._streams.copy_out(ctypes.addressof(seen), bench.arena.address_of(0, 8 * PAGE), 8 * PAGE, other)
+        expect(seen.raw, bench.content[: 8 * PAGE])
+    finally:
+        device._current_stream = before
+        with device._driver.current():
+            device._streams.drain(other)
+            device._streams.destroy_stream(other)
+
+
 SCENES: tuple[Callable[[Bench], None], ...] = (
     lambda bench: slots_in_turn(bench, random.Random(7)),
     events_are_reached,
@@ -255,6 +280,7 @@ SCENES: tuple[Callable[[Bench], None], ...] = (
     a_device_ends_what_it_began,
     pinned_memory_goes_after_its_last_copy,
     a_table_goes_after_its_last_lookup,
+    compute_goes_on_elsewhere,
 )
 ORDERS = [(Order.LATEST, 0), *((Order.RANDOM, seed) for seed in range(3))]
 

@@ -92,6 +92,7 @@ def wrapped(
             measured_bytes=1 * MIB,
             extent_bytes=EXTENT_BYTES,
             region=ForeignRegion,
+            empty_cache=lambda: None,
             place=torch.device("foreign", 0),
         )
         made = PoisonedDevice(_AtOnce(compute.device, stream))
