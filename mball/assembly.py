@@ -135,8 +135,8 @@ def inductor_options(config: Config) -> dict[str, Any]:
     if config.device != "cpu" and settings.get("triton.cudagraphs"):
         given = f"mode {config.mode!r} has" if config.mode else "options have"
         raise ConfigError(
-            f"{given} steps recorded as CUDA graphs, which would keep a copy of every streamed weight: leave it out, or "
-            "take mode='max-autotune-no-cudagraphs'"
+            f"{given} steps recorded as CUDA graphs, which would keep a copy of every streamed weight: leave it out, "
+            "or take mode='max-autotune-no-cudagraphs'"
         )
     return settings
 

@@ -7,6 +7,7 @@ for there and then, and copies come as late as that lets them.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -241,3 +242,20 @@ def test_a_lost_gpu_is_said_and_weights_are_not(capture: str, standin: StandIn, 
     standin.sweep()  # a lost GPU's is left to the end of the process
     standin.pop_contexts()
     assert_same(run(model, logits(1, 6)), run(plain, logits(1, 6)), "unwrapped")
+
+
+def test_a_forked_child_is_refused(standin: StandIn, tmp_path: Path) -> None:
+    plain = make(llama)
+    with wrapped(make(llama), 0.9, swap_dir=tmp_path) as model:
+        compare(model, plain, logits(1, 6))
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                run(model, lambda m: m(ids(1, 6).to(PLACE)))
+            except DeviceError as error:
+                code = 0 if "CUDA does not survive a fork" in str(error) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        compare(model, plain, logits(1, 6), "the parent goes on")
