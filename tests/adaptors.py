@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -66,7 +66,7 @@ class DeviceAdaptor:
     def reads_mappings(self) -> bool:
         return self.device.reads_mappings
 
-    def expect(self, reads: Sequence[ArenaRead]) -> None:
+    def expect(self, reads: Iterable[ArenaRead]) -> None:
         self.device.expect(reads)
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -145,7 +145,7 @@ class AdversarialDevice(DeviceAdaptor):
     def reads_mappings(self) -> bool:
         return self.device.reads_mappings
 
-    def expect(self, reads: Sequence[ArenaRead]) -> None:
+    def expect(self, reads: Iterable[ArenaRead]) -> None:
         self.device.expect(reads)
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:

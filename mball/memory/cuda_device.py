@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -199,10 +199,10 @@ class CudaDevice:
     def discard(self, offset: int, size: int) -> None:
         """Does nothing."""
 
-    def expect(self, reads: Sequence[ArenaRead]) -> None:
+    def expect(self, reads: Iterable[ArenaRead]) -> None:
         """Brings them into pinned memory in the background, as far as there is room; see `PinnedTier`."""
         self._check_open()
-        self._tier.expect(reads)
+        self._tier.expect(list(reads))
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
         self._tier.changed(file, offset_bytes, size_bytes)

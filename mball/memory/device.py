@@ -9,7 +9,7 @@ two copies may land in any order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -141,10 +141,10 @@ class Device(Protocol):
         A hint: devices do nothing, adaptors for tests destroy the content.
         """
 
-    def expect(self, reads: Sequence[ArenaRead]) -> None:
+    def expect(self, reads: Iterable[ArenaRead]) -> None:
         """Says what is copied again and again from now on, in this order: a device may keep it in a faster place.
 
-        Takes the place of what was said before. Does not block.
+        Takes the place of what was said before. Does not block; who does not need `reads` does not go through them.
         """
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
@@ -238,7 +238,7 @@ class CpuDevice:
     def reads_mappings(self) -> bool:
         return True
 
-    def expect(self, reads: Sequence[ArenaRead]) -> None:
+    def expect(self, reads: Iterable[ArenaRead]) -> None:
         """Does nothing: there is no faster place."""
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
