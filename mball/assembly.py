@@ -96,6 +96,7 @@ class Machinery:
                 retime=_retime,
                 correction=correction,
                 fixed_bytes=fixed_bytes,
+                memory_bytes_per_s=compute.memory_bytes_per_s,
                 expected=expected,
                 verify_files=verify_files,
             )
