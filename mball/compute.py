@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mball.config import Config
-from mball.errors import ConfigError
+from mball.errors import ConfigError, DeviceError
 from mball.memory import CpuDevice, Device
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
@@ -26,6 +26,8 @@ from mball.units import MIB
 
 _log = logging.getLogger(__name__)
 
+# Of two cores, and of GPUs of the last years (0.4 to 8 TB/s): operators that were never timed are planned by it.
+CPU_BYTES_PER_S, GPU_BYTES_PER_S = 8e9, 1e12
 # A copy that is long enough to show how fast the link is: some milliseconds.
 _MEASURED_BYTES = 128 * MIB
 
@@ -42,6 +44,7 @@ class Compute:
         device: ends with `device.close`, after which its arena may be closed.
         reader: reads files; the device closes it.
         page_bytes: what the device's memory comes in.
+        memory_bytes_per_s: about how fast compute reads it.
         link: on which plans bring bundles, where that is not the disk.
         closer: gives back what is left when device and arena are closed.
     """
@@ -49,6 +52,7 @@ class Compute:
     device: Device
     reader: ThreadedReader
     page_bytes: int = PAGE_BYTES
+    memory_bytes_per_s: float = CPU_BYTES_PER_S
     link: Link | None = None
     closer: Callable[[], None] = _no_more
 
@@ -82,8 +86,15 @@ def open_compute(config: Config, files: FileTable) -> Compute:
 def _open_cuda(reader: ThreadedReader, ordinal: int | None) -> Compute:
     if not torch.backends.cuda.is_built():
         raise ConfigError(f"device is 'cuda', and this torch ({torch.__version__}) is built without CUDA: install one")
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "device is 'cuda', and torch sees no GPU: mball doctor says what there is (look at nvidia-smi, "
+            "CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this torch)"
+        )
     if ordinal is None:
         ordinal = torch.cuda.current_device()
+    if ordinal >= torch.cuda.device_count():
+        raise DeviceError(f"device is 'cuda:{ordinal}', and torch sees {torch.cuda.device_count()} GPUs; count from 0")
     current_stream = torch.cuda.current_stream
     return cuda_compute(reader, ordinal, lambda: int(current_stream(ordinal).cuda_stream))
 
@@ -97,6 +108,7 @@ def cuda_compute(
     extent_bytes: int = EXTENT_BYTES,
     region: Callable[..., Region] | None = None,
     place: torch.device | None = None,
+    empty_cache: Callable[[], None] | None = None,
 ) -> Compute:
     """Returns a GPU, its arena in extents; see `CudaDevice`. Copies `measured_bytes` to see how fast its link is.
 
@@ -113,13 +125,14 @@ def cuda_compute(
             else PlainCudaMemory(driver)
         )
         link = measure_copies(driver, size_bytes=measured_bytes)
-        device = CudaDevice(driver, memory, reader, current_stream, region=region, place=place)
+        device = CudaDevice(driver, memory, reader, current_stream, region=region, place=place, empty_cache=empty_cache)
         undo.pop_all()
     _log.info("GPU %d copies %.1f GB/s out of pinned memory", ordinal, link.bandwidth_bytes_per_s / 1e9)
     return Compute(
         device=device,
         reader=reader,
         page_bytes=memory.page_bytes,
+        memory_bytes_per_s=GPU_BYTES_PER_S,
         # Plans know one link yet: homes that are in no pinned memory come more slowly than they think.
         link=replace(link, source=Tier.DISK),
         closer=memory.close_after_use,

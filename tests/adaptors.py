@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -52,6 +52,12 @@ class DeviceAdaptor:
     def place(self) -> torch.device:
         return self.device.place
 
+    def follow(self) -> None:
+        self.device.follow()
+
+    def make_room(self) -> None:
+        self.device.make_room()
+
     @property
     def computes_at_once(self) -> bool:
         return self.device.computes_at_once
@@ -60,7 +66,7 @@ class DeviceAdaptor:
     def reads_mappings(self) -> bool:
         return self.device.reads_mappings
 
-    def expect(self, reads: Sequence[ArenaRead]) -> None:
+    def expect(self, reads: Iterable[ArenaRead]) -> None:
         self.device.expect(reads)
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:

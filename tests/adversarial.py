@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -131,6 +131,12 @@ class AdversarialDevice(DeviceAdaptor):
     def place(self) -> torch.device:
         return self.device.place
 
+    def follow(self) -> None:
+        self.device.follow()
+
+    def make_room(self) -> None:
+        self.device.make_room()
+
     @property
     def computes_at_once(self) -> bool:
         return self.device.computes_at_once
@@ -139,7 +145,7 @@ class AdversarialDevice(DeviceAdaptor):
     def reads_mappings(self) -> bool:
         return self.device.reads_mappings
 
-    def expect(self, reads: Sequence[ArenaRead]) -> None:
+    def expect(self, reads: Iterable[ArenaRead]) -> None:
         self.device.expect(reads)
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:

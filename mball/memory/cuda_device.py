@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -55,6 +55,7 @@ class CudaDevice:
         *,
         homes: PinnedHomes | None = None,
         place: torch.device | None = None,
+        empty_cache: Callable[[], None] | None = None,
         headroom: Callable[[], int] = facts.headroom_bytes,
         chunk_bytes: int = CHUNK_BYTES,
         num_buffers: int = NUM_BUFFERS,
@@ -70,6 +71,7 @@ class CudaDevice:
             current_stream: returns the stream that the calling thread computes on, as the driver's handle.
             homes: what is in pinned memory; what is expected is added to it.
             place: where torch has tensors on this memory, if that is not the GPU itself.
+            empty_cache: has torch's allocator give back what no tensor is in.
             headroom: says how many bytes of host memory may be taken.
             chunk_bytes: how much of it is pinned in one call.
             num_buffers: how many buffers the ring has.
@@ -87,7 +89,10 @@ class CudaDevice:
         self._region = partial(CudaRegion, ordinal=driver.ordinal) if region is None else region
         self._streams = CudaStreams(driver)
         self._pool = EventPool(self._streams)
+        self._empty_cache = partial(_empty_cache, driver.ordinal) if empty_cache is None else empty_cache
         self._arena: Arena | None = None
+        self._stream: int | None = None  # that passes computed on lately
+        self._recorded: StreamEvent | None = None  # the end of all that was computed there
         self._closed = False
         self._own_streams: list[int] = []
         node = facts.numa_node(driver.pci_address())
@@ -163,12 +168,26 @@ class CudaDevice:
             self._feed.submit(on_disk, after, event)
         return event
 
+    def follow(self) -> None:
+        """Has the caller's stream wait for the last event of another one. Raises DeviceError."""
+        stream = self._current_stream()
+        if stream != self._stream:
+            if self._recorded is not None:
+                with self._driver.current():
+                    order(stream, self._recorded)
+            self._stream = stream
+
+    def make_room(self) -> None:
+        """Has torch's allocator give back the blocks that no tensor is in, where there are any."""
+        self._empty_cache()
+
     def record(self) -> Event:
         """Raises DeviceError when closed, or when the driver refuses."""
         self._check_open()
         event = StreamEvent(self._pool, 1)
         with self._driver.current():
             event.settle(self._pool.record(self._current_stream()))
+        self._recorded = event
         return event
 
     def wait(self, event: Event) -> None:
@@ -180,10 +199,10 @@ class CudaDevice:
     def discard(self, offset: int, size: int) -> None:
         """Does nothing."""
 
-    def expect(self, reads: Sequence[ArenaRead]) -> None:
+    def expect(self, reads: Iterable[ArenaRead]) -> None:
         """Brings them into pinned memory in the background, as far as there is room; see `PinnedTier`."""
         self._check_open()
-        self._tier.expect(reads)
+        self._tier.expect(list(reads))
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
         self._tier.changed(file, offset_bytes, size_bytes)
@@ -273,6 +292,12 @@ class CudaDevice:
                     except DeviceError:
                         self._own_streams.append(stream)
                         raise
+
+
+def _empty_cache(ordinal: int) -> None:
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved(ordinal) > torch.cuda.memory_allocated(ordinal):
+        with torch.cuda.device(ordinal):
+            torch.cuda.empty_cache()
 
 
 def _nothing() -> None:

@@ -9,7 +9,7 @@ two copies may land in any order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -115,6 +115,15 @@ class Device(Protocol):
         streams does not block; the CPU blocks until `after` is complete, and raises its error.
         """
 
+    def follow(self) -> None:
+        """Says that compute goes on where the calling thread computes now: behind all that was computed before.
+
+        Called when a pass begins: until it ends its thread stays where it is.
+        """
+
+    def make_room(self) -> None:
+        """Has others give back what they keep of the device's memory and nobody uses: the arena is about to grow."""
+
     def record(self) -> Event:
         """Returns the event that completes when all compute issued so far has finished. Does not block."""
 
@@ -132,10 +141,10 @@ class Device(Protocol):
         A hint: devices do nothing, adaptors for tests destroy the content.
         """
 
-    def expect(self, reads: Sequence[ArenaRead]) -> None:
+    def expect(self, reads: Iterable[ArenaRead]) -> None:
         """Says what is copied again and again from now on, in this order: a device may keep it in a faster place.
 
-        Takes the place of what was said before. Does not block.
+        Takes the place of what was said before. Does not block; who does not need `reads` does not go through them.
         """
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
@@ -202,6 +211,12 @@ class CpuDevice:
         assert arena is not None, "the arena was not made by device.arena(), so nothing can be copied to it"
         return self._source.submit([read.into(arena.view(read.arena_offset_bytes, read.size_bytes)) for read in reads])
 
+    def follow(self) -> None:
+        """Does nothing: compute is over when its call returns."""
+
+    def make_room(self) -> None:
+        """Does nothing: the kernel takes memory from whoever does not use it."""
+
     def record(self) -> Event:
         return COMPLETE
 
@@ -223,7 +238,7 @@ class CpuDevice:
     def reads_mappings(self) -> bool:
         return True
 
-    def expect(self, reads: Sequence[ArenaRead]) -> None:
+    def expect(self, reads: Iterable[ArenaRead]) -> None:
         """Does nothing: there is no faster place."""
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:

@@ -4,6 +4,9 @@
 a file after another, pins memory of its size and reads it; whoever wants to copy a stretch that is not there yet reads
 it from the file as before. What the thread has ready changes hands when the engine next asks for something.
 
+[Note: what is kept] Plans take turns: one for prompts and one for tokens stream almost the same. What the next few
+expectations do not name goes, and at once where memory for what they do name is short.
+
 [Note: what is written] The files' bytes are the truth. `changed` says that some are others now: what has the old ones
 is let go, also what is just being read. A slab goes when no stream can copy from it any more.
 """
@@ -29,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 # What is read at one time: passes that read the same disk get their turn in between.
 BATCH_BYTES = 32 * MIB
+# So many expectations in a row leave out what then goes.
+KEPT_FOR = 8
 # What of the memory that is left nobody pins: the page cache and whoever else runs here live of it.
 SPARED_PART = 8
 
@@ -57,6 +62,7 @@ class _Shared:
     ready: list[tuple[_Stretch, PinnedRange]] = field(default_factory=list)
     worker: threading.Thread | None = None
     stopping: bool = False
+    is_short: bool = False  # there was no room for something
 
 
 class PinnedTier:
@@ -94,22 +100,21 @@ class PinnedTier:
         self._shared = _Shared()
         self._tables: dict[tuple[tuple[str, int, int], ...], PinnedSlab] = {}
         self._retired: list[tuple[PinnedSlab, Event]] = []
+        self._left_out: dict[PinnedRange, int] = {}  # by how many of the last expectations
         self._is_full = False  # that is said once
 
     def expect(self, reads: Sequence[ArenaRead]) -> None:
-        """Says what is copied again and again from now on; of what it was before the rest is let go. Does not block."""
+        """Says what is copied again and again from now on. Does not block."""
         self._settle()
         stretches = _stretches(reads)
-        for home in self._homes.all():
-            if not any(stretch.meets(home.file, home.offset_bytes, home.end_bytes) for stretch in stretches):
-                self._homes.remove(home)
-                self._retire(home.slab)
+        self._let_go(stretches)
         missing = [s for s in stretches if self._homes.find(s.file, s.first, s.end - s.first) is None]
         shared = self._shared
         with shared.changed:
             under_way = [stretch for stretch, _ in shared.ready] + ([shared.coming] if shared.coming else [])
             for stretch in under_way:
                 stretch.is_stale |= not any(_is_same(stretch, other) for other in missing)
+            shared.is_short = False
             there = [stretch for stretch in under_way if not stretch.is_stale]
             shared.wanted = deque(s for s in missing if not any(_is_same(s, other) for other in there))
             if shared.wanted and shared.worker is None and not shared.stopping:
@@ -217,6 +222,17 @@ class PinnedTier:
             retired[0].close()
             self._retired.remove(retired)
 
+    def _let_go(self, stretches: Sequence[_Stretch]) -> None:
+        """Retires what these and those expected before leave out."""
+        left_out: dict[PinnedRange, int] = {}
+        for home in self._homes.all():
+            if not any(stretch.meets(home.file, home.offset_bytes, home.end_bytes) for stretch in stretches):
+                left_out[home] = self._left_out.get(home, 0) + 1
+                if left_out[home] > KEPT_FOR or self._shared.is_short:
+                    self._homes.remove(home)
+                    self._retire(home.slab)
+        self._left_out = {home: count for home, count in left_out.items() if count <= KEPT_FOR}
+
     def _retire(self, slab: PinnedSlab) -> None:
         self._retired.append((slab, self._mark()))
 
@@ -292,6 +308,7 @@ class PinnedTier:
                 )
             if slab is not None:
                 slab.close()
+            self._shared.is_short = True
             return None
         return PinnedRange(
             file=stretch.file, offset_bytes=stretch.first, size_bytes=size, slab=slab, slab_offset_bytes=shift

@@ -46,6 +46,7 @@ class Engine:
         retime: says what a pass takes under a plan, on a machine, if compute takes so many times as long.
         correction: what plans take the machine to be.
         fixed_bytes: bytes of buffers.
+        memory_bytes_per_s: about how fast operators read weights, for those that were never timed.
         expected: the operators that are expected before anything ran, in order.
         verify_files: raises when a checkpoint changed on disk; called before each pass.
     """
@@ -60,6 +61,7 @@ class Engine:
         retime: Retimer,
         correction: Correction,
         fixed_bytes: int,
+        memory_bytes_per_s: float,
         expected: Sequence[OperatorReads],
         verify_files: Callable[[], None],
     ) -> None:
@@ -67,6 +69,7 @@ class Engine:
         self.execution = execution
         self.ledger = ledger
         self.fixed_bytes = fixed_bytes
+        self._memory_bytes_per_s = memory_bytes_per_s
         self.live = LiveBytes(execution.device.place)
         self.meter = PassMeter(execution, correction, retime)
         self.num_steps = 0  # of the plan that ran last
@@ -138,6 +141,7 @@ class Engine:
         self.room.begin_pass(kind)
         self._tape = []
         self.capture.abandon()
+        self.execution.device.follow()
         self.meter.begin()
 
     def continue_pass(self) -> None:
@@ -377,7 +381,7 @@ class Engine:
         if isinstance(found, OperatorSegment) and (rows_bytes or 0) <= (found.reads.rows_bytes or 0):
             return found
         size_bytes = sum(self.weights[weight].size_bytes for weight in reads.weights)
-        time_s = (size_bytes if rows_bytes is None else rows_bytes) / 8e9
+        time_s = (size_bytes if rows_bytes is None else rows_bytes) / self._memory_bytes_per_s
         segment = self._segments[reads.key] = OperatorSegment(reads, name, time_s)
         return segment
 

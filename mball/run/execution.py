@@ -11,20 +11,23 @@ unexpectedly, costs time and no more.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from mball.errors import DeviceError, StorageError
-from mball.memory import Arena, Device, Event
+from mball.memory import Arena, Device, Event, GpuLostError
 from mball.memory.device import COMPLETE
 from mball.run.file_read import FileRead
 from mball.run.homes import Homes
 from mball.run.recorder import ReadRecord, Recorder
 from mball.run.rows import RowsAtHome
 from mball.schema import Bundle, Plan, Transfer
+
+logger = logging.getLogger(__name__)
 
 # The weights that a plan step hands out: a tuple of views for each of its trace steps.
 Bound = tuple[tuple[torch.Tensor, ...], ...]
@@ -166,6 +169,8 @@ class Execution:
                     self._evict(bundle)
             self._released.wait()  # memory is given back after its last use
             self.arena.resize(cut)
+        if num_bytes > self.arena.backed_bytes:
+            self.device.make_room()
         self.arena.resize(num_bytes)
 
     def set_requires_grad(self, flags: Sequence[bool]) -> None:
@@ -349,7 +354,9 @@ class Execution:
             return
         self._in_use = ()
         try:
-            self.device.record().wait()
+            self.catch_up()
+        except GpuLostError as error:
+            logger.warning("nothing of a lost GPU is waited for: %s", error)
         finally:
             try:
                 self.device.close()
@@ -436,7 +443,7 @@ class Execution:
         for other, occupant in list(self._occupants.items()):
             if occupant.offset_bytes < end and offset < occupant.end_bytes:
                 self._evict(other)
-        reads = self._reads(bundle, offset)
+        reads = list(self._reads(bundle, offset))
         # Known before it starts: an interrupt in between leaves an occupant that `abort` removes.
         occupant = self._occupants[number] = Occupant(bundle, offset, _NOT_STARTED, planned)
         asked_s = time.perf_counter()
@@ -446,25 +453,18 @@ class Execution:
         self.counters.reads += len(reads)
         occupant.record = self.recorder.reading(bundle, size_bytes, asked_s, event)
 
-    def _reads(self, bundle: Bundle, offset: int) -> list[FileRead]:
-        """Returns what brings a bundle to `offset`."""
-        return [
-            FileRead(
-                file=piece.file,
-                offset_bytes=piece.offset_bytes,
-                size_bytes=piece.size_bytes,
-                arena_offset_bytes=offset + extent.slot_offset_bytes + piece.shift_bytes,
-            )
-            for extent, piece in self.homes.reads(bundle.extents)
-        ]
+    def _reads(self, bundle: Bundle, offset: int) -> Iterator[FileRead]:
+        """Yields what brings a bundle to `offset`."""
+        for extent, piece in self.homes.reads(bundle.extents):
+            yield FileRead.of(piece, offset + extent.slot_offset_bytes)
 
     def _expect(self) -> None:
         """Tells the device what the plan copies in each pass."""
         assert self.plan is not None
+        bundles = self.plan.bundles
         places = {transfer.bundle: transfer.offset_bytes for transfer in self.plan.transfers}
-        self.device.expect(
-            [read for bundle, offset in places.items() for read in self._reads(self.plan.bundles[bundle], offset)]
-        )
+        # One by one: most devices do not look at them.
+        self.device.expect(read for bundle, offset in places.items() for read in self._reads(bundles[bundle], offset))
 
     def _land(self, bundle: int) -> Occupant:
         occupant = self._occupants[bundle]

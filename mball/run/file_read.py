@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
+from mball.run.homes import Piece
 from mball.storage import Read
 
 
@@ -15,6 +17,16 @@ class FileRead:
     offset_bytes: int
     size_bytes: int
     arena_offset_bytes: int
+
+    @classmethod
+    def of(cls, piece: Piece, offset_bytes: int) -> Self:
+        """Returns what brings a piece of an extent that begins at `offset_bytes` of the arena."""
+        return cls(
+            file=piece.file,
+            offset_bytes=piece.offset_bytes,
+            size_bytes=piece.size_bytes,
+            arena_offset_bytes=offset_bytes + piece.shift_bytes,
+        )
 
     def into(self, destination: memoryview, first: int = 0) -> Read:
         return Read(

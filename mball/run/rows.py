@@ -27,15 +27,7 @@ class RowsAtHome:
     def view(self, weight: int) -> torch.Tensor:
         """Returns a weight as it lies at home, for a step that looks up rows of it; call `leave` when that is over."""
         self._asked_bytes[weight] = 0
-        reads = [
-            FileRead(
-                file=piece.file,
-                offset_bytes=piece.offset_bytes,
-                size_bytes=piece.size_bytes,
-                arena_offset_bytes=piece.shift_bytes,
-            )
-            for piece in self._homes.pieces(weight)
-        ]
+        reads = [FileRead.of(piece, 0) for piece in self._homes.pieces(weight)]
         home = self._device.rows_of(self._homes.look_up(weight), reads)
         with torch.inference_mode(False):
             return home.data.requires_grad_(self._homes.requires_grad[weight])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from mball.run.census import Census
 from mball.run.homes import Home
+
+logger = logging.getLogger(__name__)
 
 
 def move_in(census: Census, homes: Sequence[Home]) -> list[tuple[torch.nn.Parameter, int]]:
@@ -53,7 +56,10 @@ def place_buffers(census: Census, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def return_buffers(roots: Sequence[torch.nn.Module], place: torch.device) -> None:
-    """Moves the buffers on `place` to host memory, where the weights are; one that two modules have stays one."""
+    """Moves the buffers on `place` to host memory, where the weights are; one that two modules have stays one.
+
+    Of a GPU whose work is lost none can be had: they stay there, and the log says so.
+    """
     moved: dict[int, torch.Tensor] = {}
     if place.type == "cpu":
         return
@@ -61,7 +67,11 @@ def return_buffers(roots: Sequence[torch.nn.Module], place: torch.device) -> Non
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device == place:
                 if id(buffer) not in moved:
-                    moved[id(buffer)] = buffer.cpu()
+                    try:
+                        moved[id(buffer)] = buffer.cpu()
+                    except RuntimeError as error:
+                        logger.warning("buffer %r of a %s is lost: %s", name, type(module).__name__, error)
+                        continue
                 module._buffers[name] = moved[id(buffer)]
 
 

@@ -14,8 +14,8 @@ import mball
 from mball.api import _wrap, trace_and_plan
 from mball.backend_door import mball_backend
 from mball.config import Config
-from mball.errors import ConfigError, WrapError
-from mball.memory import Event
+from mball.errors import ConfigError, DeviceError, WrapError
+from mball.memory import Device, Event
 from tests.adaptors import DelayedDevice, DeviceAdaptor, PoisonedDevice, adapted
 from tests.foreign import device as foreign
 from tests.foreign.build import missing
@@ -161,11 +161,14 @@ def test_memory_there_is_counted(tmp_path: Path) -> None:
     [("cuda", "built without CUDA"), ("cuda:3", "built without CUDA"), ("tpu", "give 'cpu'"), ("cuda:", "give 'cpu'")],
 )
 def test_a_device_that_is_not_there(device: str, reason: str, tmp_path: Path) -> None:
-    if device.startswith("cuda") and torch.backends.cuda.is_built():
-        pytest.skip("this torch is built with CUDA")
+    kind: type[Exception] = ConfigError
+    if device.startswith("cuda") and device != "cuda:" and torch.backends.cuda.is_built():
+        if torch.cuda.is_available():
+            pytest.skip("there is one")
+        kind, reason = DeviceError, "sees no GPU.*nvidia-smi"
     model = make(llama)
     before = type(model)
-    with pytest.raises(ConfigError, match=reason):
+    with pytest.raises(kind, match=reason):
         mball.wrap(model, "1GiB", device=device, swap_dir=tmp_path)
     assert type(model) is before
     assert not list(tmp_path.iterdir())
@@ -209,3 +212,44 @@ def test_steps_are_timed_until_compute_is_over(tmp_path: Path) -> None:
     # The host's clock saw passes that took less, and plans are not made for it.
     assert plan.prediction.compute_s >= _LateDevice.LATE_S * len(trace.steps)
     assert engine_of(model).meter.calls_for_another_plan(engine_of(model)._active) is False
+
+
+class _CountingDevice(DeviceAdaptor):
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self.calls: list[str] = []
+
+    def follow(self) -> None:
+        self.calls.append("follow")
+
+    def make_room(self) -> None:
+        self.calls.append("make room")
+
+
+def test_a_device_is_told_of_passes_and_of_an_arena_that_grows(tmp_path: Path) -> None:
+    made: list[_CountingDevice] = []
+
+    def counting(device: Device) -> Device:
+        made.append(_CountingDevice(device))
+        return made[-1]
+
+    model = make(llama)
+    size = weight_bytes(model)
+    _wrap((model,), Config.of(budget=size * 2, swap_dir=tmp_path, capture="graphs"), None, {}, adapted(counting))
+    for _ in range(3):
+        run(model, logits(1, 5))
+    (device,) = made
+    assert device.calls.count("follow") == 3
+    device.calls.clear()
+    mball.set_budget(model, int(size * 0.8))
+    assert device.calls == []
+    mball.set_budget(model, int(size * 1.5))
+    assert device.calls == ["make room"]
+    run(model, logits(1, 5))
+    assert device.calls == ["make room", "follow"]
+
+
+@pytest.mark.parametrize("settings", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}])
+def test_graphs_that_would_copy_weights_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="CUDA graphs, which would keep a copy"):
+        mball.wrap(make(llama), "1GiB", device="cuda", compile="inductor", swap_dir=tmp_path, **settings)

@@ -7,6 +7,7 @@ for there and then, and copies come as late as that lets them.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from mball.errors import DeviceError
 from mball.memory import Device, Event, Gauge
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_errors import GpuLostError
 from mball.memory.cuda_streams import CudaStreams
 from mball.storage import FileTable, ThreadedReader
 from mball.units import MIB
@@ -32,8 +34,9 @@ from tests.foreign import device as foreign
 from tests.foreign.build import missing
 from tests.foreign.compute import ForeignGauge
 from tests.foreign.region import ForeignRegion
+from tests.memory.conftest import LOADED
 from tests.memory.driver.standin import CODES, EXTENT_BYTES, Order, StandIn
-from tests.run.harness import assert_streamed, engine_of, make, run, weight_bytes
+from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
 from tests.run.there import PLACE, compare
 from tests.run.zoo import ZOO, ids, llama, logits
 
@@ -90,6 +93,7 @@ def wrapped(
             measured_bytes=1 * MIB,
             extent_bytes=EXTENT_BYTES,
             region=ForeignRegion,
+            empty_cache=lambda: None,
             place=torch.device("foreign", 0),
         )
         made = PoisonedDevice(_AtOnce(compute.device, stream))
@@ -104,6 +108,8 @@ def wrapped(
         yield model
     finally:
         mball.unwrap(model)
+        assert LOADED
+        LOADED.forget()
         stream.close()
         gc.collect()  # what is left of the arena: graphs and their code are cycles
 
@@ -219,3 +225,37 @@ def test_after_a_driver_that_fails_the_next_pass_is_right(call: str, standin: St
                 compare(model, plain, logits(1, 6), f"{call} {position}, with the budget of before")
     if call != "cuMemHostRegister":  # then copies are slower, and nothing fails
         assert failures
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_a_lost_gpu_is_said_and_weights_are_not(capture: str, standin: StandIn, tmp_path: Path) -> None:
+    plain = make(llama)
+    with wrapped(make(llama), 0.9, swap_dir=tmp_path, capture=capture) as model:
+        compare(model, plain, logits(1, 6))
+        standin.lose(CODES["ILLEGAL_ADDRESS"])
+        for _ in range(2):
+            with pytest.raises(GpuLostError, match=r"ILLEGAL_ADDRESS.*save what is in host memory"):
+                run(model, lambda m: m(ids(1, 6).to(PLACE)))
+        # What to save is in host memory.
+        for name, value in plain.cpu().named_parameters():
+            assert torch.equal(model.state_dict()[name], value)
+    standin.sweep()  # a lost GPU's is left to the end of the process
+    standin.pop_contexts()
+    assert_same(run(model, logits(1, 6)), run(plain, logits(1, 6)), "unwrapped")
+
+
+def test_a_forked_child_is_refused(standin: StandIn, tmp_path: Path) -> None:
+    plain = make(llama)
+    with wrapped(make(llama), 0.9, swap_dir=tmp_path) as model:
+        compare(model, plain, logits(1, 6))
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                run(model, lambda m: m(ids(1, 6).to(PLACE)))
+            except DeviceError as error:
+                code = 0 if "CUDA does not survive a fork" in str(error) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        compare(model, plain, logits(1, 6), "the parent goes on")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mball.errors import DeviceError, StorageError
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.pinned import PinnedSlab
-from mball.memory.pinned_tier import PinnedTier
+from mball.memory.pinned_tier import KEPT_FOR, PinnedTier
 from mball.run.file_read import FileRead
 from mball.storage import ThreadedReader
 from tests.memory.devices import NUM_PAGES, PAGE, Bench, cuda_on_the_stand_in, expect
@@ -147,7 +147,8 @@ def test_memory_goes_when_nothing_copies_from_it_any_more(standin: StandIn, tmp_
         assert standin.registered_bytes >= 8 * PAGE
         before = standin.registered_bytes
         event = bench.device.copy([bench.read(0, 8 * PAGE, 0)], None)
-        bench.device.expect([])
+        for _ in range(KEPT_FOR + 2):
+            bench.device.expect([])
         assert standin.registered_bytes == before, "a copy that was asked for reads it"
         bench.device.synchronize()
         bench.finish()
@@ -157,6 +158,39 @@ def test_memory_goes_when_nothing_copies_from_it_any_more(standin: StandIn, tmp_
         look = bench.look(0, 8)
         bench.finish()
         expect(look(), bench.content[: 8 * PAGE])
+
+
+def test_plans_that_take_turns_keep_what_they_have(bench: Bench, standin: StandIn, submitted: list[Any]) -> None:
+    plans = [[bench.read(n * PAGE, 4 * PAGE, n) for n in numbers] for numbers in ((0, 8), (0, 16), (24,))]
+    for reads in plans:
+        bench.device.expect(reads)
+        tier_of(bench).finish()
+    submitted.clear()
+    for _ in range(KEPT_FOR):
+        for reads in plans:
+            bench.device.expect(reads)
+            tier_of(bench).finish()
+    assert not submitted
+    before = standin.registered_bytes
+    for _ in range(KEPT_FOR + 2):
+        bench.device.synchronize()
+        bench.finish()
+        bench.device.expect(plans[0])
+    assert standin.registered_bytes == before - 8 * PAGE, "what no plan streams any more is let go"
+
+
+def test_what_no_plan_streams_now_makes_room(standin: StandIn, tmp_path: Path) -> None:
+    with cuda_on_the_stand_in(tmp_path, order=Order.EARLIEST) as bench:
+        tier = tier_of(bench)
+        scratch = standin.registered_bytes
+        tier._headroom = lambda: 20 * PAGE - (standin.registered_bytes - scratch)
+        bench.device.expect([bench.read(0, 10 * PAGE, 0)])
+        tier.finish()
+        for _ in range(3):  # there is no room; what was there goes; now there is
+            bench.device.expect([bench.read(20 * PAGE, 12 * PAGE, 0)])
+            tier.finish()
+        assert tier.find(str(bench.path), 0, 10 * PAGE) is None
+        assert tier.find(str(bench.path), 20 * PAGE, 12 * PAGE) is not None
 
 
 def test_without_host_memory_the_file_is_read(
