@@ -26,7 +26,8 @@ import mball
 from bench.findings import Findings, Heading
 from bench.results import Device, Measurement, Topic
 from mball.memory.mapping import scan_written
-from mball.run.homes import Homes, map_homes
+from mball.run.home_sources import map_homes
+from mball.run.homes import Homes
 from mball.storage import SwapFile
 from mball.units import GIB, MIB, format_bytes
 from tests.run.harness import assert_same, assert_streamed, engine_of, run, weight_bytes

@@ -42,7 +42,7 @@ def write_homes(weights: Sequence[OwnedWeight], swap: SwapFile) -> tuple[HomeFil
             swap.write(start + offset, flat.view(torch.uint8).numpy())
             placed.append((weight.name, start + offset, data))
         swap.flush()
-        return _map_homes(swap.name, swap.fd, swap, placed)
+        return map_homes(swap.name, swap.fd, swap, placed)
     except BaseException:
         swap.shrink(start)
         raise
@@ -69,7 +69,7 @@ def map_checkpoint(census: Census, entries: Sequence[TensorEntry], swap: SwapFil
             placed.append((census.weights[number].name, entries[number].offset_bytes, like))
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            home_file, mapped = _map_homes(path, descriptor, swap, placed)
+            home_file, mapped = map_homes(path, descriptor, swap, placed)
         finally:
             os.close(descriptor)
         home_files.append(home_file)
@@ -86,7 +86,7 @@ def _refuse_meta(weights: Sequence[OwnedWeight]) -> None:
         )
 
 
-def _map_homes(
+def map_homes(
     file: str,
     descriptor: int,
     swap: SwapFile,

@@ -134,15 +134,7 @@ def test_passes_follow_each_other(
 
 
 @pytest.mark.parametrize("hostility", [Hostility.LATE_COPIES, Hostility.LATE_COMPUTE], ids=lambda each: each.value)
-@pytest.mark.parametrize(
-    "ordered",
-    [
-        True,
-        # A stream waits for the copies of the bundles that it enters first; another one that uses them is not told.
-        pytest.param(False, marks=pytest.mark.xfail(strict=False, reason="callers have to order their streams so far")),
-    ],
-    ids=["ordered", "by-nobody"],
-)
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "by-nobody"])
 def test_streams_take_turns(ordered: bool, hostility: Hostility, place: Place, tmp_path: Path) -> None:
     play(lambda: scenes.streams_take_turns(place, ordered=ordered, swap_dir=tmp_path, hostility=hostility))
 
