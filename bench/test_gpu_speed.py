@@ -36,7 +36,7 @@ def scale(request: pytest.FixtureRequest, say: Say) -> Scale:
 
 
 def _decode(percent: int, scale: Scale, say: Say, gpu_time: Allot, benchmark: BenchmarkFixture, kept: Keep) -> None:
-    limit = gpu_time(50)
+    limit = gpu_time(70)
     kept(SPEED, benchmark.pedantic(streaming.decode, args=(scale, percent, limit, say), rounds=1))
 
 

@@ -97,6 +97,45 @@ def test_gpu_targets_say_so_without_a_gpu(target: str) -> None:
     assert "no NVIDIA GPU" in finished.stdout
 
 
+# A Python that says that there is a GPU, and of pytest only notes what it is asked; it ends with FIRST, then SECOND.
+PRETENDER = """#!/bin/sh
+[ "$1" = -c ] && exit 0
+echo "$@" >>"$NOTES"
+[ "$(wc -l <"$NOTES")" = 1 ] && exit "$FIRST"
+exit "$SECOND"
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("first", "second", "fails"), [("0", "0", False), ("5", "0", False), ("1", "0", True), ("0", "1", True)]
+)
+def test_gpu_runs_both_halves_whatever_becomes_of_them(first: str, second: str, fails: bool, tmp_path: Path) -> None:
+    pretender, notes = tmp_path / "python", tmp_path / "notes"
+    pretender.write_text(PRETENDER)
+    pretender.chmod(0o755)
+    finished = run("make", "gpu", f"GPU_PYTHON={pretender}", NOTES=str(notes), FIRST=first, SECOND=second)
+    assert bool(finished.returncode) == fails, finished.stderr
+    beside, alone = notes.read_text().splitlines()
+    assert "not alone" in beside
+    assert "-n 4" in beside
+    assert "not alone" not in alone
+    assert "-n" not in alone.split()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_gpu_bench_runs_the_benches_of_a_gpu_and_no_others(tmp_path: Path) -> None:
+    pretender, notes = tmp_path / "python", tmp_path / "notes"
+    pretender.write_text(PRETENDER)
+    pretender.chmod(0o755)
+    finished = run("make", "gpu-bench", f"GPU_PYTHON={pretender}", NOTES=str(notes), FIRST="0", SECOND="0")
+    assert finished.returncode == 0, finished.stderr
+    asked = notes.read_text()
+    assert "--save-results" in asked
+    named = {word for word in asked.split() if word.startswith("bench/")}
+    assert named == {f"bench/{path.name}" for path in (ROOT / "bench").glob("test_gpu_*.py")}
+
+
 @pytest.mark.slow
 def test_wheel_holds_what_the_checkout_holds(tmp_path: Path) -> None:
     # From a copy: building leaves a folder behind, whose stale files would be in the next wheel.

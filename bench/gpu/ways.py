@@ -66,10 +66,10 @@ class Loading:
 def load(loading: Loading) -> Any:
     """Returns the model, in eval mode. Raises what mball, transformers or accelerate raise."""
     if loading.way is Way.MBALL:
-        return from_pretrained(
-            loading.checkpoint, budget=loading.budget_bytes, device=loading.device, capture=loading.capture
-        )
-    settings: dict[str, Any] = {"dtype": torch.bfloat16, "local_files_only": True}
+        # The link is measured and not the disk: the file was just written and is in the page cache.
+        settings: dict[str, Any] = {"device": loading.device, "capture": loading.capture, "io": "buffered"}
+        return from_pretrained(loading.checkpoint, budget=loading.budget_bytes, **settings)
+    settings = {"dtype": torch.bfloat16, "local_files_only": True}
     if loading.way is Way.ACCELERATE:
         places = device_map(loading.checkpoint, loading.resident_bytes, loading.device)
         return AutoModelForCausalLM.from_pretrained(loading.checkpoint, device_map=places, **settings).eval()

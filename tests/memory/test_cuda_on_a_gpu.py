@@ -94,6 +94,7 @@ def test_the_host_does_not_read_it(memory: CudaMemory) -> None:
     arena.close()
 
 
+@pytest.mark.alone
 def test_what_is_given_back_is_free_on_the_gpu(memory: CudaMemory) -> None:
     """To a quarter: others may use the GPU too."""
     arena = arena_of(memory, 2 * GIB)
@@ -108,6 +109,7 @@ def test_what_is_given_back_is_free_on_the_gpu(memory: CudaMemory) -> None:
     arena.close()
 
 
+@pytest.mark.alone
 def test_more_than_the_gpu_has_is_refused_and_nothing_is_taken(memory: CudaMemory) -> None:
     arena = arena_of(memory, 64 * MIB)
     arena.resize(8 * MIB)

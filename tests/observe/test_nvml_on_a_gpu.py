@@ -17,6 +17,7 @@ from mball.units import GIB, MIB
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.alone
 def test_nvml_and_cuda_see_the_same_gpu() -> None:
     torch.zeros(1, device="cuda:0")
     properties = torch.cuda.get_device_properties(0)

@@ -123,7 +123,8 @@ def lost(place: Place, used_bytes: Used, folder: Path) -> dict[str, Any]:
     wanted = {name: value.clone() for name, value in model.state_dict().items()}
     errors = []
     budget_bytes = int(weight_bytes(model) * 0.7) + place.activation_bytes
-    unwrapping = ""
+    said = unwrapping = ""
+    whole = False
     try:
         with place.wrapped(model, budget_bytes, swap_dir=folder, hostility=Hostility.NONE, capture="operators"):
             there = There(model, engine_of(model).homes, place.name)
@@ -134,11 +135,15 @@ def lost(place: Place, used_bytes: Used, folder: Path) -> dict[str, Any]:
                     place.finish()
                 except Exception as error:
                     errors.append(f"{type(error).__name__}: {str(error)[:300]}")
+            try:
+                mball.set_budget(model, budget_bytes // 2 + place.activation_bytes)
+            except Exception as error:
+                said = f"{type(error).__name__}: {str(error)[:300]}"
             state = model.state_dict()
             whole = all(torch.equal(state[name].cpu(), value) for name, value in wanted.items() if name in state)
     except Exception as error:
         unwrapping = f"{type(error).__name__}: {str(error)[:300]}"
-    return {"errors": errors, "weights_are_whole": whole, "unwrapping": unwrapping}
+    return {"errors": errors, "budget": said, "weights_are_whole": whole, "unwrapping": unwrapping}
 
 
 STORIES = {"budgets": budgets, "unwrapped": unwrapped, "small": small, "lost": lost}

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ def whole_context(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.cuda.synchronize()
     except RuntimeError as error:
         _lost_in.append(f"{request.node.nodeid} broke the context: {error}")
+        if "PYTEST_XDIST_WORKER" in os.environ:  # another process takes its place, and all tests that are left
+            print(_lost_in[0], file=sys.__stderr__, flush=True)
+            time.sleep(1)  # what the test itself said is on its way
+            os._exit(1)
         pytest.fail(_lost_in[0], pytrace=False)
 
 
@@ -217,10 +222,11 @@ def test_unwrapped_all_memory_is_given_back() -> None:
 
 @pytest.mark.timeout(130)
 def test_after_a_kernel_that_went_astray_weights_can_be_saved() -> None:
-    answer, said = told("lost", 120)
+    answer, _ = told("lost", 120)
     assert len(answer["errors"]) == 2, answer
     assert answer["weights_are_whole"], answer
-    assert "GpuLostError" in f"{answer['errors']} {answer['unwrapping']} {said}", f"nobody said what is lost: {answer}"
+    assert not answer["unwrapping"], answer
+    assert "GpuLostError" in f"{answer['errors']} {answer['budget']}", f"nobody said what is lost: {answer}"
 
 
 def sanitizer() -> str | None:
