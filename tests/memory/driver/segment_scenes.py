@@ -1,4 +1,4 @@
-"""What tests of segments share: the library, an allocator of small pages, and extents of an arena that may be offered."""
+"""What tests of segments share: the library, an allocator of small pages, and extents of an arena to be offered."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from mball.errors import DeviceError
 from mball.memory.allocator.library import load_library
 from mball.memory.allocator.segment_allocator import SegmentAllocator
 from mball.memory.cuda_driver import CudaDriver
@@ -46,13 +47,14 @@ def small_allocator(standin: StandIn, *, limit_bytes: int = LIMIT_BYTES) -> Iter
 
 def force_closed(standin: StandIn, allocator: SegmentAllocator) -> None:
     """Ends an allocator after a test that failed, so that the next ones have one."""
-    standin.forget()
-    with contextlib.suppress(Exception):
-        for segment in allocator.segments():
-            if not segment.is_leaving:
-                allocator.free(segment.address)
+    for segment in allocator.segments():
+        if not segment.is_leaving:
+            allocator.free(segment.address)
+    for _ in range(3):  # what streams still have to do may break the context again
         standin.run()
-        allocator.close()
+        standin.forget()
+        with contextlib.suppress(DeviceError):
+            allocator.close()
 
 
 class Extents:
