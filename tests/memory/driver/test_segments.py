@@ -328,6 +328,17 @@ def test_no_donor_is_taken_for_what_all_of_them_cannot_give(allocator: SegmentAl
     assert all(allocator.withdraw(donor) for donor in donors)
 
 
+def test_no_donor_is_taken_for_what_is_not_a_lack_of_memory(
+    allocator: SegmentAllocator, extents: Extents, standin: StandIn
+) -> None:
+    donors = [allocator.offer(address, page) for address, page in extents.pages.items()]
+    standin.forget()
+    standin.fail(1, 99, code=CODES["NOT_SUPPORTED"], function="cuMemCreate")
+    with pytest.raises(DriverError, match="cuMemCreate said CUDA_ERROR_NOT_SUPPORTED"):
+        allocator.allocate(1)
+    assert all(allocator.withdraw(donor) for donor in donors)
+
+
 def test_a_donor_whose_event_is_not_over_comes_after_others(
     allocator: SegmentAllocator, driver: CudaDriver, extents: Extents, standin: StandIn
 ) -> None:
@@ -470,6 +481,19 @@ def test_a_lost_gpu_is_an_error_with_its_name(allocator: SegmentAllocator, stand
     allocator.free(address)  # it cannot be known that nobody uses it
     assert allocator.statistics().leaving_bytes == EXTENT_BYTES == standin.mapped_bytes
     standin.forget()
+
+
+@pytest.mark.parametrize("call", ["cuCtxPushCurrent", "cuThreadExchangeStreamCaptureMode"])
+def test_the_context_that_was_current_is_again(allocator: SegmentAllocator, standin: StandIn, call: str) -> None:
+    address = allocator.allocate(EXTENT_BYTES)
+    standin.forget()
+    standin.fail(1, code=CODES["NOT_SUPPORTED"], function=call)
+    with pytest.raises(DriverError, match=f"{call} said CUDA_ERROR_NOT_SUPPORTED"):
+        allocator.allocate(EXTENT_BYTES)
+    assert standin.num_contexts == 0
+    standin.fail(1, code=CODES["NOT_SUPPORTED"], function=call)
+    allocator.free(address)
+    assert (standin.num_contexts, allocator.statistics().leaving_bytes) == (0, EXTENT_BYTES)
 
 
 # -- who may, and who may not -----------------------------------------------------------------------------------------
