@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import pytest
 
 from mball.memory.allocator.library import SOURCE
 from tests.memory.driver import standin
+
+needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, cc")
 
 PROGRAM = Path(__file__).with_name("segments_in_threads.c")
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
@@ -21,13 +23,7 @@ def compile_c(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture
-def needs_a_compiler() -> None:
-    if reason := standin.missing():
-        pytest.skip(reason)
-
-
-@pytest.mark.usefixtures("needs_a_compiler")
+@needs_a_compiler
 @pytest.mark.parametrize("sanitizers", NUM_TURNS)
 def test_many_threads(tmp_path: Path, sanitizers: str) -> None:
     flags = [f"-fsanitize={sanitizers}"] if sanitizers else []
@@ -59,7 +55,7 @@ def test_many_threads(tmp_path: Path, sanitizers: str) -> None:
     assert taken_back
 
 
-@pytest.mark.usefixtures("needs_a_compiler")
+@needs_a_compiler
 def test_the_library_wants_nothing_but_the_c_library(tmp_path: Path) -> None:
     """No CUDA at link time and no Python, and it exports what is called from outside only."""
     library = tmp_path / "segments.so"
@@ -74,4 +70,4 @@ def test_the_library_wants_nothing_but_the_c_library(tmp_path: Path) -> None:
     assert not [name for kind, name in symbols if kind == "U" and name.startswith(("cu", "Py", "_Py"))]
     exported = [name for kind, name in symbols if kind == "T"]
     assert {"mball_malloc", "mball_free"} < set(exported)
-    assert all(name.startswith("mball_") for name in exported), platform.platform()
+    assert all(name.startswith("mball_") for name in exported)

@@ -102,6 +102,8 @@ class SegmentAllocator:
     def set_limit(self, limit_bytes: int) -> None:
         """Makes the limit `limit_bytes`; pooled pages over it go to the driver.
 
+        Withdraw what is offered first: a donor that is taken raises the limit, and that would be undone.
+
         Raises:
             DeviceError: segments in use, or leaving, are larger; the limit is as before.
         """
@@ -241,8 +243,11 @@ class SegmentAllocator:
         """Returns a `torch.cuda.MemPool` whose segments come from here: `with torch.cuda.use_mem_pool(pool): ...`.
 
         That routes the calling thread only: what backward allocates on its own threads comes from elsewhere. While it
-        is in use PyTorch frees no cached blocks before it runs out of memory. Close the allocator after the pool and
-        its tensors are gone.
+        is in use PyTorch frees no cached blocks before it runs out of memory. PyTorch's expandable segments do not go
+        with such a pool; memory from it cannot be handed to other processes (CUDA IPC) or read by other GPUs.
+
+        A graph that was captured into the pool goes after its last replay is over: see [Note: leaving] in segments.c.
+        Close the allocator after the pool and its tensors are gone.
 
         Raises:
             DeviceError: this torch has no CUDA.

@@ -21,8 +21,10 @@
 // what the block's own stream was given may still run: release_block calls the allocator's raw_delete where it would
 // call cudaFree, and leaves the waiting to cudaFree. Unmapping waits for nobody. So a freed segment first has an event
 // recorded on its stream, and leaves once that is over: nobody waits in free, and malloc waits only when it is dry.
-// The stream is the one that was current when the segment was made, as raw_alloc passes it. A block's own stream is
-// another one only where torch.cuda.caching_allocator_alloc was called with a stream that was not current.
+// The stream is the one that was current when the segment was made, as raw_alloc passes it. Two kinds of work it does not
+// stand for: what runs on another stream because torch.cuda.caching_allocator_alloc was called with one that was not
+// current, and replays of a graph that was captured into the pool, on whichever stream they run. Whoever has those waits
+// for them before the pool, or the graph, goes. (PyTorch's own expandable segments wait for one stream, too.)
 //
 // [Note: retries] Within torch.cuda.use_mem_pool PyTorch does not free cached blocks and try again, as it does elsewhere:
 // a pool in use counts as a capture under way (captures_underway), during which nothing is released. The first NULL is
