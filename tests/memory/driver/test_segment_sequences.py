@@ -57,7 +57,8 @@ class Segments(RuleBasedStateMachine):
         self.extents = Extents(self.driver, 3)
         with self.driver.current():
             self.some_streams = [self.streams.create_stream() for _ in range(NUM_STREAMS)]
-            self.event, self.join = self.streams.create_event(), self.streams.create_event()
+            self.join = self.streams.create_event()
+            self.events = {address: self.streams.create_event() for address in self.extents.pages}
         self.pool = PagePool(self.driver, limit_bytes=MEMORY_BYTES)
         self.given_bytes = limit * GRANULE_BYTES  # what the limit would be without pages that changed owners
         self.allocator = SegmentAllocator(library(), limit_bytes=self.given_bytes, extent_bytes=EXTENT_BYTES)
@@ -96,10 +97,13 @@ class Segments(RuleBasedStateMachine):
     def free_on(self, stream: int, address: int) -> None:
         """Frees a segment on a stream that is after the other, since both may have worked in it."""
         del self.segments[address]
+        self.put_after_the_other(stream)
+        self.allocator.free(address, self.some_streams[stream])
+
+    def put_after_the_other(self, stream: int) -> None:
         with self.driver.current():
             self.streams.record(self.join, self.some_streams[1 - stream])
             self.streams.wait(self.some_streams[stream], self.join)
-        self.allocator.free(address, self.some_streams[stream])
 
     @rule(sizes=st.lists(st.sampled_from([1, 1, 2, 4, 5]), max_size=4))
     def lend(self, sizes: list[int]) -> None:
@@ -123,14 +127,16 @@ class Segments(RuleBasedStateMachine):
     @rule(stream=st.none() | st.integers(0, NUM_STREAMS - 1))
     def offer(self, stream: int | None) -> None:
         address = next(address for address in self.extents.pages if address not in self.donors.values())
+        event = self.events[address]
         if stream is not None:
             self.work(stream, address)
-            with self.driver.current():
-                self.streams.record(self.event, self.some_streams[stream])
-            if len(self.donors):  # one event: what it stood for before would not be waited for
-                with self.driver.current():
-                    self.streams.synchronize(self.event)
-        number = self.allocator.offer(address, self.extents.pages[address], 0 if stream is None else self.event)
+            self.put_after_the_other(stream)  # which may have worked there the last time
+        with self.driver.current():
+            if stream is not None:
+                self.streams.record(event, self.some_streams[stream])
+            else:
+                self.streams.synchronize(event)
+        number = self.allocator.offer(address, self.extents.pages[address], 0 if stream is None else event)
         self.donors[number] = address
 
     @precondition(lambda self: self.donors)
@@ -230,7 +236,7 @@ class Segments(RuleBasedStateMachine):
             for stream in self.some_streams:
                 self.streams.drain(stream)  # an error if one of them found its memory gone
                 self.streams.destroy_stream(stream)
-            for event in (self.event, self.join):
+            for event in (self.join, *self.events.values()):
                 self.streams.destroy_event(event)
             self.pool.trim()
         self.extents.close()
