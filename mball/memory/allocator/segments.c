@@ -52,7 +52,7 @@
 #define SOURCE_DIGEST "unknown"
 #endif
 
-enum { MOST_DEVICES = 64, HISTORY = 4096 };
+enum { MOST_DEVICES = 64, HISTORY = 4096, BUCKETS = 1024 };
 
 typedef enum {
   NOT_OPEN = -1,
@@ -115,7 +115,15 @@ static int driver_is_loaded;
 
 // -- what there is ------------------------------------------------------------------------------------------------------
 
-typedef struct Page { Address handle; size_t size; struct Page *next; } Page;
+typedef struct Page {
+  Address handle;
+  size_t size;
+  int is_offered;  // the engine's still
+  struct Shelf *shelf;  // where it lies when nobody uses it; it is there before the page is
+  struct Page *next, *same;
+} Page;
+// Pooled pages of one size. There are few sizes, and a shelf stays once there was a page of its size.
+typedef struct Shelf { size_t size; Page *first; struct Shelf *next; } Shelf;
 
 typedef struct Segment {
   Address address;  // 0: nothing is reserved
@@ -135,7 +143,7 @@ typedef struct Donor {
   Page *page;
   void *event;  // what has to be over before; NULL: nothing
   int is_taken;
-  struct Donor *next;
+  struct Donor *before, *next, *same;
 } Donor;
 
 // These are read by Python: 64-bit fields only.
@@ -156,9 +164,11 @@ typedef struct {
   Properties place;
   Access access;
   Statistics now;
-  Page *pool;  // the smallest first
+  Shelf *shelves;  // the largest first
   Segment *segments, *leaving;
-  Donor *donors;  // as they were offered
+  Donor *donors, *last_donor;  // as they were offered
+  Page *known[BUCKETS];  // all pages, those of donors too
+  Donor *numbered[BUCKETS];
   uint64_t next_donor;
   Entry *history;
   uint64_t num_entries;  // ever; the last HISTORY are kept
@@ -250,43 +260,64 @@ static void hold(Device *device, size_t size) {
   device->now.held += size;
   if (device->now.held > device->now.peak_held) device->now.peak_held = device->now.held;
 }
+static Page **bucket(Device *device, Address handle) {
+  return &device->known[(handle * 0x9e3779b97f4a7c15u) >> 54];  // the upper ten bits
+}
+static Page *find_page(Device *device, Address handle) {
+  Page *page = *bucket(device, handle);
+  while (page && page->handle != handle) page = page->same;
+  return page;
+}
+// Returns a record for a page of `size` bytes that is not known yet, or NULL.
+static Page *new_page(Device *device, size_t size) {
+  Page *page = calloc(1, sizeof *page);
+  Shelf **at = &device->shelves;
+  while (*at && (*at)->size > size) at = &(*at)->next;
+  if (page && (!*at || (*at)->size != size)) {
+    Shelf *made = malloc(sizeof *made);
+    if (made) *made = (Shelf){size, NULL, *at}, *at = made;
+  }
+  if (!page || !*at || (*at)->size != size) {
+    free(page);
+    fail(ORDINAL(device), "malloc", sizeof *page, NO_HOST_MEMORY);
+    return NULL;
+  }
+  page->size = size, page->shelf = *at;
+  return page;
+}
+static void know(Device *device, Page *page, Address handle) {
+  Page **at = bucket(device, handle);
+  page->handle = handle, page->same = *at, *at = page;
+}
+static void forget(Device *device, Page *page) {
+  Page **at = bucket(device, page->handle);
+  while (*at != page) at = &(*at)->same;
+  *at = page->same;
+  free(page);
+}
 static void shelve(Device *device, Page *page) {
-  Page **at = &device->pool;
-  while (*at && (*at)->size < page->size) at = &(*at)->next;
-  page->next = *at, *at = page;
+  page->next = page->shelf->first, page->shelf->first = page;
   device->now.pooled += page->size, device->now.num_pooled++;
 }
-static Page *unshelve(Device *device, Page **at) {
-  Page *page = *at;
-  *at = page->next;
+static Page *unshelve(Device *device, Shelf *shelf) {
+  Page *page = shelf->first;
+  shelf->first = page->next;
   device->now.pooled -= page->size, device->now.num_pooled--;
   return page;
 }
-// The link to the largest pooled page of at most `most` bytes, or NULL.
-static Page **largest(Device *device, size_t most) {
-  Page **found = NULL;
-  for (Page **at = &device->pool; *at && (*at)->size <= most; at = &(*at)->next)
-    if (!found || (*at)->size > (*found)->size) found = at;
-  return found;
+// The shelf of the largest pooled page of at most `most` bytes, or NULL.
+static Shelf *largest(const Device *device, size_t most) {
+  Shelf *shelf = device->shelves;
+  while (shelf && (shelf->size > most || !shelf->first)) shelf = shelf->next;
+  return shelf;
 }
 // Gives the largest pooled page to the driver; returns its size, 0 if there is none or the driver did not take it.
 static size_t release_one(Device *device) {
-  Page **at = largest(device, SIZE_MAX);
-  if (!at || TRY(device, (*at)->size, cuMemRelease, (*at)->handle)) return 0;
-  Page *page = unshelve(device, at);
-  size_t size = page->size;
-  device->now.held -= size, device->now.released += size;
-  free(page);
-  return size;
-}
-static int knows(const Device *device, Address handle) {
-  for (const Page *p = device->pool; p; p = p->next) if (p->handle == handle) return 1;
-  for (const Donor *d = device->donors; d; d = d->next) if (d->page && d->page->handle == handle) return 1;
-  const Segment *lists[] = {device->segments, device->leaving};
-  for (int i = 0; i < 2; i++)
-    for (const Segment *s = lists[i]; s; s = s->next)
-      for (size_t n = 0; n < s->num_pages; n++) if (s->pages[n]->handle == handle) return 1;
-  return 0;
+  Shelf *shelf = largest(device, SIZE_MAX);
+  if (!shelf || TRY(device, shelf->size, cuMemRelease, shelf->first->handle)) return 0;
+  device->now.held -= shelf->size, device->now.released += shelf->size;
+  forget(device, unshelve(device, shelf));
+  return shelf->size;
 }
 
 // -- segments that leave ------------------------------------------------------------------------------------------------
@@ -359,7 +390,7 @@ static size_t take_donor(Device *device, int waits) {
       if (result == NOT_READY || check(ORDINAL(device), "cuEventQuery", page->size, result)) continue;
     }
     if (TRY(device, page->size, cuMemUnmap, donor->address, page->size)) continue;
-    donor->is_taken = 1, donor->page = NULL;
+    donor->is_taken = 1, donor->page = NULL, page->is_offered = 0;
     device->now.offered -= page->size, device->now.num_offered--;
     device->now.taken += page->size, device->now.num_taken++;
     device->now.limit += page->size;
@@ -373,21 +404,35 @@ static size_t take_donor(Device *device, int waits) {
   return 0;
 }
 
+static void forget_donor(Device *device, Donor *donor) {
+  Donor **at = &device->numbered[donor->id % BUCKETS];
+  while (*at != donor) at = &(*at)->same;
+  *at = donor->same;
+  *(donor->before ? &donor->before->next : &device->donors) = donor->next;
+  *(donor->next ? &donor->next->before : &device->last_donor) = donor->before;
+  if (!donor->is_taken) {
+    device->now.offered -= donor->page->size, device->now.num_offered--;
+    forget(device, donor->page);
+  }
+  free(donor);
+}
+
 // -- segments that come -------------------------------------------------------------------------------------------------
 
 // Returns a page of `size` bytes, or NULL. Room is made, within the limit and on the GPU, by what costs least first:
 // pooled pages of other sizes, segments that have left, donors, and then by waiting.
 static Page *take_page(Device *device, size_t size, int *code) {
   for (;;) {
-    for (Page **at = &device->pool; *at && (*at)->size <= size; at = &(*at)->next)
-      if ((*at)->size == size) return unshelve(device, at);
+    Shelf *shelf = largest(device, size);
+    if (shelf && shelf->size == size) return unshelve(device, shelf);
     *code = OVER_LIMIT;
     if (size <= device->now.limit - device->now.held) {
-      Page *page = malloc(sizeof *page);
-      if (!page) { *code = fail(ORDINAL(device), "malloc", sizeof *page, NO_HOST_MEMORY); return NULL; }
-      *code = TRY(device, size, cuMemCreate, &page->handle, size, &device->place, 0);
+      Address handle;
+      Page *page = new_page(device, size);
+      if (!page) { *code = NO_HOST_MEMORY; return NULL; }
+      *code = TRY(device, size, cuMemCreate, &handle, size, &device->place, 0);
       if (*code == SUCCESS) {
-        page->size = size;
+        know(device, page, handle);
         device->now.created += size;
         hold(device, size);
         return page;
@@ -395,7 +440,8 @@ static Page *take_page(Device *device, size_t size, int *code) {
       free(page);
       if (*code != OUT_OF_MEMORY) return NULL;
     }
-    if (release_one(device) || sweep(device, 0) || take_donor(device, 0) || sweep(device, 1) || take_donor(device, 1)) continue;
+    if (release_one(device) || sweep(device, 0) || take_donor(device, 0)) continue;
+    if (sweep(device, 1) || take_donor(device, 1)) continue;
     if (*code == OVER_LIMIT) fail(ORDINAL(device), "mball_malloc", size, OVER_LIMIT);
     return NULL;
   }
@@ -545,6 +591,9 @@ static int open_device(Device *device, size_t limit, size_t extent) {
   return SUCCESS;
 }
 static const size_t MOST_BYTES = (size_t)1 << 62;  // so that no sum of sizes overflows
+static int is_size(const Device *device, size_t size) {
+  return size && size % device->now.granule == 0 && size <= MOST_BYTES >> 16;
+}
 
 // Begins to serve GPU `ordinal` with at most `limit` bytes, in extents of `extent` bytes rounded up to the granularity.
 EXPORT int mball_open(int ordinal, size_t limit, size_t extent) {
@@ -576,17 +625,17 @@ EXPORT int mball_close(int ordinal) {
     uint64_t count = failures[ordinal].count;
     while (sweep(device, 1)) {}
     while (release_one(device)) {}
-    if (device->leaving || device->pool) {  // the driver refused something, or a stream is being captured
+    if (device->leaving || device->now.pooled) {  // the driver refused something, or a stream is being captured
       if (failures[ordinal].count == count) fail(ordinal, "mball_close", device->now.held, BUSY);
       code = (int)failures[ordinal].code;
     }
     end(device, &turn);
   }
   if (!code && !(code = TRY(device, 0, cuDevicePrimaryCtxRelease, device->device))) {
-    while (device->donors) {
-      Donor *gone = device->donors;
-      device->donors = gone->next;
-      free(gone->page);
+    while (device->donors) forget_donor(device, device->donors);
+    while (device->shelves) {
+      Shelf *gone = device->shelves;
+      device->shelves = gone->next;
       free(gone);
     }
     free(device->history);
@@ -623,7 +672,7 @@ EXPORT int mball_trim(int ordinal, size_t size, size_t *released) {
   if (code) return code;
   if (!(code = begin(device, &turn))) {
     sweep(device, 0);
-    while (*released < size && device->pool) {
+    while (*released < size && device->now.pooled) {
       size_t gone = release_one(device);
       if (!gone) { code = (int)failures[ordinal].code; break; }
       *released += gone;
@@ -642,22 +691,20 @@ EXPORT int mball_lend(int ordinal, size_t count, const Address *handles, const s
   int code = enter(ordinal, &device);
   if (code) return code;
   for (size_t i = 0; i < count && !code; i++) {
-    int is_twice = knows(device, handles[i]);
-    for (Page *p = pages; p; p = p->next) is_twice |= p->handle == handles[i];
-    if (is_twice || !sizes[i] || sizes[i] % device->now.granule || sizes[i] > MOST_BYTES >> 16 || count > 1 << 14) {
+    if (find_page(device, handles[i]) || !is_size(device, sizes[i]) || count > 1 << 14) {
       code = fail(ordinal, "mball_lend", sizes[i], INVALID);
       break;
     }
-    Page *page = malloc(sizeof *page);
-    if (!page) { code = fail(ordinal, "malloc", sizeof *page, NO_HOST_MEMORY); break; }
-    *page = (Page){handles[i], sizes[i], pages};
-    pages = page, sum += sizes[i];
+    Page *page = new_page(device, sizes[i]);
+    if (!page) { code = NO_HOST_MEMORY; break; }
+    know(device, page, handles[i]);
+    page->next = pages, pages = page, sum += sizes[i];
   }
   if (!code && device->now.limit + sum > MOST_BYTES) code = fail(ordinal, "mball_lend", sum, INVALID);
   while (pages) {
     Page *page = pages;
     pages = page->next;
-    if (code) { free(page); continue; }
+    if (code) { forget(device, page); continue; }
     device->now.limit += page->size, device->now.lent += page->size;
     hold(device, page->size);
     shelve(device, page);
@@ -678,12 +725,12 @@ EXPORT int mball_take_back(int ordinal, size_t size, size_t capacity, Address *h
     sweep(device, 0);
     end(device, &turn);
   }
-  for (Page **at; *count < capacity && (at = largest(device, size));) {
-    Page *page = unshelve(device, at);
+  for (Shelf *shelf; *count < capacity && (shelf = largest(device, size));) {
+    Page *page = unshelve(device, shelf);
     handles[*count] = page->handle, sizes[*count] = page->size, ++*count;
     size -= page->size;
     device->now.held -= page->size, device->now.limit -= page->size, device->now.taken_back += page->size;
-    free(page);
+    forget(device, page);
   }
   leave();
   return SUCCESS;
@@ -694,8 +741,8 @@ EXPORT int mball_owns(int ordinal, Address handle) {
   Device *device;
   int code = enter(ordinal, &device);
   if (code) return 0;
-  int owns = knows(device, handle);
-  for (const Donor *d = device->donors; d && owns; d = d->next) if (d->page && d->page->handle == handle) owns = 0;
+  const Page *page = find_page(device, handle);
+  int owns = page && !page->is_offered;
   leave();
   return owns;
 }
@@ -705,20 +752,20 @@ EXPORT int mball_offer(int ordinal, Address address, size_t size, Address handle
   Device *device;
   int code = enter(ordinal, &device);
   if (code) return code;
-  Donor *donor = malloc(sizeof *donor);
-  Page *page = malloc(sizeof *page);
-  if (!donor || !page) code = fail(ordinal, "malloc", sizeof *donor, NO_HOST_MEMORY);
-  else if (!address || !size || size % device->now.granule || size > MOST_BYTES >> 16 || knows(device, handle))
-    code = fail(ordinal, "mball_offer", size, INVALID);
-  if (code) {
-    free(donor);
-    free(page);
-  } else {
-    *page = (Page){handle, size, NULL};
+  Donor *donor = NULL;
+  Page *page = NULL;
+  if (!address || !is_size(device, size) || find_page(device, handle)) code = fail(ordinal, "mball_offer", size, INVALID);
+  else if (!(donor = malloc(sizeof *donor))) code = fail(ordinal, "malloc", sizeof *donor, NO_HOST_MEMORY);
+  else if (!(page = new_page(device, size))) code = NO_HOST_MEMORY;
+  if (code) free(donor);
+  else {
+    know(device, page, handle);
+    page->is_offered = 1;
     *donor = (Donor){.id = ++device->next_donor, .address = address, .page = page, .event = event};
-    Donor **at = &device->donors;
-    while (*at) at = &(*at)->next;
-    *at = donor, *id = donor->id;
+    *id = donor->id;
+    donor->before = device->last_donor, device->last_donor = donor;
+    *(donor->before ? &donor->before->next : &device->donors) = donor;
+    donor->same = device->numbered[donor->id % BUCKETS], device->numbered[donor->id % BUCKETS] = donor;
     device->now.offered += size, device->now.num_offered++;
   }
   leave();
@@ -730,16 +777,12 @@ EXPORT int mball_withdraw(int ordinal, uint64_t id) {
   Device *device;
   int code = enter(ordinal, &device);
   if (code) return code;
-  Donor **at = &device->donors;
-  while (*at && (*at)->id != id) at = &(*at)->next;
-  Donor *donor = *at;
+  Donor *donor = device->numbered[id % BUCKETS];
+  while (donor && donor->id != id) donor = donor->same;
   if (!donor) code = fail(ordinal, "mball_withdraw", 0, UNKNOWN);
   else {
-    if (donor->is_taken) code = TAKEN;
-    else device->now.offered -= donor->page->size, device->now.num_offered--;
-    *at = donor->next;
-    free(donor->page);
-    free(donor);
+    code = donor->is_taken ? TAKEN : SUCCESS;
+    forget_donor(device, donor);
   }
   leave();
   return code;

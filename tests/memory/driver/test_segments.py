@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -379,6 +380,29 @@ def test_a_donor_that_cannot_be_taken_stays_the_engines(
     extents.drop(list(extents.pages)[1])
     assert [allocator.withdraw(donor) for donor in donors] == [True, False, True]
     allocator.free(address)
+
+
+def test_more_donors_than_there_are_buckets(allocator: SegmentAllocator, driver: CudaDriver, standin: StandIn) -> None:
+    standin.configure(granule_bytes=GRANULE_BYTES)
+    allocator.set_limit(0)
+    many = Extents(driver, 1100, size_bytes=GRANULE_BYTES)
+    donors = {allocator.offer(address, page): address for address, page in many.pages.items()}
+    page = next(iter(many.pages.values()))
+    with pytest.raises(DeviceError, match="MBALL_INVALID"):
+        allocator.offer(next(iter(many.pages)), page)
+    assert not allocator.owns(page.handle)
+    addresses = [allocator.allocate(GRANULE_BYTES) for _ in range(100)]
+    assert allocator.taken() == list(donors)[:100]
+    assert allocator.owns(page.handle)
+    source = random.Random(0)
+    for donor in source.sample(list(donors), 1100):
+        if not allocator.withdraw(donor):
+            many.drop(donors[donor])
+    assert len(many.pages) == 1000
+    assert (allocator.statistics().num_offered, allocator.statistics().offered_bytes) == (0, 0)
+    for address in addresses:
+        allocator.free(address)
+    many.close()
 
 
 def test_the_arenas_pool_forgets_what_was_taken(
