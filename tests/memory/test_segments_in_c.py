@@ -55,7 +55,7 @@ def test_many_threads(tmp_path: Path, sanitizers: str) -> None:
     assert not finished.stderr
     made, failed, taken, lent, taken_back = map(int, finished.stdout.split())
     # It met with all that there is to meet.
-    assert made > NUM_TURNS[sanitizers]
+    assert made > NUM_TURNS[sanitizers] // 4
     assert failed
     assert taken
     assert lent
