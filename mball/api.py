@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -14,9 +15,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from mball.assembly import AdaptDevice, Machinery, Storage, inductor_options
+from mball.assembly import Machinery, Storage, inductor_options
 from mball.backend import Backend
 from mball.backend_door import Door, find_door
+from mball.compute import OpenCompute, open_compute
 from mball.config import Capture, Compile, Config
 from mball.errors import ConfigError, WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
@@ -28,7 +30,8 @@ from mball.run.doors import Gate, Wrapped, hang_door, mix_in, mix_out, mixed_cla
 from mball.run.engine import Engine
 from mball.run.home_sources import map_checkpoint, write_homes
 from mball.run.homes import Homes
-from mball.run.tenants import move_in, move_out, place_buffers
+from mball.run.placed import displace, place
+from mball.run.tenants import move_buffers, move_in, move_out, place_buffers, return_buffers
 from mball.run.tiers import TieredCall
 from mball.schema import LiveRange, Plan, Tensor, Trace
 from mball.snapshot import take_report, take_timeline
@@ -83,8 +86,10 @@ def wrap(
     """Makes `model` run under a memory budget, in place.
 
     Args:
-        model: a module on the CPU, or on the meta device when `weights` is given.
-        budget: bytes, or text such as ``"6GiB"``: a hard cap on weights, buffers and predicted activations.
+        model: a module on the CPU, or on the meta device when `weights` is given. With ``device="cuda"`` its weights
+            stay in host memory; buffers move to the GPU, and inputs belong there (``model.device``).
+        budget: bytes, or text such as ``"6GiB"``: a hard cap on weights, buffers and predicted activations on the
+            device that computes.
         weights: a safetensors file or checkpoint directory to read the weights from, in place. Without it the
             model's own weights are written once to a swap file.
         rename: for parameters and buffers that have another name in the checkpoint, that name.
@@ -98,6 +103,7 @@ def wrap(
         BudgetError: the budget is too small even for the weights of one module; it names the smallest.
         CheckpointError: the checkpoint is missing, damaged or does not fit the model.
         StorageError: the swap file cannot be written.
+        DeviceError: the device is not there, or lacks memory or something else that is needed.
         WrapError: the model cannot be wrapped. In every case the model is left as it was.
     """
     _wrap((model,), Config.of(budget=budget, **settings), weights, rename or {})
@@ -109,12 +115,13 @@ def _wrap(
     config: Config,
     weights: str | os.PathLike[str] | None,
     rename: Mapping[str, str],
-    adapt_device: AdaptDevice = lambda device: device,
+    open_compute: OpenCompute = open_compute,
 ) -> None:
     _check_roots(roots)
     options = inductor_options(config)
     capture = _capture_of(config)
-    classes = [_mixed(root) for root in roots]
+    for root in roots:
+        _check_derivable(root)
     census = take_census(roots)
     if not census.weights:
         raise WrapError("the model has no weights, so there is nothing to stream")
@@ -123,29 +130,33 @@ def _wrap(
     new_buffers = load_buffers(census, index, rename)
     fixed_bytes = census.buffer_bytes() + sum(tensor.nbytes for tensor in new_buffers.values())
 
-    storage = Storage.open(config)
-    try:
+    with contextlib.ExitStack() as undo:
+        storage = Storage.open(config)
+        undo.callback(storage.close)
+        compute = open_compute(config, storage.files)
+        undo.callback(compute.close)
+        new_buffers |= move_buffers(census, new_buffers, compute.device.place)
         homes = _homes(census, entries, storage)
-        machine = measure_machine(homes.homes, storage.files, config.io_threads)
+        machine = measure_machine(homes.homes, storage.files, config.io_threads, compute.link)
         expected = expected_operators(roots, census)
         check_budget(config.budget_bytes, homes.homes, machine, fixed_bytes, expected)
         machinery = Machinery.start(
             config,
             storage,
             homes,
+            compute,
             lambda: machine,
             fixed_bytes=fixed_bytes,
             expected=expected,
             verify_files=index.verify_unchanged if index is not None else _nothing_to_verify,
-            adapt_device=adapt_device,
         )
-    except BaseException:
-        storage.close()
-        raise
+        undo.pop_all()
 
     # Nothing above changed the model; nothing below fails.
     parameters = move_in(census, homes.homes)
     place_buffers(census, new_buffers)
+    if compute.device.place.type != "cpu":
+        place((module for root in roots for module in root.modules()), compute.device.place)
     buffers = [buffer for root in roots for buffer in root.buffers()]
     if capture is not Capture.GRAPHS:
         machinery.engine.live.count_inputs(buffers)
@@ -153,7 +164,7 @@ def _wrap(
     if config.compile is Compile.EAGER:
         make_faithful()
     backend = Backend(gate, parameters, buffers, config, options)
-    _hang_doors(roots, classes, gate, backend, config, capture)
+    _hang_doors(roots, gate, backend, config, capture)
     state = _State(
         machinery=machinery,
         gate=gate,
@@ -189,10 +200,12 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
         return model
     roots = [root for ref in state.roots if (root := ref()) is not None]
     move_out(state.gate.pairs())
+    return_buffers(roots, state.engine.place)
     for root in roots:
         for module in root.modules():
             set_call(module, None)
         mix_out(root)
+        displace(root.modules())
         del _states[root]
     state.closer()
     return model
@@ -298,7 +311,7 @@ def report(model: torch.nn.Module) -> Report:
         state.engine,
         policy=state.machinery.policy.value,
         link_bytes_per_s=state.machinery.machine().link.bandwidth_bytes_per_s,
-        io_path=state.machinery.reader.path,
+        io_path=state.machinery.compute.reader.path,
         weights_owned=count_weights(roots),
         graphs=len(state.backend.runners),
     )
@@ -413,9 +426,9 @@ def _nothing_to_verify() -> None:
     """A swap file has no name: nobody can change it."""
 
 
-def _mixed(root: torch.nn.Module) -> type[torch.nn.Module]:
+def _check_derivable(root: torch.nn.Module) -> None:
     try:
-        return mixed_class(type(root))
+        mixed_class(type(root))
     except TypeError as error:
         raise WrapError(
             f"{type(root).__name__} cannot be derived from ({error}), and mball derives a class to wrap it: put the "
@@ -425,13 +438,12 @@ def _mixed(root: torch.nn.Module) -> type[torch.nn.Module]:
 
 def _hang_doors(
     roots: Sequence[torch.nn.Module],
-    classes: Sequence[type[torch.nn.Module]],
     gate: Gate,
     backend: Backend,
     config: Config,
     capture: Capture,
 ) -> None:
-    for root, mixed in zip(roots, classes, strict=True):
+    for root in roots:
         for module in root.modules():
             if get_call(module) is None and any(True for _ in module.parameters()):
                 hang_door(module, gate)
@@ -444,6 +456,8 @@ def _hang_doors(
                 before_capture=gate.engine.capture.begin,
                 faithful=config.compile is Compile.EAGER,
                 fullgraph=config.fullgraph,
+                place=gate.engine.place,
+                is_home=gate.engine.homes.has,
             )
             call = compiled(dynamic=config.dynamic)
             if capture is Capture.AUTO:
@@ -451,4 +465,4 @@ def _hang_doors(
                 varied = call if config.dynamic is not None else compiled(dynamic=True)
                 call = TieredCall(gate.engine, gate.mode, plain, call, varied)
             hang_door(root, gate, call)
-        mix_in(root, mixed, gate)
+        mix_in(root, mixed_class(type(root)), gate)

@@ -8,22 +8,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from mball.compute import Compute
 from mball.config import Compile, Config, Io, Policy
 from mball.errors import ConfigError
-from mball.memory import CpuDevice, Device, Kind, Ledger, LedgerPage
+from mball.memory import Kind, Ledger, LedgerPage
 from mball.plan import make_plan, simulate
 from mball.plan.baselines import BASELINES
 from mball.plan.simulate import trace_times
 from mball.run.correction import Correction
 from mball.run.engine import Engine
 from mball.run.execution import Execution
-from mball.run.homes import Homes
+from mball.run.homes import PAGE_BYTES, Homes
 from mball.run.segments import OperatorReads
 from mball.schema import Machine, Plan, Trace
-from mball.storage import DirectIO, FileTable, SwapFile, ThreadedReader
+from mball.storage import DirectIO, FileTable, SwapFile
 from mball.torch_private.inductor import inductor_settings
-
-AdaptDevice = Callable[[Device], Device]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +52,7 @@ class Machinery:
 
     engine: Engine
     machine: Callable[[], Machine]
-    reader: ThreadedReader
-    device: Device
+    compute: Compute
     files: FileTable
     policy: Policy
     page: LedgerPage
@@ -65,20 +63,19 @@ class Machinery:
         config: Config,
         storage: Storage,
         homes: Homes,
+        compute: Compute,
         machine: Callable[[], Machine],
         *,
         fixed_bytes: int = 0,
         expected: Sequence[OperatorReads] = (),
         verify_files: Callable[[], None] = lambda: None,
-        adapt_device: AdaptDevice = lambda device: device,
     ) -> Self:
-        """Starts an engine over these homes; see there. If that fails nothing of it is left but `storage`."""
+        """Starts an engine over these homes; see there. If that fails nothing of it is left but what was given.
+
+        From then on `storage` and `compute` are closed with it.
+        """
         with contextlib.ExitStack() as undo:
-            reader = ThreadedReader(storage.files, num_threads=config.io_threads)
-            undo.callback(reader.close)
-            device = adapt_device(CpuDevice(reader))
-            undo.callback(device.close)
-            arena = device.arena(config.budget_bytes)
+            arena = compute.device.arena(config.budget_bytes)
             undo.callback(arena.close)
             page = LedgerPage()
             undo.callback(page.close)
@@ -87,9 +84,15 @@ class Machinery:
             correction = Correction(machine)
             engine = Engine(
                 homes=homes,
-                execution=Execution(device, arena, homes),
+                execution=Execution(compute.device, arena, homes),
                 ledger=ledger,
-                plan=functools.partial(_plan, policy=config.policy, machine=correction, fixed_bytes=fixed_bytes),
+                plan=functools.partial(
+                    _plan,
+                    policy=config.policy,
+                    machine=correction,
+                    # The arena is rounded up to what memory comes in.
+                    fixed_bytes=fixed_bytes + compute.page_bytes - PAGE_BYTES,
+                ),
                 retime=_retime,
                 correction=correction,
                 fixed_bytes=fixed_bytes,
@@ -100,8 +103,7 @@ class Machinery:
         return cls(
             engine=engine,
             machine=machine,
-            reader=reader,
-            device=device,
+            compute=compute,
             files=storage.files,
             policy=config.policy,
             page=page,
@@ -110,8 +112,9 @@ class Machinery:
     def close(self) -> None:
         """Ends everything and gives it back, whatever of it fails. Idempotent."""
         with contextlib.ExitStack() as parts:
+            parts.callback(self.compute.closer)
             parts.callback(self.files.close)
-            parts.callback(self.reader.close)
+            parts.callback(self.compute.reader.close)
             parts.callback(self.engine.close)
             parts.callback(self.page.close)
 
@@ -129,6 +132,12 @@ def inductor_options(config: Config) -> dict[str, Any]:
         raise ConfigError(f"{given}: {why}; give what torch.compile takes (torch._inductor.list_options())") from error
     if settings.get("freezing"):
         raise ConfigError("options say freezing, which makes weights constants that cannot be streamed: leave it out")
+    if config.device != "cpu" and settings.get("triton.cudagraphs"):
+        given = f"mode {config.mode!r} has" if config.mode else "options have"
+        raise ConfigError(
+            f"{given} steps recorded as CUDA graphs, which would keep a copy of every streamed weight: leave it out, "
+            "or take mode='max-autotune-no-cudagraphs'"
+        )
     return settings
 
 

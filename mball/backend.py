@@ -146,7 +146,8 @@ class Program:
         return result
 
     def _with_times(self, gate: Gate, args: Sequence[Any]) -> Any:
-        result = self._execute(gate, TimeProfile(self.graph.steps, gate.engine), args)
+        times = TimeProfile(self.graph.steps, gate.engine, gate.engine.execution.catch_up)
+        result = self._execute(gate, times, args)
         self._times_due = False
         self._forget_plans(gate.engine)
         return result

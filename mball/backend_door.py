@@ -15,6 +15,7 @@ model goes with it, but for its homes: their place in the swap file is given bac
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import re
@@ -24,8 +25,9 @@ from typing import Any
 
 import torch
 
-from mball.assembly import AdaptDevice, Machinery, Storage, inductor_options
+from mball.assembly import Machinery, Storage, inductor_options
 from mball.backend import Backend, GraphRunner, backends
+from mball.compute import OpenCompute, open_compute
 from mball.config import Compile, Config
 from mball.errors import ConfigError, MballError, WrapError
 from mball.forecast import check_budget, measure_machine
@@ -57,7 +59,7 @@ def mball_backend(
     *,
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
-    adapt_device: AdaptDevice = lambda device: device,
+    open_compute: OpenCompute = open_compute,
 ) -> Callable[..., Any]:
     """The backend that torch.compile knows as ``"mball"``. Returns what runs the graph under the budget.
 
@@ -71,7 +73,7 @@ def mball_backend(
         options: ``"budget"`` as for `mball.wrap`, and the other settings of `mball.Config` by name, Inductor's own as
             ``"options"``. Models that are compiled with equal options share one budget.
         mode: as the setting of that name.
-        adapt_device: for tests.
+        open_compute: for tests.
     """
     try:
         if frozen := [name for name, value in module.named_parameters() if _is_weight(value)]:
@@ -88,7 +90,7 @@ def mball_backend(
         config = _config_of(options, mode)
         door = next((each for each in list(_doors) if each.config == config and not each.engine.closed), None)
         if door is None:
-            door = Door(config, adapt_device)
+            door = Door(config, open_compute)
         return door.capture(module, example_inputs)
     except MballError as error:
         return _Refusal(error)
@@ -121,24 +123,25 @@ class Door:
 
     Args:
         config: the settings.
-        adapt_device: for tests.
+        open_compute: for tests.
 
     Raises:
         ConfigError: the mode is unknown.
         StorageError: the swap file cannot be made.
     """
 
-    def __init__(self, config: Config, adapt_device: AdaptDevice) -> None:
+    def __init__(self, config: Config, open_compute: OpenCompute) -> None:
         options = inductor_options(config)
         self.config = config
         self._machine = _MachineOnceKnown()
-        self._storage = Storage.open(config)
-        try:
+        with contextlib.ExitStack() as undo:
+            self._storage = Storage.open(config)
+            undo.callback(self._storage.close)
+            compute = open_compute(config, self._storage.files)
+            undo.callback(compute.close)
             homes = Homes([], [], self._storage.swap)
-            self.machinery = Machinery.start(config, self._storage, homes, self._machine, adapt_device=adapt_device)
-        except BaseException:
-            self._storage.close()
-            raise
+            self.machinery = Machinery.start(config, self._storage, homes, compute, self._machine)
+            undo.pop_all()
         self._closer = weakref.finalize(self, self.machinery.close)
         self.gate = GraphGate(self.machinery.engine)
         self.backend = Backend(self.gate, (), (), config, options)
@@ -277,7 +280,7 @@ class Door:
             size_before = self._storage.swap.size_bytes
             file, homes = write_homes(owned, self._storage.swap)
             try:
-                machine = measure_machine(homes, self._storage.files, self.config.io_threads)
+                machine = measure_machine(homes, self._storage.files, self.config.io_threads, None)
                 check_budget(self.engine.budget_bytes, [*known.homes, *homes], machine, 0, expected)
             except BaseException:
                 self._storage.swap.shrink(size_before)
@@ -464,6 +467,11 @@ def _config_of(options: Mapping[str, Any] | None, mode: str | None) -> Config:
         )
     if "capture" in settings:
         raise ConfigError("capture is for mball.wrap: a backend of torch.compile is given graphs; leave it out")
+    if str(settings.get("device", "cpu")) != "cpu":
+        raise ConfigError(
+            f"device is {settings['device']!r}: the backend 'mball' of torch.compile runs on the CPU so far; "
+            "mball.wrap(model, budget=..., device=...) runs elsewhere"
+        )
     if found := [name for name in _TORCH_COMPILE_HAS if name in settings]:
         raise ConfigError(f"{' and '.join(found)} is torch.compile's own: torch.compile(model, {found[0]}=...)")
     return Config.of(budget=settings.pop("budget"), **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -60,12 +61,16 @@ class Policy(Enum):
     FLEXGEN = "flexgen"
 
 
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings of `mball.wrap`; the same names work there as keyword arguments.
 
     Attributes:
         budget_bytes: hard cap on weights, buffers and activations on the compute device.
+        device: where steps run: "cpu", "cuda" (the current GPU) or "cuda:1".
         swap_dir: directory of the swap file; default the variable MBALL_SWAP_DIR, else the system's directory for
             temporary files.
         capture: how mball learns what the model will read.
@@ -84,6 +89,7 @@ class Config:
 
     budget_bytes: int
     swap_dir: Path
+    device: str = "cpu"
     capture: Capture = Capture.AUTO
     compile: Compile = Compile.EAGER
     step_bytes: int | None = None
@@ -98,6 +104,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.budget_bytes <= 0:
             raise ConfigError(f"budget is {format_bytes(self.budget_bytes)}; it must be more than zero")
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device is {self.device!r}; give 'cpu', 'cuda' or 'cuda:' and a number")
         if self.compile is not Compile.INDUCTOR and (self.mode or self.options or self.step_bytes):
             raise ConfigError(
                 "mode, options and step_bytes are for compiled steps; add compile='inductor', or drop them"
@@ -127,6 +135,8 @@ class Config:
                 settings[name] = _choice(kind, settings[name], name)
         if settings.get("step_bytes") is not None:
             settings["step_bytes"] = parse_bytes(settings["step_bytes"], what="step_bytes")
+        if "device" in settings:
+            settings["device"] = str(settings["device"])
         settings["options"] = dict(settings.get("options") or {})
         return cls(budget_bytes=parse_bytes(budget, what="budget"), swap_dir=Path(directory), **settings)
 

@@ -14,27 +14,32 @@ from mball.plan import smallest_budget
 from mball.run.census import Census
 from mball.run.homes import PAGE_BYTES, Home
 from mball.run.segments import OperatorReads
-from mball.schema import Gather, Machine, Step, Trace
+from mball.schema import Gather, Link, Machine, Step, Trace
 from mball.storage import FileTable, find_calibrated_link, measure_link
 from mball.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
 
-def measure_machine(homes: Sequence[Home], files: FileTable, num_threads: int) -> Machine:
-    """Returns this machine, its link that of `num_threads` reading the file of the largest weight.
+def measure_machine(homes: Sequence[Home], files: FileTable, num_threads: int, link: Link | None) -> Machine:
+    """Returns this machine with `link`, or with that of `num_threads` reading the file of the largest weight.
 
     As `mball doctor --calibrate` measured it, where that file lies on a file system with a calibration, else measured
     now.
     """
+    if link is None:
+        link = _disk_link(homes, files, num_threads)
+    return Machine(name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link)
+
+
+def _disk_link(homes: Sequence[Home], files: FileTable, num_threads: int) -> Link:
     largest = max(homes, key=lambda home: home.span_bytes)
     known = find_calibrated_link(calibration_directory(), files, largest.file, num_threads=num_threads)
     if known is None:
-        link = measure_link(files, largest.file, num_threads=num_threads)
-    else:
-        link, day = known
-        logger.info("weights come at %.2f GB/s, as calibrated on %s", link.bandwidth_bytes_per_s / 1e9, day)
-    return Machine(name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link)
+        return measure_link(files, largest.file, num_threads=num_threads)
+    link, day = known
+    logger.info("weights come at %.2f GB/s, as calibrated on %s", link.bandwidth_bytes_per_s / 1e9, day)
+    return link
 
 
 def expected_operators(roots: Sequence[torch.nn.Module], census: Census) -> list[OperatorReads]:

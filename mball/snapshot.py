@@ -22,6 +22,7 @@ from mball.units import format_names
 # On a GPU these are memory that PyTorch's allocator gives; the rest of a ledger mball takes from the driver itself.
 _IN_ALLOCATOR = frozenset({Kind.BUFFERS.value, Kind.ACTIVATIONS.value, Kind.CAPTURE.value})
 NOT_COUNTED = ("Python and torch themselves", "tensors the user keeps")
+NOT_COUNTED_ON_GPU = ("the CUDA context", "blocks that PyTorch's allocator keeps", "tensors the user keeps")
 
 
 def take_report(
@@ -37,12 +38,13 @@ def take_report(
         weights_owned: the weights that the modules hold now.
         graphs: the graphs that were captured.
     """
-    plan, last = engine.plan, engine.meter.last
+    plan, last, place = engine.plan, engine.meter.last, engine.place
+    on_gpu = place.type == "cuda"
     resident = streamed = arena = activations = 0
     if plan is not None:
         resident = _weight_bytes(plan, [placement.bundle for placement in plan.residents], engine)
         streamed = plan.prediction.streamed_bytes
-        arena, activations = plan.arena_bytes, plan.activation_bytes
+        arena, activations = engine.execution.arena.bytes_of(plan.arena_bytes), plan.activation_bytes
     compute_s = max(last.wall_s - last.stall_s, 0.0)
     roofline_s = max(compute_s, last.bytes_read / link_bytes_per_s)
     return Report(
@@ -77,8 +79,8 @@ def take_report(
         unplanned_fetches=last.unplanned_fetches,
         in_place_bytes=last.in_place_bytes,
         swap_bytes=engine.homes.swap.size_bytes,
-        held=take_host_memory(engine.ledger),
-        not_counted=NOT_COUNTED,
+        held=take_gpu_memory(engine.ledger, ordinal=place.index or 0) if on_gpu else take_host_memory(engine.ledger),
+        not_counted=NOT_COUNTED_ON_GPU if on_gpu else NOT_COUNTED,
     )
 
 

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from mball.compute import Compute, OpenCompute, open_compute
+from mball.config import Config
 from mball.errors import MballError
 from mball.memory.arena import Arena
 from mball.memory.device import ArenaRead, Device, Event, Gauge
+from mball.storage import FileTable
+
+
+def adapted(adapt: Callable[[Device], Device], open_compute: OpenCompute = open_compute) -> OpenCompute:
+    """Returns what opens a device with another one around it."""
+
+    def opened(config: Config, files: FileTable) -> Compute:
+        compute = open_compute(config, files)
+        return replace(compute, device=adapt(compute.device))
+
+    return opened
 
 
 class DeviceAdaptor:
@@ -34,8 +48,32 @@ class DeviceAdaptor:
     def discard(self, offset: int, size: int) -> None:
         self.device.discard(offset, size)
 
-    def rows_of(self, home: torch.Tensor) -> torch.Tensor:
-        return self.device.rows_of(home)
+    @property
+    def place(self) -> torch.device:
+        return self.device.place
+
+    def follow(self) -> None:
+        self.device.follow()
+
+    def make_room(self) -> None:
+        self.device.make_room()
+
+    @property
+    def computes_at_once(self) -> bool:
+        return self.device.computes_at_once
+
+    @property
+    def reads_mappings(self) -> bool:
+        return self.device.reads_mappings
+
+    def expect(self, reads: Sequence[ArenaRead]) -> None:
+        self.device.expect(reads)
+
+    def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
+        self.device.changed(file, offset_bytes, size_bytes)
+
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
+        return self.device.rows_of(home, reads)
 
     def gauge(self) -> Gauge:
         return self.device.gauge()

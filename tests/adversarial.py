@@ -127,7 +127,31 @@ class AdversarialDevice(DeviceAdaptor):
         self.streams.compute.append(Entry(kind=Kind.COMPUTE, run=poison))
         self.streams.let_time_pass()
 
-    def rows_of(self, home: torch.Tensor) -> torch.Tensor:
+    @property
+    def place(self) -> torch.device:
+        return self.device.place
+
+    def follow(self) -> None:
+        self.device.follow()
+
+    def make_room(self) -> None:
+        self.device.make_room()
+
+    @property
+    def computes_at_once(self) -> bool:
+        return self.device.computes_at_once
+
+    @property
+    def reads_mappings(self) -> bool:
+        return self.device.reads_mappings
+
+    def expect(self, reads: Sequence[ArenaRead]) -> None:
+        self.device.expect(reads)
+
+    def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
+        self.device.changed(file, offset_bytes, size_bytes)
+
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
         # Compute comes late, and homes are the host's: it may write them, and gives their pages back.
         with without_dispatch(), torch.inference_mode(False):
             return home.detach().clone()

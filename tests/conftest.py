@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, and the models that packages carry."""
+"""What all tests share: one thread, no network, the foreign device, and the models that packages carry."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
+
+from tests.foreign import build as foreign_build
 
 # Nothing in the tests may reach for a network; the libraries then fail at once instead of retrying.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -49,6 +52,20 @@ def new_dynamo() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def foreign() -> ModuleType:
+    """The foreign device, `torch.device("foreign")`: another type of device on host memory; see `tests/foreign`.
+
+    It is known to torch in the rest of the process, where it disturbs nobody.
+    """
+    if reason := foreign_build.missing():
+        pytest.skip(reason)
+    from tests.foreign import device
+
+    device.load()
+    return device
 
 
 @pytest.fixture(scope="session")

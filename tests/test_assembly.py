@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mball.assembly import Machinery, Storage
+from mball.compute import open_compute
 from mball.config import Config
 from mball.memory import Arena, CpuDevice
 from mball.run.homes import Homes
@@ -28,8 +29,12 @@ def test_nothing_is_left_of_an_engine_that_cannot_start(tmp_path: Path, monkeypa
     storage = Storage.open(config)
     threads = set(threading.enumerate())  # some of them may be ending
     homes = Homes([], [], storage.swap)
+    compute = open_compute(config, storage.files)
     with pytest.raises(IndexError):  # no home is weight 7
-        Machinery.start(config, storage, homes, lambda: pytest.fail("not asked"), expected=[OperatorReads((7,))])
+        Machinery.start(
+            config, storage, homes, compute, lambda: pytest.fail("not asked"), expected=[OperatorReads((7,))]
+        )
+    compute.close()
     assert [each.closed for each in arenas] == [True]
     assert set(threading.enumerate()) <= threads
     storage.close()

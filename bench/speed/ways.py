@@ -118,7 +118,7 @@ def _device_map(model: Any, resident_bytes: int) -> dict[str, str]:
 def settle(model: Any) -> None:
     """Waits for what mball reads ahead; nothing for other ways."""
     if model in _states:
-        _states[model].machinery.reader.drain()
+        _states[model].machinery.compute.reader.drain()
 
 
 def facts(model: Any) -> dict[str, Any]:

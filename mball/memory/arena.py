@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
 from mball.errors import DeviceError
+from mball.memory.cuda_errors import GpuLostError
 from mball.memory.region import Region
-from mball.memory.virtual import VirtualMemory
+from mball.memory.virtual import Reservation, VirtualMemory
 from mball.units import format_bytes, round_up
 
 POISON_BYTE = 0xFF  # all bits set is NaN in every floating-point dtype, 8-bit ones included
+
+
+_log = logging.getLogger(__name__)
+
+
+def _release(memory: VirtualMemory, reservation: Reservation) -> None:
+    try:
+        memory.release(reservation)
+    except DeviceError as error:
+        if not isinstance(error.__cause__, GpuLostError):
+            raise
+        _log.warning("memory of a lost GPU is left to the end of the process: %s", error)
 
 
 class Arena:
@@ -29,7 +43,7 @@ class Arena:
         """
         self._memory = memory
         self._reservation = memory.reserve(reserve_bytes)
-        release = partial(memory.release, self._reservation)
+        release = partial(_release, memory, self._reservation)
         self._region = region(self._reservation.address, self._reservation.size_bytes, release, what="arena")
         self._backed_bytes = 0
         self._reach_bytes = 0  # pages may be there up to here: more than is backed if an interrupt came at a bad time
@@ -55,6 +69,14 @@ class Arena:
         if self.closed:
             return 0
         return self._memory.piece_end(self._reservation, round_up(num_bytes, self._memory.page_bytes))
+
+    def bytes_of(self, num_bytes: int) -> int:
+        """Returns the memory that an arena of `num_bytes` takes, in whole pages."""
+        return round_up(num_bytes, self._memory.page_bytes)
+
+    def cut_at(self, num_bytes: int) -> int:
+        """Returns how far to shrink first, so that shrinking to `num_bytes` gives back all above: that, or less."""
+        return self._memory.piece_start(self._reservation, self.bytes_of(num_bytes))
 
     @property
     def reserved_bytes(self) -> int:

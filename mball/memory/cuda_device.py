@@ -26,9 +26,10 @@ from mball.memory.cuda_gauge import CudaGauge
 from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_streams import CudaStreams
 from mball.memory.device import ArenaRead, CopySource, Event, Gauge
-from mball.memory.pinned import PinnedSlab
+from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes
 from mball.memory.pinned_ring import PinnedRing
+from mball.memory.pinned_tier import PinnedTier
 from mball.memory.region import Region
 from mball.memory.virtual import VirtualMemory
 from mball.units import MIB
@@ -53,6 +54,10 @@ class CudaDevice:
         current_stream: Callable[[], int],
         *,
         homes: PinnedHomes | None = None,
+        place: torch.device | None = None,
+        empty_cache: Callable[[], None] | None = None,
+        headroom: Callable[[], int] = facts.headroom_bytes,
+        chunk_bytes: int = CHUNK_BYTES,
         num_buffers: int = NUM_BUFFERS,
         buffer_bytes: int = BUFFER_BYTES,
         region: Callable[..., Region] | None = None,
@@ -64,7 +69,11 @@ class CudaDevice:
             memory: where the arena is from, see `open_cuda_memory`; stays the caller's too.
             source: reads files; the device's own from now on.
             current_stream: returns the stream that the calling thread computes on, as the driver's handle.
-            homes: what is in pinned memory; the caller may add to it between copies.
+            homes: what is in pinned memory; what is expected is added to it.
+            place: where torch has tensors on this memory, if that is not the GPU itself.
+            empty_cache: has torch's allocator give back what no tensor is in.
+            headroom: says how many bytes of host memory may be taken.
+            chunk_bytes: how much of it is pinned in one call.
             num_buffers: how many buffers the ring has.
             buffer_bytes: what each takes, a multiple of the page.
             region: makes tensors on the GPU's memory; for memory that is none of torch's.
@@ -76,10 +85,14 @@ class CudaDevice:
         self._source = source
         self._current_stream = current_stream
         self._homes = PinnedHomes() if homes is None else homes
+        self._place = torch.device("cuda", driver.ordinal) if place is None else place
         self._region = partial(CudaRegion, ordinal=driver.ordinal) if region is None else region
         self._streams = CudaStreams(driver)
         self._pool = EventPool(self._streams)
+        self._empty_cache = partial(_empty_cache, driver.ordinal) if empty_cache is None else empty_cache
         self._arena: Arena | None = None
+        self._stream: int | None = None  # that passes computed on lately
+        self._recorded: StreamEvent | None = None  # the end of all that was computed there
         self._closed = False
         self._own_streams: list[int] = []
         node = facts.numa_node(driver.pci_address())
@@ -93,6 +106,27 @@ class CudaDevice:
         self._home_stream, disk_stream = self._own_streams
         make_ring = partial(PinnedRing, self._pool, num_buffers=num_buffers, buffer_bytes=buffer_bytes, node=node)
         self._feed = DiskFeed(self._pool, source, disk_stream, make_ring, buffer_bytes)
+        self._tier = PinnedTier(
+            self._streams,
+            source,
+            self._homes,
+            self._copied,
+            node=node,
+            chunk_bytes=chunk_bytes,
+            headroom=headroom,
+        )
+
+    @property
+    def place(self) -> torch.device:
+        return self._place
+
+    @property
+    def computes_at_once(self) -> bool:
+        return False
+
+    @property
+    def reads_mappings(self) -> bool:
+        return False
 
     def arena(self, reserve_bytes: int) -> Arena:
         self._arena = arena = self._reserve(reserve_bytes)
@@ -122,7 +156,7 @@ class CudaDevice:
             if not read.size_bytes:
                 continue
             address = arena.address_of(read.arena_offset_bytes, read.size_bytes)
-            home = self._homes.find(read.file, read.offset_bytes, read.size_bytes)
+            home = self._tier.find(read.file, read.offset_bytes, read.size_bytes)
             if home is None:
                 on_disk.append((read, address))
             else:
@@ -134,12 +168,26 @@ class CudaDevice:
             self._feed.submit(on_disk, after, event)
         return event
 
+    def follow(self) -> None:
+        """Has the caller's stream wait for the last event of another one. Raises DeviceError."""
+        stream = self._current_stream()
+        if stream != self._stream:
+            if self._recorded is not None:
+                with self._driver.current():
+                    order(stream, self._recorded)
+            self._stream = stream
+
+    def make_room(self) -> None:
+        """Has torch's allocator give back the blocks that no tensor is in, where there are any."""
+        self._empty_cache()
+
     def record(self) -> Event:
         """Raises DeviceError when closed, or when the driver refuses."""
         self._check_open()
         event = StreamEvent(self._pool, 1)
         with self._driver.current():
             event.settle(self._pool.record(self._current_stream()))
+        self._recorded = event
         return event
 
     def wait(self, event: Event) -> None:
@@ -151,20 +199,27 @@ class CudaDevice:
     def discard(self, offset: int, size: int) -> None:
         """Does nothing."""
 
-    def rows_of(self, home: torch.Tensor) -> torch.Tensor:
-        """Returns a tensor of the GPU on the home's own memory, which kernels read over the link, row by row.
+    def expect(self, reads: Sequence[ArenaRead]) -> None:
+        """Brings them into pinned memory in the background, as far as there is room; see `PinnedTier`."""
+        self._check_open()
+        self._tier.expect(reads)
 
-        Raises DeviceError when the home is not pinned, or not yet, or where the GPU does not read such memory.
+    def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
+        self._tier.changed(file, offset_bytes, size_bytes)
+
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
+        """Returns a tensor of the GPU on pinned memory, which kernels read over the link, row by row.
+
+        The first time it blocks until the table is there.
         """
-        address = home.data_ptr()
-        span = sum((length - 1) * stride for length, stride in zip(home.shape, home.stride(), strict=True)) + 1
-        size = span * home.element_size()
-        if not (self._homes.is_pinned(address, size) and self._driver.reads_pinned_memory()):
+        if not self._driver.reads_pinned_memory():
             raise DeviceError(
-                f"a table of {size} bytes is not in memory that is pinned and that GPU {self._driver.ordinal} reads, "
-                "so rows of it cannot be looked up there; copy it to the arena, or pin it first"
+                f"GPU {self._driver.ordinal} does not read the host's memory, so rows of a table of "
+                f"{home.nbytes} bytes cannot be looked up there"
             )
-        region = self._region(address, size, lambda home=home: None, what="pinned home")
+        address = self._tier.table(reads)
+        span = sum((length - 1) * stride for length, stride in zip(home.shape, home.stride(), strict=True)) + 1
+        region = self._region(address, span * home.element_size(), _nothing, what="pinned table")
         return region.tensor(0, home.dtype, (span,)).as_strided(home.shape, home.stride())
 
     def gauge(self) -> Gauge:
@@ -187,6 +242,7 @@ class CudaDevice:
         if self._driver.is_forked:  # threads, streams and pinned memory are the parent's
             return
         try:
+            self._tier.stop()
             self._feed.close()
             if self._own_streams:
                 with self._driver.current():
@@ -194,10 +250,19 @@ class CudaDevice:
                         self._streams.drain(stream)
                     self._pool.close()
                 self._destroy_streams()
+            self._tier.close()
         except GpuLostError as error:
             _log.warning("streams and pinned memory are left to the end of the process: %s", error)
         finally:
             self._source.close()
+
+    def _copied(self) -> Event:
+        """Returns what is over once nothing is copied out of pinned homes any more that was asked for until now."""
+        event = StreamEvent(self._pool, 2)
+        with self._driver.current():
+            event.settle(self._pool.record(self._home_stream))
+            event.settle(self._pool.record(self._current_stream()))  # it looks up rows there
+        return event
 
     def _check_open(self) -> None:
         if self._closed:
@@ -227,6 +292,16 @@ class CudaDevice:
                     except DeviceError:
                         self._own_streams.append(stream)
                         raise
+
+
+def _empty_cache(ordinal: int) -> None:
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved(ordinal) > torch.cuda.memory_allocated(ordinal):
+        with torch.cuda.device(ordinal):
+            torch.cuda.empty_cache()
+
+
+def _nothing() -> None:
+    """Of memory that is the tier's nothing is given back."""
 
 
 def _joined(homes: Sequence[tuple[int, PinnedSlab, int, int]]) -> Iterator[tuple[int, int, int]]:

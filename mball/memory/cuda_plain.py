@@ -24,6 +24,7 @@ class PlainCudaMemory:
         self._driver = driver
         self._serials = itertools.count()
         self._live: set[Reservation] = set()
+        self._closing = False
         _log.warning(
             "GPU %d has no virtual memory: what the arena may ever need is allocated at once, and a smaller budget "
             "gives none of it back",
@@ -60,6 +61,10 @@ class PlainCudaMemory:
         self._check(reservation, offset, offset)
         return reservation.size_bytes
 
+    def piece_start(self, reservation: Reservation, offset: int) -> int:
+        self._check(reservation, offset, offset)
+        return offset  # all of it is one piece, which stays
+
     def release(self, reservation: Reservation) -> None:
         if self._driver.is_forked:  # it belongs to the parent
             return
@@ -74,11 +79,19 @@ class PlainCudaMemory:
             self._live.add(reservation)
             size = reservation.size_bytes
             raise DeviceError(f"cannot free {format_bytes(size)} ({size} bytes): {error}") from error
+        if self._closing and not self._live:
+            self._driver.close()
 
     def close(self) -> None:
         """Gives the driver's context up; every reservation was released before. Raises DeviceError."""
         assert not self._live, "release what is reserved first"
         self._driver.close()
+
+    def close_after_use(self) -> None:
+        """Closes when the last reservation is released: now, or when the last tensor dies that is left of an arena."""
+        self._closing = True
+        if not self._live:
+            self.close()
 
     def _check(self, reservation: Reservation, first: int, end: int) -> None:
         assert reservation in self._live, "the reservation was released"

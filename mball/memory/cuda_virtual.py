@@ -113,6 +113,7 @@ class CudaMemory:
         self._lock = threading.Lock()
         self._dropped: deque[Reservation] = deque()
         self._interrupted = False
+        self._closing = False
 
     @property
     def page_bytes(self) -> int:
@@ -177,6 +178,14 @@ class CudaMemory:
         piece = space.pieces[count - 1]
         return max(offset, piece.offset + piece.size_bytes)
 
+    def piece_start(self, reservation: Reservation, offset: int) -> int:
+        self._check(reservation, offset, offset)
+        space = self._spaces[reservation]
+        count = space.count_below(offset)
+        if not count or space.pieces[count - 1].offset + space.pieces[count - 1].size_bytes <= offset:
+            return offset
+        return space.pieces[count - 1].offset
+
     def release(self, reservation: Reservation) -> None:
         if self._driver.is_forked:  # all of it belongs to the parent
             return
@@ -198,6 +207,12 @@ class CudaMemory:
         """Gives the driver's context up; every reservation was released before. Idempotent. Raises DeviceError."""
         assert not self._spaces, "release what is reserved first"
         self._driver.close()
+
+    def close_after_use(self) -> None:
+        """Closes when the last reservation is released: now, or when the last tensor dies that is left of an arena."""
+        self._closing = True
+        if not self._spaces:
+            self.close()
 
     def _exclusively(self, what: str, work: Callable[[], _Result]) -> _Result:
         """Works while no other thread does, in the GPU's context; a failure says what could not be done."""
@@ -293,6 +308,8 @@ class CudaMemory:
                 except DriverError:
                     self._spaces[reservation] = space
                     raise
+            if self._closing and not self._spaces:
+                self._driver.close()
         except DriverError as error:
             size = reservation.size_bytes
             raise DeviceError(f"cannot release {format_bytes(size)} ({size} bytes) of addresses: {error}") from error

@@ -90,6 +90,18 @@ class Gauge(Protocol):
 class Device(Protocol):
     """Where steps run: memory, copies into it, and the order of copies and compute."""
 
+    @property
+    def place(self) -> torch.device:
+        """Where torch has the tensors that compute works on."""
+
+    @property
+    def computes_at_once(self) -> bool:
+        """Whether compute is over when its call returns, so that the host's clock tells how long it took."""
+
+    @property
+    def reads_mappings(self) -> bool:
+        """Whether compute reads mapped files page by page, so that hints of what comes help."""
+
     def arena(self, reserve_bytes: int) -> Arena:
         """Makes the device's one arena, which can grow to `reserve_bytes`, or further. The caller closes it.
 
@@ -102,6 +114,15 @@ class Device(Protocol):
         Destinations are backed, and nothing else writes them until the event completes. A device with
         streams does not block; the CPU blocks until `after` is complete, and raises its error.
         """
+
+    def follow(self) -> None:
+        """Says that compute goes on where the calling thread computes now: behind all that was computed before.
+
+        Called when a pass begins: until it ends its thread stays where it is.
+        """
+
+    def make_room(self) -> None:
+        """Has others give back what they keep of the device's memory and nobody uses: the arena is about to grow."""
 
     def record(self) -> Event:
         """Returns the event that completes when all compute issued so far has finished. Does not block."""
@@ -120,10 +141,23 @@ class Device(Protocol):
         A hint: devices do nothing, adaptors for tests destroy the content.
         """
 
-    def rows_of(self, home: torch.Tensor) -> torch.Tensor:
+    def expect(self, reads: Sequence[ArenaRead]) -> None:
+        """Says what is copied again and again from now on, in this order: a device may keep it in a faster place.
+
+        Takes the place of what was said before. Does not block.
+        """
+
+    def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
+        """Says that these bytes of a file are others now; no copy of them is under way."""
+
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
         """Returns what compute that looks up a few rows reads in the place of `home`, a mapping of a file.
 
-        The CPU reads the home itself, page by page. A device that cannot has to bring rows to memory of its own.
+        The CPU reads the home itself, page by page. Another device finds the bytes by the `reads` that bring them, one
+        behind the other, to the arena.
+
+        Raises:
+            StorageError, DeviceError: they cannot be brought where the device reads them.
         """
 
     def gauge(self) -> Gauge:
@@ -177,6 +211,12 @@ class CpuDevice:
         assert arena is not None, "the arena was not made by device.arena(), so nothing can be copied to it"
         return self._source.submit([read.into(arena.view(read.arena_offset_bytes, read.size_bytes)) for read in reads])
 
+    def follow(self) -> None:
+        """Does nothing: compute is over when its call returns."""
+
+    def make_room(self) -> None:
+        """Does nothing: the kernel takes memory from whoever does not use it."""
+
     def record(self) -> Event:
         return COMPLETE
 
@@ -186,7 +226,25 @@ class CpuDevice:
     def discard(self, offset: int, size: int) -> None:
         """Does nothing."""
 
-    def rows_of(self, home: torch.Tensor) -> torch.Tensor:
+    @property
+    def place(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def computes_at_once(self) -> bool:
+        return True
+
+    @property
+    def reads_mappings(self) -> bool:
+        return True
+
+    def expect(self, reads: Sequence[ArenaRead]) -> None:
+        """Does nothing: there is no faster place."""
+
+    def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
+        """Does nothing."""
+
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
         return home
 
     def gauge(self) -> Gauge:

@@ -18,41 +18,49 @@ class PinnedRange:
     slab: PinnedSlab
     slab_offset_bytes: int
 
+    @property
+    def end_bytes(self) -> int:
+        """Where in the file they end."""
+        return self.offset_bytes + self.size_bytes
+
 
 class PinnedHomes:
-    """The homes in host memory, by the stretch of a file that plans know them by. Not thread-safe."""
+    """The homes in host memory, by the stretch of a file that plans know them by. Not thread-safe.
+
+    Stretches may overlap, but none is a part of another: so the ends come in the order of the beginnings.
+    """
 
     def __init__(self) -> None:
         self._ranges: dict[str, list[PinnedRange]] = {}  # by file, in order
 
-    def put(self, home: PinnedRange) -> None:
-        """Says that these bytes are in a slab from now on; nothing of them was before."""
+    def put(self, home: PinnedRange) -> list[PinnedRange]:
+        """Says that these bytes are in a slab from now on, not all of which were in one before.
+
+        Returns what is a part of it and therefore removed.
+        """
+        assert self.find(home.file, home.offset_bytes, home.size_bytes) is None, home
         ranges = self._ranges.setdefault(home.file, [])
-        place = bisect_right(ranges, home.offset_bytes, key=lambda other: other.offset_bytes)
-        before, after = ranges[max(place - 1, 0) : place], ranges[place : place + 1]
-        assert all(other.offset_bytes + other.size_bytes <= home.offset_bytes for other in before), home
-        assert all(home.offset_bytes + home.size_bytes <= other.offset_bytes for other in after), home
-        ranges.insert(place, home)
+        inside = [
+            other for other in ranges if home.offset_bytes <= other.offset_bytes and other.end_bytes <= home.end_bytes
+        ]
+        for other in inside:
+            ranges.remove(other)
+        ranges.insert(bisect_right(ranges, home.offset_bytes, key=lambda other: other.offset_bytes), home)
+        return inside
 
     def remove(self, home: PinnedRange) -> None:
         """Says that they are not any more: they are read from the file again."""
         self._ranges[home.file].remove(home)
+
+    def all(self) -> list[PinnedRange]:
+        """Returns all that there is."""
+        return [home for ranges in self._ranges.values() for home in ranges]
 
     def find(self, file: str, offset_bytes: int, size_bytes: int) -> tuple[PinnedSlab, int] | None:
         """Returns the slab that has all of these bytes, and where in it; None if there is none."""
         ranges = self._ranges.get(file, [])
         place = bisect_right(ranges, offset_bytes, key=lambda other: other.offset_bytes)
         for home in ranges[max(place - 1, 0) : place]:
-            if offset_bytes + size_bytes <= home.offset_bytes + home.size_bytes:
+            if offset_bytes + size_bytes <= home.end_bytes:
                 return home.slab, home.slab_offset_bytes + offset_bytes - home.offset_bytes
         return None
-
-    def is_pinned(self, address: int, size_bytes: int) -> bool:
-        """Returns whether a GPU may read `[address, address + size_bytes)`: a home has it that is pinned by now."""
-        return any(
-            (offset := address - home.slab.address - home.slab_offset_bytes) >= 0
-            and offset + size_bytes <= home.size_bytes
-            and home.slab_offset_bytes + offset + size_bytes <= home.slab.pinned_bytes
-            for ranges in self._ranges.values()
-            for home in ranges
-        )

@@ -75,6 +75,12 @@ class VirtualMemory(Protocol):
         `offset` is at most what is backed. Neither blocks nor raises.
         """
 
+    def piece_start(self, reservation: Reservation, offset: int) -> int:
+        """Returns up to where all must be trimmed for nothing from `offset` on to stay taken: `offset`, or less.
+
+        `offset` where that would not help. Neither blocks nor raises.
+        """
+
     def release(self, reservation: Reservation) -> None:
         """Gives up addresses and pages. Nothing may use them any more. Idempotent; may block.
 
@@ -181,6 +187,10 @@ class HostMemory:
             ) from error
 
     def piece_end(self, reservation: Reservation, offset: int) -> int:
+        self._check(reservation, offset, offset)
+        return offset
+
+    def piece_start(self, reservation: Reservation, offset: int) -> int:
         self._check(reservation, offset, offset)
         return offset
 

@@ -26,7 +26,9 @@ class LiveBytes:
     it (a cache of keys and values) and inputs are counted: then it is that pass's from its first use on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: torch.device) -> None:
+        """Counts tensors that are on `place`."""
+        self._kind = place.type
         self._uncounted: set[int] | None = None
         self._counting = True
         self._kept: list[torch.Tensor] = []
@@ -58,7 +60,7 @@ class LiveBytes:
 
     def born(self, tensor: torch.Tensor, key: int) -> None:
         """Counts the tensor's storage, which has this key, once, until it is freed."""
-        if key in self._live:
+        if key in self._live or tensor.device.type != self._kind:
             return
         storage = tensor.untyped_storage()
         birth = self._live[key] = _Birth(storage, self._died)

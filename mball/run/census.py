@@ -113,8 +113,8 @@ def check_streamable(name: str, parameter: torch.nn.Parameter) -> None:
         raise WrapError(f"weight {name!r} has layout {parameter.layout}; mball streams dense tensors only")
     if parameter.device.type not in ("cpu", "meta"):
         raise WrapError(
-            f"weight {name!r} ({kind.__name__}) lies on {parameter.device}; this version runs on the CPU: "
-            "move the model there with model.to('cpu') first"
+            f"weight {name!r} ({kind.__name__}) lies on {parameter.device}; its home is to be in host memory, whatever "
+            "device the model runs on: call model.to('cpu') first"
         )
 
 

@@ -18,6 +18,7 @@ from mball.run.binding import BindingMode
 from mball.run.engine import Engine
 from mball.run.homes import Home
 from mball.run.household import Household
+from mball.run.placed import names_of
 from mball.run.tiers import kind_of
 from mball.torch_private.calls import plain_call, set_call
 from mball.torch_private.dispatch import is_only_mode, no_autocast_cache, without_dispatch
@@ -197,10 +198,11 @@ class Wrapped:
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = next((p for p in self.parameters()), None)  # type: ignore[attr-defined]
+        place = self._mball_gate.engine.place
         if before is not None and recurse:
             with torch.no_grad():
-                probe = fn(torch.empty(1, dtype=before.dtype, device=before.device))
-            if probe.dtype == before.dtype and probe.device == before.device:
+                probe = fn(torch.empty(1, dtype=before.dtype, device=place))
+            if probe.dtype == before.dtype and probe.device == place:
                 return self
         raise WrapError(
             "a wrapped model cannot be moved or converted, because its weights stay at their homes: "
@@ -225,8 +227,7 @@ def mixed_class(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
             return original.forward(self, *args, **kwargs)
         return self._mball_gate.run(original.forward, (self, *args), kwargs)
 
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(original.__name__, (Wrapped, original), {**names, "forward": forward})
+    return type(original.__name__, (Wrapped, original), {**names_of(original), "forward": forward})
 
 
 def mix_in(module: torch.nn.Module, mixed: type[Any], gate: Gate) -> None:

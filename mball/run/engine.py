@@ -67,7 +67,7 @@ class Engine:
         self.execution = execution
         self.ledger = ledger
         self.fixed_bytes = fixed_bytes
-        self.live = LiveBytes()
+        self.live = LiveBytes(execution.device.place)
         self.meter = PassMeter(execution, correction, retime)
         self.num_steps = 0  # of the plan that ran last
         self.weights_read: set[int] = set()
@@ -104,6 +104,11 @@ class Engine:
         return self._active.tape.trace if self._active else None
 
     @property
+    def place(self) -> torch.device:
+        """Where steps compute."""
+        return self.execution.device.place
+
+    @property
     def closed(self) -> bool:
         """Whether it was closed."""
         return self._closed
@@ -133,6 +138,7 @@ class Engine:
         self.room.begin_pass(kind)
         self._tape = []
         self.capture.abandon()
+        self.execution.device.follow()
         self.meter.begin()
 
     def continue_pass(self) -> None:
@@ -422,7 +428,7 @@ class Engine:
             ledger.set_budget(self.budget_bytes)
         ledger.set(Kind.ACTIVATIONS, 0)
         ledger.set(Kind.CAPTURE, 0)
-        ledger.set(Kind.ARENA, plan.arena_bytes)
+        ledger.set(Kind.ARENA, self.execution.arena.bytes_of(plan.arena_bytes))
         ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
         ledger.set(Kind.CAPTURE, self.budget_bytes - plan.budget_bytes)
         self._active = None  # until the plan is adopted whole: `recover` sees by this what an interrupt left

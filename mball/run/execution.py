@@ -11,6 +11,7 @@ unexpectedly, costs time and no more.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +19,15 @@ from dataclasses import dataclass, field
 import torch
 
 from mball.errors import DeviceError, StorageError
-from mball.memory import Arena, Device, Event
+from mball.memory import Arena, Device, Event, GpuLostError
 from mball.memory.device import COMPLETE
 from mball.run.file_read import FileRead
 from mball.run.homes import Homes
 from mball.run.recorder import ReadRecord, Recorder
 from mball.run.rows import RowsAtHome
 from mball.schema import Bundle, Plan, Transfer
+
+logger = logging.getLogger(__name__)
 
 # The weights that a plan step hands out: a tuple of views for each of its trace steps.
 Bound = tuple[tuple[torch.Tensor, ...], ...]
@@ -133,9 +136,7 @@ class Execution:
                 self._evict(number)
         kept = {known[occupant.bundle]: occupant for occupant in self._occupants.values()}
         self._occupants = kept
-        if plan.arena_bytes < self.arena.backed_bytes:
-            self._released.wait()  # memory is given back after its last use
-        self.arena.resize(plan.arena_bytes)
+        self._resize(plan.arena_bytes)
         self.plan = plan
         self._resident = resident
         self._cursor = -1
@@ -155,8 +156,22 @@ class Execution:
             for step in plan.steps
         ]
         self._bound = [None] * count
+        self._expect()
         if len(self._views) > 8 * len(self.homes):
             self._views.clear()
+
+    def _resize(self, num_bytes: int) -> None:
+        """Resizes the arena, so that it takes no more than that."""
+        if num_bytes < self.arena.backed_bytes:
+            cut = self.arena.cut_at(num_bytes)
+            if cut < num_bytes:  # memory comes in pieces, and what lies in one that is cut comes anew
+                for bundle in [n for n, occupant in self._occupants.items() if occupant.end_bytes > cut]:
+                    self._evict(bundle)
+            self._released.wait()  # memory is given back after its last use
+            self.arena.resize(cut)
+        if num_bytes > self.arena.backed_bytes:
+            self.device.make_room()
+        self.arena.resize(num_bytes)
 
     def set_requires_grad(self, flags: Sequence[bool]) -> None:
         """Says for each weight whether what is bound for it requires grad, as the user's Parameter does."""
@@ -277,11 +292,21 @@ class Execution:
         self._released = self.device.record()
         self.counters.bytes_read += self.rows.leave()
 
+    def catch_up(self) -> None:
+        """Blocks until all compute that was issued is over."""
+        self.device.record().wait()
+
     def forget(self, weights: Iterable[int]) -> None:
         """Drops the copies of weights whose homes were written; they are read again when needed."""
-        for bundle in {self._bundle_of_weight[weight] for weight in weights if weight in self._bundle_of_weight}:
+        written = list(weights)
+        for bundle in {self._bundle_of_weight[weight] for weight in written if weight in self._bundle_of_weight}:
             if bundle in self._occupants:
                 self._evict(bundle)
+        for weight in written:
+            for piece in self.homes.pieces(weight):
+                self.device.changed(piece.file, piece.offset_bytes, piece.size_bytes)
+        if written and self.plan is not None:
+            self._expect()  # what was written lies elsewhere now
 
     def abort(self) -> None:
         """Makes the state consistent after an exception: nothing in use, no copy running, no copy half known."""
@@ -327,7 +352,9 @@ class Execution:
             return
         self._in_use = ()
         try:
-            self.device.record().wait()
+            self.catch_up()
+        except GpuLostError as error:
+            logger.warning("nothing of a lost GPU is waited for: %s", error)
         finally:
             try:
                 self.device.close()
@@ -414,15 +441,7 @@ class Execution:
         for other, occupant in list(self._occupants.items()):
             if occupant.offset_bytes < end and offset < occupant.end_bytes:
                 self._evict(other)
-        reads = [
-            FileRead(
-                file=piece.file,
-                offset_bytes=piece.offset_bytes,
-                size_bytes=piece.size_bytes,
-                arena_offset_bytes=offset + extent.slot_offset_bytes + piece.shift_bytes,
-            )
-            for extent, piece in self.homes.reads(bundle.extents)
-        ]
+        reads = self._reads(bundle, offset)
         # Known before it starts: an interrupt in between leaves an occupant that `abort` removes.
         occupant = self._occupants[number] = Occupant(bundle, offset, _NOT_STARTED, planned)
         asked_s = time.perf_counter()
@@ -431,6 +450,26 @@ class Execution:
         self.counters.bytes_read += size_bytes
         self.counters.reads += len(reads)
         occupant.record = self.recorder.reading(bundle, size_bytes, asked_s, event)
+
+    def _reads(self, bundle: Bundle, offset: int) -> list[FileRead]:
+        """Returns what brings a bundle to `offset`."""
+        return [
+            FileRead(
+                file=piece.file,
+                offset_bytes=piece.offset_bytes,
+                size_bytes=piece.size_bytes,
+                arena_offset_bytes=offset + extent.slot_offset_bytes + piece.shift_bytes,
+            )
+            for extent, piece in self.homes.reads(bundle.extents)
+        ]
+
+    def _expect(self) -> None:
+        """Tells the device what the plan copies in each pass."""
+        assert self.plan is not None
+        places = {transfer.bundle: transfer.offset_bytes for transfer in self.plan.transfers}
+        self.device.expect(
+            [read for bundle, offset in places.items() for read in self._reads(self.plan.bundles[bundle], offset)]
+        )
 
     def _land(self, bundle: int) -> Occupant:
         occupant = self._occupants[bundle]

@@ -193,6 +193,10 @@ class Homes:
                 sorted((home.offset_bytes, home.offset_bytes + home.span_bytes, index) for index, home in held)
             )
 
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Returns whether a plain tensor is a home, or a view of one."""
+        return storage_key(tensor) in self.weight_of_storage
+
     def schema(self) -> tuple[Tensor, ...]:
         """Returns all homes as the trace describes them."""
         return tuple(home.schema() for home in self.homes)
@@ -266,6 +270,12 @@ class Homes:
         for extent in extents:
             for piece in self._file_of[extent.file].resolve(extent):
                 yield extent, piece
+
+    def pieces(self, weight: int) -> list[Piece]:
+        """Returns where the current bytes of a weight are, in order."""
+        home = self.homes[weight]
+        extent = Extent(file=home.file, offset_bytes=home.offset_bytes, size_bytes=home.span_bytes, slot_offset_bytes=0)
+        return self._file_of[home.file].resolve(extent)
 
     def close(self) -> None:
         """Closes the swap file. Homes that somebody still holds stay readable. Idempotent."""

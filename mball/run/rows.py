@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mball.memory import Device
+from mball.run.file_read import FileRead
 from mball.run.homes import Homes
 
 
@@ -26,7 +27,16 @@ class RowsAtHome:
     def view(self, weight: int) -> torch.Tensor:
         """Returns a weight as it lies at home, for a step that looks up rows of it; call `leave` when that is over."""
         self._asked_bytes[weight] = 0
-        home = self._device.rows_of(self._homes.look_up(weight))
+        reads = [
+            FileRead(
+                file=piece.file,
+                offset_bytes=piece.offset_bytes,
+                size_bytes=piece.size_bytes,
+                arena_offset_bytes=piece.shift_bytes,
+            )
+            for piece in self._homes.pieces(weight)
+        ]
+        home = self._device.rows_of(self._homes.look_up(weight), reads)
         with torch.inference_mode(False):
             return home.data.requires_grad_(self._homes.requires_grad[weight])
 
@@ -38,7 +48,7 @@ class RowsAtHome:
             indices: the numbers of the rows, of any shape.
         """
         # The host reads the numbers, so the compute that makes them has to be over. Nobody waits for a hint.
-        if weight in self._asked_bytes and self._device.record().done():
+        if weight in self._asked_bytes and self._device.reads_mappings and self._device.record().done():
             self._asked_bytes[weight] += self._homes.prefetch_rows(weight, indices)
 
     def leave(self) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from mball.run.census import Census
 from mball.run.homes import Home
+
+logger = logging.getLogger(__name__)
 
 
 def move_in(census: Census, homes: Sequence[Home]) -> list[tuple[torch.nn.Parameter, int]]:
@@ -27,11 +30,49 @@ def move_in(census: Census, homes: Sequence[Home]) -> list[tuple[torch.nn.Parame
     return parameters
 
 
+def move_buffers(census: Census, new: Mapping[str, torch.Tensor], place: torch.device) -> dict[str, torch.Tensor]:
+    """Returns those buffers that are elsewhere as they are on the compute device, under each of their names.
+
+    Args:
+        census: of the modules.
+        new: what takes the place of buffers on the meta device.
+        place: where steps compute.
+    """
+    moved: dict[int, torch.Tensor] = {}
+    there: dict[str, torch.Tensor] = {}
+    for name, buffer in {**census.buffers, **new}.items():
+        if buffer.device != place and not buffer.is_meta:
+            if id(buffer) not in moved:
+                moved[id(buffer)] = buffer.to(place)
+            there[name] = moved[id(buffer)]
+    return there
+
+
 def place_buffers(census: Census, tensors: Mapping[str, torch.Tensor]) -> None:
     """Makes the buffers of these names these tensors."""
     for name, tensor in tensors.items():
         owner = census.buffer_owners[name]
         owner.module._buffers[owner.attribute] = tensor
+
+
+def return_buffers(roots: Sequence[torch.nn.Module], place: torch.device) -> None:
+    """Moves the buffers on `place` to host memory, where the weights are; one that two modules have stays one.
+
+    Of a GPU whose work is lost none can be had: they stay there, and the log says so.
+    """
+    moved: dict[int, torch.Tensor] = {}
+    if place.type == "cpu":
+        return
+    for module in (module for root in roots for module in root.modules()):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device == place:
+                if id(buffer) not in moved:
+                    try:
+                        moved[id(buffer)] = buffer.cpu()
+                    except RuntimeError as error:
+                        logger.warning("buffer %r of a %s is lost: %s", name, type(module).__name__, error)
+                        continue
+                module._buffers[name] = moved[id(buffer)]
 
 
 def move_out(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:

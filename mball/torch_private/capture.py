@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mball.torch_private.faked import homes_on
+
 
 class _Capture(threading.local):
     active = False
@@ -39,11 +41,13 @@ def compile_call(
     faithful: bool,
     fullgraph: bool,
     dynamic: bool | None,
+    place: torch.device,
+    is_home: Callable[[torch.Tensor], bool],
 ) -> Callable[..., Any]:
     """Returns `torch.compile(call, backend=backend)`, made to notice hooks that come or go after capture.
 
     With `faithful` the model is told by `capturing` to do what it does uncompiled. `before_capture` is called in
-    the calling thread whenever Dynamo begins to capture.
+    the calling thread whenever Dynamo begins to capture. Tensors that `is_home` says are homes count as on `place`.
     """
     import torch._dynamo
     import torch._inductor.config  # which the line above imports too, and no more of it
@@ -63,7 +67,11 @@ def compile_call(
             _capture.active, running.here = faithful, True
             # Here and not once for all: `torch._dynamo.reset()` removes what is registered.
             callback_handler.register_start_callback(started)
-            with _weights_as_arguments(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            with (
+                _weights_as_arguments(),
+                homes_on(place, is_home),
+                torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),
+            ):
                 return compiled(*args, **kwargs)
         finally:
             with contextlib.suppress(ValueError):

@@ -7,7 +7,7 @@ under torch warm up in it. The second one takes times.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -65,16 +65,19 @@ class _Profile:
 
 
 class TimeProfile(_Profile):
-    """Times each step, without the waits between steps."""
+    """Times each step, without the waits between steps; `catch_up` blocks until compute is where the host is."""
 
-    def __init__(self, steps: Sequence[StepFacts], hooks: StepHooks) -> None:
+    def __init__(self, steps: Sequence[StepFacts], hooks: StepHooks, catch_up: Callable[[], None]) -> None:
         super().__init__(steps, hooks)
+        self._catch_up = catch_up
         self._began_s = 0.0
 
     def began(self, step: StepFacts) -> None:
+        self._catch_up()
         self._began_s = time.perf_counter()
 
     def ended(self, step: StepFacts) -> None:
+        self._catch_up()
         step.time_s = time.perf_counter() - self._began_s
 
 

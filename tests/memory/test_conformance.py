@@ -59,6 +59,9 @@ class Range:
     def check(self) -> None:
         backed_bytes = self.num_pages * self.page
         stays_bytes = self.memory.piece_end(self.reservation, backed_bytes)
+        start_bytes = self.memory.piece_start(self.reservation, backed_bytes)
+        assert start_bytes <= backed_bytes
+        assert start_bytes == backed_bytes or self.memory.piece_end(self.reservation, start_bytes) == start_bytes
         assert backed_bytes <= stays_bytes <= self.reservation.size_bytes
         assert self.subject.taken_bytes(self.reservation) == stays_bytes
         for number, data in self.written.items():

@@ -12,6 +12,7 @@ from torch import nn
 from mball.api import _wrap
 from mball.config import Config
 from mball.memory import Device
+from tests.adaptors import adapted
 from tests.adversarial import AdversarialDevice
 from tests.deferral import DeferringMode, deferred
 from tests.run.harness import assert_same, engine_of, make, run, weight_bytes
@@ -38,7 +39,7 @@ class Adversary:
 
     def __init__(self, model: nn.Module, budget: int, directory: Path, **settings: Any) -> None:
         self.model = model
-        _wrap((model,), Config.of(budget=budget, swap_dir=directory, **settings), None, {}, self._adapt)
+        _wrap((model,), Config.of(budget=budget, swap_dir=directory, **settings), None, {}, adapted(self._adapt))
 
     def _adapt(self, device: Device) -> Device:
         self.device = AdversarialDevice(device, CORNERS["all at once"])

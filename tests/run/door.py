@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mball.backend_door import mball_backend
+from tests.adaptors import adapted
 from tests.run.harness import hostile, make, weight_bytes
 from tests.run.zoo import llama, noise, tied_sequential
 
@@ -39,7 +40,7 @@ def three_layers() -> nn.Module:
 
 def backend(seed: int = 0) -> Any:
     """The backend, on a device that punishes every early read and every late overwrite."""
-    return functools.partial(mball_backend, adapt_device=hostile(seed))
+    return functools.partial(mball_backend, open_compute=adapted(hostile(seed)))
 
 
 def options(model: nn.Module, budget: float, directory: Path, **settings: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mball.api import _states, _wrap
 from mball.config import Config
 from mball.memory import Device
 from mball.observe.report import Report
-from tests.adaptors import DelayedDevice, GuardedDevice, PoisonedDevice
+from tests.adaptors import DelayedDevice, GuardedDevice, PoisonedDevice, adapted
 
 
 class DifferentError(AssertionError):
@@ -51,7 +51,7 @@ def wrap_hostile(
 ) -> torch.nn.Module:
     """Like mball.wrap, on a device that punishes every early read and every late overwrite; captures at once."""
     settings.setdefault("capture", "graphs")
-    _wrap((model,), Config.of(budget=budget, **settings), weights, rename or {}, hostile(seed))
+    _wrap((model,), Config.of(budget=budget, **settings), weights, rename or {}, adapted(hostile(seed)))
     return model
 
 

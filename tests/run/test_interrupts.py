@@ -27,7 +27,7 @@ import mball
 from mball.api import _wrap
 from mball.config import Config
 from mball.errors import StorageError
-from tests.adaptors import DelayedDevice, PoisonedDevice
+from tests.adaptors import DelayedDevice, PoisonedDevice, adapted
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
 from tests.run.zoo import generate, llama, noise, tied_sequential
 
@@ -70,7 +70,7 @@ class Lingers(nn.Module):
 def wrap(model: nn.Module, budget: float, directory: Path, capture: str) -> None:
     """Slots are poisoned and reads come late; `budget` is of the weights' bytes."""
     config = Config.of(budget=int(weight_bytes(model) * budget), swap_dir=directory, capture=capture)
-    _wrap((model,), config, None, {}, lambda device: PoisonedDevice(DelayedDevice(device, seed=0)))
+    _wrap((model,), config, None, {}, adapted(lambda device: PoisonedDevice(DelayedDevice(device, seed=0))))
 
 
 def call(model: nn.Module) -> torch.Tensor:

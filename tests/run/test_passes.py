@@ -19,7 +19,7 @@ from mball.memory.device import Gauge
 from mball.run.engine import Engine
 from mball.run.execution import Execution
 from mball.units import MIB
-from tests.adaptors import DeviceAdaptor
+from tests.adaptors import DeviceAdaptor, adapted
 from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes, wrap_hostile
 from tests.run.zoo import noise
 
@@ -141,7 +141,7 @@ def test_workspace_is_measured_again_when_sizes_outgrow_it(tmp_path: Path) -> No
         Config.of(budget="256MiB", swap_dir=tmp_path, capture="graphs"),
         None,
         {},
-        lambda device: SaidDevice(device, gauge),
+        adapted(lambda device: SaidDevice(device, gauge)),
     )
 
     def rows(number: int) -> int:

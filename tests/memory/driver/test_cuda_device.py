@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from mball.errors import DeviceError, MballError
 from mball.memory.cuda_device import CudaDevice
@@ -20,8 +19,6 @@ from mball.memory.cuda_events import EventPool
 from mball.memory.cuda_feed import cut
 from mball.memory.cuda_plain import PlainCudaMemory
 from mball.memory.cuda_streams import CudaStreams
-from mball.memory.pinned import PinnedSlab
-from mball.memory.pinned_homes import PinnedHomes, PinnedRange
 from mball.memory.pinned_ring import PinnedRing
 from mball.memory.region import Region
 from mball.run.file_read import FileRead
@@ -110,40 +107,6 @@ def test_without_pinned_memory_the_same_bytes_come(
         assert len([line for line in caplog.records if line.levelno >= logging.WARNING]) == 1
         assert "the rest is copied more slowly" in caplog.text
         standin.forget()
-
-
-def test_rows_are_read_in_pinned_homes(standin: StandIn) -> None:
-    driver = CudaDriver()
-    streams = CudaStreams(driver)
-    slab = PinnedSlab(streams, 4 * PAGE, chunk_bytes=PAGE)
-    homes = PinnedHomes()
-    homes.put(PinnedRange(file="f", offset_bytes=0, size_bytes=4 * PAGE, slab=slab, slab_offset_bytes=0))
-
-    class NoSource:
-        def submit(self, reads: object) -> None:
-            raise AssertionError("nothing is read")
-
-        def drain(self) -> None: ...
-
-        def close(self) -> None: ...
-
-    device = CudaDevice(driver, PlainCudaMemory(driver), NoSource(), lambda: 0, homes=homes, region=Region)  # type: ignore[arg-type]
-    table = slab.tensor(PAGE, torch.float32, (64, 32)).copy_(torch.arange(2048.0).reshape(64, 32)).t()
-    with pytest.raises(DeviceError, match=r"table of 8192 bytes is not in memory that is pinned.*pin it first"):
-        device.rows_of(table)
-    slab.pin()
-    rows = device.rows_of(table)
-    assert (rows.data_ptr(), rows.shape, rows.stride()) == (table.data_ptr(), table.shape, table.stride())
-    assert torch.equal(rows, table)
-    with pytest.raises(DeviceError, match="not in memory that is pinned"):
-        device.rows_of(torch.zeros(8))
-    standin.configure(host_addresses=False)
-    with pytest.raises(DeviceError, match="that GPU 0 reads"):
-        device.rows_of(table)
-    assert (device.gauge().used_bytes(), device.gauge().rise_bytes()) == (0, 0)
-    device.close()
-    slab.close()
-    driver.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

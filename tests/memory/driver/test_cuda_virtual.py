@@ -130,6 +130,9 @@ def test_a_piece_that_the_new_end_cuts_stays_and_serves_the_next_growth(memory: 
     assert [memory.piece_end(reservation, n * GRANULE_BYTES) // GRANULE_BYTES for n in (0, 1, 4, 5, 8, 13, 16)] == [
         0, 4, 4, 8, 8, 16, 16,
     ]  # fmt: skip
+    assert [memory.piece_start(reservation, n * GRANULE_BYTES) // GRANULE_BYTES for n in (0, 1, 4, 5, 8, 13, 16)] == [
+        0, 0, 4, 4, 8, 12, 16,
+    ]  # fmt: skip
     shrink(memory, reservation, 6)
     assert memory.mapped_bytes == 8 * GRANULE_BYTES
     standin.forget()

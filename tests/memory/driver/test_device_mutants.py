@@ -6,6 +6,7 @@ The sites are found in the sources, so one that is added is tried too.
 from __future__ import annotations
 
 import ast
+import ctypes
 import gc
 import random
 import time
@@ -16,10 +17,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from mball.errors import MballError
-from mball.memory import cuda_device, cuda_events, cuda_feed, pinned_ring
+from mball.memory import cuda_device, cuda_events, cuda_feed, pinned_ring, pinned_tier
+from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_errors import DriverError
+from mball.memory.pinned_tier import KEPT_FOR
 from tests.adaptors import DelayedDevice
 from tests.memory import devices
 from tests.memory.device_scenes import (
@@ -31,7 +35,7 @@ from tests.memory.device_scenes import (
 from tests.memory.devices import NUM_PAGES, PAGE, PLACES, Bench, expect
 from tests.memory.driver.standin import CODES, Order, StandIn
 
-MODULES = (cuda_device, cuda_events, cuda_feed, pinned_ring)
+MODULES = (cuda_device, cuda_events, cuda_feed, pinned_ring, pinned_tier)
 # Calls that order work, where nothing uses what they return.
 _WAITS = {"wait", "order", "synchronize", "drain", "free", "record"}
 
@@ -211,6 +215,62 @@ def copies_are_started_late(bench: Bench) -> None:
         expect(look(), bench.content[number * PAGE : (number + 4) * PAGE])
 
 
+def pinned_memory_goes_after_its_last_copy(bench: Bench) -> None:
+    """The stand-in refuses to unpin what a copy that it was given still reads."""
+    assert isinstance(bench.device, CudaDevice)
+    bench.device.expect([bench.read(0, 8 * PAGE, 0)])
+    bench.device._tier.finish()
+    event = bench.device.copy([bench.read(0, 8 * PAGE, 0)], None)
+    for _ in range(KEPT_FOR + 1):
+        bench.device.expect([])
+    bench.finish()  # compute looks up nothing
+    bench.device.expect([])
+    bench.device.wait(event)
+    look = bench.look(0, 8)
+    bench.finish()
+    expect(look(), bench.content[: 8 * PAGE])
+
+
+def a_table_goes_after_its_last_lookup(bench: Bench) -> None:
+    """Compute reads it where it is pinned."""
+    device = bench.device
+    assert isinstance(device, CudaDevice)
+    rows = device.rows_of(torch.empty(64, 16), [bench.read(7 * PAGE, PAGE, 0)])
+    with device._driver.current():
+        device._streams.copy_in(bench.arena.address_of(0, PAGE), rows.data_ptr(), PAGE, device._current_stream())
+    device.changed(str(bench.path), 7 * PAGE, PAGE)
+    with device._driver.current():
+        device._streams.drain(device._home_stream)  # no copy is under way
+    device.expect([])
+    look = bench.look(0, 1)
+    bench.finish()
+    expect(look(), bench.content[7 * PAGE : 8 * PAGE])
+
+
+def compute_goes_on_elsewhere(bench: Bench) -> None:
+    """A pass on another stream than the one before reads what that one had brought."""
+    device = bench.device
+    assert isinstance(device, CudaDevice)
+    device.follow()
+    before = device._current_stream
+    with device._driver.current():
+        other = device._streams.create_stream()
+    try:
+        device.wait(device.copy([bench.read(0, 8 * PAGE, 0)], None))
+        device.record()
+        device._current_stream = lambda: other
+        device.follow()
+        with device._driver.current():
+            seen = ctypes.create_string_buffer(8 * PAGE)
+            device._streams.copy_out(ctypes.addressof(seen), bench.arena.address_of(0, 8 * PAGE), 8 * PAGE, other)
+        expect(seen.raw, bench.content[: 8 * PAGE])
+    finally:
+        device._current_stream = before
+        with device._driver.current():
+            device._streams.drain(other)
+            device._streams.destroy_stream(other)
+
+
 SCENES: tuple[Callable[[Bench], None], ...] = (
     lambda bench: slots_in_turn(bench, random.Random(7)),
     events_are_reached,
@@ -220,6 +280,9 @@ SCENES: tuple[Callable[[Bench], None], ...] = (
     a_failed_read_is_told,
     copies_are_started_late,
     a_device_ends_what_it_began,
+    pinned_memory_goes_after_its_last_copy,
+    a_table_goes_after_its_last_lookup,
+    compute_goes_on_elsewhere,
 )
 ORDERS = [(Order.LATEST, 0), *((Order.RANDOM, seed) for seed in range(3))]
 

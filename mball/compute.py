@@ -1,0 +1,134 @@
+"""Where steps run: the CPU, or a GPU whose copies come from pinned memory and from files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from mball.config import Config
+from mball.errors import ConfigError, DeviceError
+from mball.memory import CpuDevice, Device
+from mball.memory.cuda_device import CudaDevice
+from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_link import measure_copies
+from mball.memory.cuda_plain import PlainCudaMemory
+from mball.memory.cuda_virtual import EXTENT_BYTES, CudaMemory
+from mball.memory.page_pool import PagePool
+from mball.memory.region import Region
+from mball.run.homes import PAGE_BYTES
+from mball.schema import Link, Tier
+from mball.storage import FileTable, ThreadedReader
+from mball.units import MIB
+
+_log = logging.getLogger(__name__)
+
+# A copy that is long enough to show how fast the link is: some milliseconds.
+_MEASURED_BYTES = 128 * MIB
+
+
+def _no_more() -> None:
+    """Nothing is left to close."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """A device, and what reads files for it.
+
+    Attributes:
+        device: ends with `device.close`, after which its arena may be closed.
+        reader: reads files; the device closes it.
+        page_bytes: what the device's memory comes in.
+        link: on which plans bring bundles, where that is not the disk.
+        closer: gives back what is left when device and arena are closed.
+    """
+
+    device: Device
+    reader: ThreadedReader
+    page_bytes: int = PAGE_BYTES
+    link: Link | None = None
+    closer: Callable[[], None] = _no_more
+
+    def close(self) -> None:
+        """Ends a device that no engine has taken over. Idempotent."""
+        self.device.close()
+        self.closer()
+
+
+OpenCompute = Callable[[Config, FileTable], Compute]
+
+
+def open_compute(config: Config, files: FileTable) -> Compute:
+    """Returns the device that `config` names.
+
+    Raises:
+        ConfigError: this torch knows no such device.
+        DeviceError: there is none, or it lacks something that is needed.
+    """
+    kind, _, number = config.device.partition(":")
+    reader = ThreadedReader(files, num_threads=config.io_threads)
+    try:
+        if kind == "cpu":
+            return Compute(device=CpuDevice(reader), reader=reader)
+        return _open_cuda(reader, int(number) if number else None)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _open_cuda(reader: ThreadedReader, ordinal: int | None) -> Compute:
+    if not torch.backends.cuda.is_built():
+        raise ConfigError(f"device is 'cuda', and this torch ({torch.__version__}) is built without CUDA: install one")
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "device is 'cuda', and torch sees no GPU: mball doctor says what there is (look at nvidia-smi, "
+            "CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this torch)"
+        )
+    if ordinal is None:
+        ordinal = torch.cuda.current_device()
+    if ordinal >= torch.cuda.device_count():
+        raise DeviceError(f"device is 'cuda:{ordinal}', and torch sees {torch.cuda.device_count()} GPUs; count from 0")
+    current_stream = torch.cuda.current_stream
+    return cuda_compute(reader, ordinal, lambda: int(current_stream(ordinal).cuda_stream))
+
+
+def cuda_compute(
+    reader: ThreadedReader,
+    ordinal: int,
+    current_stream: Callable[[], int],
+    *,
+    measured_bytes: int = _MEASURED_BYTES,
+    extent_bytes: int = EXTENT_BYTES,
+    region: Callable[..., Region] | None = None,
+    place: torch.device | None = None,
+    empty_cache: Callable[[], None] | None = None,
+) -> Compute:
+    """Returns a GPU, its arena in extents; see `CudaDevice`. Copies `measured_bytes` to see how fast its link is.
+
+    Raises:
+        DeviceError: there is no such GPU, no driver, or no package cuda-bindings.
+    """
+    with contextlib.ExitStack() as undo:
+        driver = CudaDriver(ordinal)
+        undo.callback(driver.close)
+        # What an arena gives up is for activations, and counts: so nothing is pooled.
+        memory: CudaMemory | PlainCudaMemory = (
+            CudaMemory(driver, pool=PagePool(driver, limit_bytes=0), extent_bytes=extent_bytes)
+            if driver.has_virtual_memory
+            else PlainCudaMemory(driver)
+        )
+        link = measure_copies(driver, size_bytes=measured_bytes)
+        device = CudaDevice(driver, memory, reader, current_stream, region=region, place=place, empty_cache=empty_cache)
+        undo.pop_all()
+    _log.info("GPU %d copies %.1f GB/s out of pinned memory", ordinal, link.bandwidth_bytes_per_s / 1e9)
+    return Compute(
+        device=device,
+        reader=reader,
+        page_bytes=memory.page_bytes,
+        # Plans know one link yet: homes that are in no pinned memory come more slowly than they think.
+        link=replace(link, source=Tier.DISK),
+        closer=memory.close_after_use,
+    )

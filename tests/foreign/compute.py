@@ -1,0 +1,80 @@
+"""Where steps of a wrapped model compute on the foreign device, with no driver below: its arena is host memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from mball.compute import Compute
+from mball.config import Config
+from mball.memory import ArenaRead, CpuDevice, Event, Gauge
+from mball.memory.arena import Arena
+from mball.storage import FileTable, ThreadedReader
+from tests.foreign import device as foreign
+from tests.foreign.region import ForeignRegion
+
+
+class ForeignGauge:
+    """What tensors hold at most; the arena is another's memory."""
+
+    def __init__(self) -> None:
+        self._at_reset = 0
+
+    def reset(self) -> None:
+        foreign.reset_peak_memory_stats()
+        self._at_reset = foreign.memory_allocated()
+
+    def rise_bytes(self) -> int:
+        return max(foreign.max_memory_allocated() - self._at_reset, 0)
+
+    def used_bytes(self) -> int:
+        return foreign.memory_allocated()
+
+
+class ForeignDevice(CpuDevice):
+    """Compute is over when its call returns, as on the CPU, but its tensors are foreign, and it maps no files."""
+
+    @property
+    def place(self) -> torch.device:
+        return torch.device("foreign", 0)
+
+    @property
+    def reads_mappings(self) -> bool:
+        return False
+
+    def arena(self, reserve_bytes: int) -> Arena:
+        self._arena = arena = Arena(self._memory, reserve_bytes, region=ForeignRegion)
+        return arena
+
+    def copy(self, reads: Sequence[ArenaRead], after: Event | None) -> Event:
+        if after is not None:
+            after.wait()
+        arena = self._arena
+        assert arena is not None
+        there = [arena.address_of(read.arena_offset_bytes, read.size_bytes) for read in reads]
+        return self._source.submit(
+            [read.into(_memory(address, read.size_bytes)) for read, address in zip(reads, there, strict=True)]
+        )
+
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
+        table = bytearray(max(read.arena_offset_bytes + read.size_bytes for read in reads))
+        views = [memoryview(table)[read.arena_offset_bytes :][: read.size_bytes] for read in reads]
+        self._source.submit([read.into(view) for read, view in zip(reads, views, strict=True)]).wait()
+        flat = torch.frombuffer(table, dtype=home.dtype).to(self.place)
+        return flat.as_strided(home.shape, home.stride())
+
+    def gauge(self) -> Gauge:
+        return ForeignGauge()
+
+
+def _memory(address: int, size_bytes: int) -> memoryview:
+    return memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
+
+
+def open_foreign(config: Config, files: FileTable) -> Compute:
+    """Opens the foreign device, whatever `config` names."""
+    foreign.load()
+    reader = ThreadedReader(files, num_threads=config.io_threads)
+    return Compute(device=ForeignDevice(reader), reader=reader)

@@ -1,0 +1,261 @@
+"""Whole models on the CUDA device, over the stand-in for the driver: what streams computes is what is resident.
+
+Operators are the foreign device's, which compute when they are called; so what compute is told to wait for is waited
+for there and then, and copies come as late as that lets them.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mball
+from mball.api import _wrap
+from mball.compute import Compute, cuda_compute
+from mball.config import Config
+from mball.errors import DeviceError
+from mball.memory import Device, Event, Gauge
+from mball.memory.cuda_device import CudaDevice
+from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_errors import GpuLostError
+from mball.memory.cuda_streams import CudaStreams
+from mball.storage import FileTable, ThreadedReader
+from mball.units import MIB
+from tests.adaptors import DeviceAdaptor, PoisonedDevice
+from tests.foreign import device as foreign
+from tests.foreign.build import missing
+from tests.foreign.compute import ForeignGauge
+from tests.foreign.region import ForeignRegion
+from tests.memory.conftest import LOADED
+from tests.memory.driver.standin import CODES, EXTENT_BYTES, Order, StandIn
+from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
+from tests.run.there import PLACE, compare
+from tests.run.zoo import ZOO, ids, llama, logits
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
+
+
+class _Stream:
+    """A stream of the stand-in that stands for what operators are issued on."""
+
+    def __init__(self) -> None:
+        self.driver = CudaDriver()
+        self.streams = CudaStreams(self.driver)
+        with self.driver.current():
+            self.handle = self.streams.create_stream()
+
+    def drain(self) -> None:
+        with self.driver.current():
+            self.streams.drain(self.handle)
+
+    def close(self) -> None:
+        with self.driver.current():
+            self.streams.destroy_stream(self.handle)
+        self.driver.close()
+
+
+class _AtOnce(DeviceAdaptor):
+    """Operators compute when they are called, so the stream that they stand for has come there before."""
+
+    def __init__(self, device: Device, stream: _Stream) -> None:
+        super().__init__(device)
+        self._stream = stream
+
+    def wait(self, event: Event) -> None:
+        self.device.wait(event)
+        self._stream.drain()
+
+    def gauge(self) -> Gauge:
+        return ForeignGauge()
+
+
+@contextmanager
+def wrapped(
+    model: nn.Module, share: float, *, swap_dir: Path, weights: Path | None = None, **settings: Any
+) -> Iterator[Any]:
+    foreign.load()
+    stream = _Stream()
+
+    def opened(config: Config, files: FileTable) -> Compute:
+        reader = ThreadedReader(files, num_threads=config.io_threads)
+        compute = cuda_compute(
+            reader,
+            0,
+            lambda: stream.handle,
+            measured_bytes=1 * MIB,
+            extent_bytes=EXTENT_BYTES,
+            region=ForeignRegion,
+            empty_cache=lambda: None,
+            place=torch.device("foreign", 0),
+        )
+        made = PoisonedDevice(_AtOnce(compute.device, stream))
+        return Compute(
+            device=made, reader=reader, page_bytes=compute.page_bytes, link=compute.link, closer=compute.closer
+        )
+
+    budget = int(weight_bytes(model) * share)
+    settings.setdefault("capture", "graphs")
+    _wrap((model,), Config.of(budget=budget, swap_dir=swap_dir, **settings), weights, {}, opened)
+    try:
+        yield model
+    finally:
+        mball.unwrap(model)
+        assert LOADED
+        LOADED.forget()
+        stream.close()
+        gc.collect()  # what is left of the arena: graphs and their code are cycles
+
+
+def device_of(model: Any) -> CudaDevice:
+    device = engine_of(model).execution.device
+    while isinstance(device, DeviceAdaptor):
+        device = device.device
+    assert isinstance(device, CudaDevice)
+    return device
+
+
+KINDS = ["llama-fp32", "llama-bf16-dynamic-cache", "llama-tied-static-cache", "breaks", "convolutions", "t5"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("capture", "order"), [("graphs", Order.LATEST), ("operators", Order.RANDOM)])
+def test_streamed_equals_resident(name: str, capture: str, order: Order, standin: StandIn, tmp_path: Path) -> None:
+    standin.run_in(order, 5)
+    specimen = ZOO[name]
+    plain = make(specimen.make)
+    share = max(specimen.budget, 0.7) + 0.15  # memory comes in larger pieces
+    with wrapped(make(specimen.make), share, swap_dir=tmp_path, capture=capture) as model:
+        for attempt in range(3):
+            for number, call in enumerate(specimen.runs):
+                compare(model, plain, call, f"{name}, attempt {attempt}, call {number}")
+            assert_streamed(model)
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All reads that were asked of files."""
+    seen: list[Any] = []
+    submit = ThreadedReader.submit
+
+    def note(self: ThreadedReader, reads: Any) -> Any:
+        seen.extend(reads)
+        return submit(self, reads)
+
+    monkeypatch.setattr(ThreadedReader, "submit", note)
+    return seen
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_what_streams_is_read_from_disk_once(
+    capture: str, standin: StandIn, tmp_path: Path, submitted: list[Any]
+) -> None:
+    plain = make(llama)
+    with wrapped(make(llama), 0.9, swap_dir=tmp_path, capture=capture) as model:
+        for _ in range(4):
+            compare(model, plain, logits(1, 6))
+        device_of(model)._tier.finish()
+        submitted.clear()
+        for _ in range(3):
+            compare(model, plain, logits(1, 6))
+            assert assert_streamed(model).bytes_read_last_pass
+        assert not submitted
+        # What is written comes from its file again, and is pinned again.
+        for each in (plain, model):
+            for parameter in each.parameters():
+                parameter.data.mul_(0.5)
+        compare(model, plain, logits(1, 6))
+        assert submitted
+        compare(model, plain, logits(1, 6))
+        device_of(model)._tier.finish()
+        submitted.clear()
+        compare(model, plain, logits(1, 6))
+        assert not submitted
+
+
+def test_the_budget_holds_whatever_comes(standin: StandIn, tmp_path: Path) -> None:
+    """Pages of the device and tensors on it together, for prompts and tokens in turn, and for other budgets."""
+    plain = make(llama)
+    with wrapped(make(llama), 1.2, swap_dir=tmp_path) as model:
+        size = weight_bytes(plain)
+        for share in (1.2, 0.95, 1.1, 1.5):
+            budget = int(size * share)
+            mball.set_budget(model, budget)
+            for rows, length in ((1, 1), (2, 24), (1, 1), (4, 24), (1, 3)):
+                run(model, lambda m, rows=rows, length=length: m(ids(rows, length).to(PLACE)).logits.cpu())
+                gc.collect()
+                before = foreign.memory_allocated()
+                foreign.reset_peak_memory_stats()
+                with torch.no_grad():
+                    model(ids(rows, length).to(PLACE))
+                seen = standin.handle_bytes
+                activations = foreign.max_memory_allocated() - before
+                assert seen + activations <= budget, f"{share}, {rows} x {length}"
+                assert seen <= mball.report(model).arena_bytes
+            compare(model, plain, logits(2, 5), f"{share}")
+
+
+FAILING = ["cuMemcpyHtoDAsync", "cuEventRecord", "cuStreamWaitEvent", "cuMemCreate", "cuMemMap", "cuMemHostRegister"]
+
+
+@pytest.mark.parametrize("call", FAILING)
+def test_after_a_driver_that_fails_the_next_pass_is_right(call: str, standin: StandIn, tmp_path: Path) -> None:
+    plain = make(llama)
+    failures = 0
+    with wrapped(make(llama), 0.9, swap_dir=tmp_path) as model:
+        size = weight_bytes(plain)
+        for position in range(1, 12, 2):
+            for act in (lambda: run(model, lambda m: m(ids(1, 6).to(PLACE))), lambda: mball.set_budget(model, size)):
+                standin.fail(position, position, code=CODES["OUT_OF_MEMORY"], function=call)
+                for _ in range(2):  # a copy for the next pass that failed is raised there
+                    try:
+                        act()
+                    except DeviceError as error:
+                        failures += call in str(error)
+                    standin.forget()
+                compare(model, plain, logits(1, 6), f"{call} {position}")
+                mball.set_budget(model, int(size * 0.9))
+                compare(model, plain, logits(1, 6), f"{call} {position}, with the budget of before")
+    if call != "cuMemHostRegister":  # then copies are slower, and nothing fails
+        assert failures
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_a_lost_gpu_is_said_and_weights_are_not(capture: str, standin: StandIn, tmp_path: Path) -> None:
+    plain = make(llama)
+    with wrapped(make(llama), 0.9, swap_dir=tmp_path, capture=capture) as model:
+        compare(model, plain, logits(1, 6))
+        standin.lose(CODES["ILLEGAL_ADDRESS"])
+        for _ in range(2):
+            with pytest.raises(GpuLostError, match=r"ILLEGAL_ADDRESS.*save what is in host memory"):
+                run(model, lambda m: m(ids(1, 6).to(PLACE)))
+        # What to save is in host memory.
+        for name, value in plain.cpu().named_parameters():
+            assert torch.equal(model.state_dict()[name], value)
+    standin.sweep()  # a lost GPU's is left to the end of the process
+    standin.pop_contexts()
+    assert_same(run(model, logits(1, 6)), run(plain, logits(1, 6)), "unwrapped")
+
+
+def test_a_forked_child_is_refused(standin: StandIn, tmp_path: Path) -> None:
+    plain = make(llama)
+    with wrapped(make(llama), 0.9, swap_dir=tmp_path) as model:
+        compare(model, plain, logits(1, 6))
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                run(model, lambda m: m(ids(1, 6).to(PLACE)))
+            except DeviceError as error:
+                code = 0 if "CUDA does not survive a fork" in str(error) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        compare(model, plain, logits(1, 6), "the parent goes on")
