@@ -243,8 +243,10 @@ class SegmentAllocator:
         """Returns a `torch.cuda.MemPool` whose segments come from here: `with torch.cuda.use_mem_pool(pool): ...`.
 
         That routes the calling thread only: what backward allocates on its own threads comes from elsewhere. While it
-        is in use PyTorch frees no cached blocks before it runs out of memory. PyTorch's expandable segments do not go
-        with such a pool; memory from it cannot be handed to other processes (CUDA IPC) or read by other GPUs.
+        is in use PyTorch frees no cached blocks before it runs out of memory, and segments come back only when the pool
+        is gone and `torch.cuda.empty_cache()` was called: let a pool go, and make another, to have its memory back.
+        PyTorch's expandable segments do not go with such a pool; memory from it cannot be handed to other processes
+        (CUDA IPC) or read by other GPUs.
 
         A graph that was captured into the pool goes after its last replay is over: see [Note: leaving] in segments.c.
         Close the allocator after the pool and its tensors are gone.

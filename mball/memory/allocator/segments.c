@@ -28,7 +28,8 @@
 //
 // [Note: retries] Within torch.cuda.use_mem_pool PyTorch does not free cached blocks and try again, as it does elsewhere:
 // a pool in use counts as a capture under way (captures_underway), during which nothing is released. The first NULL is
-// an OutOfMemoryError. So malloc itself does all that can be done before it returns NULL.
+// an OutOfMemoryError. So malloc itself does all that can be done before it returns NULL. And what a pool has cached it
+// gives up only when the MemPool is gone and the cache is emptied (release_cached_blocks looks at graph_pools_freeable).
 //
 // [Note: one mutex] Calls come seldom (PyTorch caches what it got), and the driver has locks of its own, so one mutex for
 // everything is enough. It is the last lock before the driver's: who holds it calls nothing but the driver, so the order
