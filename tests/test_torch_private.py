@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from mball import torch_private
+from mball.torch_private.dispatch import no_autocast_cache
 
 
 def test_importing_them_imports_no_compiler() -> None:
@@ -19,3 +23,17 @@ def test_importing_them_imports_no_compiler() -> None:
         capture_output=True, text=True, timeout=120, check=False, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_autocast_keeps_no_casts_of_slots(device: str) -> None:
+    before = torch.is_autocast_enabled(device)
+    with no_autocast_cache():
+        assert torch.is_autocast_cache_enabled(), "nobody casts"
+    torch.set_autocast_enabled(device, True)
+    try:
+        with no_autocast_cache():
+            assert not torch.is_autocast_cache_enabled()
+        assert torch.is_autocast_cache_enabled()
+    finally:
+        torch.set_autocast_enabled(device, before)

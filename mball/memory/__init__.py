@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mball.memory.allocator.library import load_library as load_library
+    from mball.memory.allocator.segment_allocator import SegmentAllocator as SegmentAllocator
     from mball.memory.arena import Arena as Arena
     from mball.memory.cuda_device import CudaDevice as CudaDevice
     from mball.memory.cuda_driver import CudaDriver as CudaDriver
@@ -60,7 +62,9 @@ _HOMES = {
     "PinnedSlab": "mball.memory.pinned",
     "PlainCudaMemory": "mball.memory.cuda_plain",
     "PrivateMapping": "mball.memory.mapping",
+    "SegmentAllocator": "mball.memory.allocator.segment_allocator",
     "VirtualMemory": "mball.memory.virtual",
+    "load_library": "mball.memory.allocator.library",
     "open_cuda_memory": "mball.memory.cuda_virtual",
     "scan_written": "mball.memory.mapping",
 }
@@ -89,7 +93,9 @@ __all__ = [
     "PinnedSlab",
     "PlainCudaMemory",
     "PrivateMapping",
+    "SegmentAllocator",
     "VirtualMemory",
+    "load_library",
     "open_cuda_memory",
     "scan_written",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_errors import OUT_OF_MEMORY, DriverError
@@ -13,6 +14,13 @@ _log = logging.getLogger(__name__)
 
 # Enough for what an arena gives up and takes back as activations come and go.
 POOL_BYTES = 256 * MIB
+
+
+class Page(NamedTuple):
+    """Physical pages that change owners: whoever has it may map them, hand them on or destroy them, and nobody else."""
+
+    handle: int
+    size_bytes: int
 
 
 class PagePool:
@@ -86,6 +94,29 @@ class PagePool:
                     raise
                 over_bytes -= size_bytes
         return excess_bytes - over_bytes
+
+    def hand_over(self, num_bytes: int) -> list[Page]:
+        """Returns pooled pages of at most `num_bytes` together, the largest first; they are the caller's then."""
+        pages: list[Page] = []
+        for size_bytes in sorted(self._pooled, reverse=True):
+            handles = self._pooled[size_bytes]
+            while handles and size_bytes <= num_bytes:
+                handle = handles.pop()
+                del self._sizes[handle]
+                pages.append(Page(handle, size_bytes))
+                num_bytes -= size_bytes
+        return pages
+
+    def adopt(self, pages: Sequence[Page]) -> None:
+        """Takes over pages that are mapped nowhere; they are pooled, and what is over the limit goes to the driver."""
+        assert not any(page.handle in self._sizes for page in pages), "a page has one owner"
+        self._sizes.update({page.handle: page.size_bytes for page in pages})
+        self.give([page.handle for page in pages])
+
+    def disown(self, handles: Sequence[int]) -> None:
+        """Forgets pages that were lent and are somebody else's now, such as a donor's that was taken."""
+        for handle in handles:
+            del self._sizes[handle]
 
     def reclaim(self, used: Collection[int]) -> None:
         """Takes back what was lent and is not in `used`: an interrupt came while it changed hands."""

@@ -26,7 +26,8 @@ def without_dispatch() -> AbstractContextManager[None]:
 @contextmanager
 def no_autocast_cache() -> Iterator[None]:
     """Under autocast: keeps no cast copies of weights until its region ends."""
-    if not (torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()):
+    enabled = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    if not (enabled and torch.is_autocast_cache_enabled()):
         yield
         return
     torch.set_autocast_cache_enabled(False)

@@ -432,6 +432,8 @@ static const struct { int code; const char *name, *text; } ERRORS[] = {
   {ALREADY_REGISTERED, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED", "part or all of the requested memory range is already mapped"},
   {NOT_REGISTERED, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", "pointer does not correspond to a registered memory region"},
   {719, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
+  {STREAM_CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
+  {CAPTURED_EVENT, "CUDA_ERROR_CAPTURED_EVENT", "operation not permitted on an event last recorded in a capturing stream"},
   {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
   {999, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
@@ -443,6 +445,13 @@ static Result describe(int code, const char **text, int is_name) {
 }
 Result cuGetErrorName(int code, const char **name) { return describe(code, name, 1); }
 Result cuGetErrorString(int code, const char **text) { return describe(code, text, 0); }
+
+// What C libraries look up by name has the suffix of its second version there.
+#define SECOND(name, parameters) Result name##_v2 parameters __attribute__((alias(#name)));
+SECOND(cuDevicePrimaryCtxRelease, (int device))
+SECOND(cuCtxPushCurrent, (void *context))
+SECOND(cuCtxPopCurrent, (void **context))
+SECOND(cuEventDestroy, (Event *handle))
 
 // How bindings find calls. MBALL_STANDIN_WITHOUT names one that this "driver" is too old to have.
 Result cuGetProcAddress_v2(const char *symbol, void **function, int version, Address flags, int *status) {

@@ -115,6 +115,15 @@ class StandIn:
         """Breaks the context, as a kernel that goes astray does: every call says so from now on, until `forget`."""
         self._library.standin_lose(code)
 
+    def capture(self, stream: int, begins: bool) -> None:
+        """Begins or ends to capture a stream. Meanwhile threads that are not relaxed may not ask or wait for events."""
+        self._library.standin_capture(ctypes.c_void_p(stream), begins)
+
+    @property
+    def is_relaxed(self) -> bool:
+        """Whether this thread may do what breaks a capture."""
+        return bool(self._library.standin_capture_mode())
+
     def pop_contexts(self) -> None:
         """Empties this thread's stack of contexts, for tests that had the call fail that does it."""
         self._library.standin_pop_contexts()

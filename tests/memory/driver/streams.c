@@ -16,19 +16,22 @@ typedef struct Work {
   Point *point;
   struct Work *next;
 } Work;
-typedef struct Stream { Work *first, **end; int destroyed; struct Stream *next; } Stream;
-typedef struct Event { Point *point; int num_questions; struct Event *next; } Event;
+typedef struct Stream { Work *first, **end; int destroyed, capturing; struct Stream *next; } Stream;
+typedef struct Event { Point *point; int num_questions, captured; struct Event *next; } Event;
 typedef struct Registered { char *address; size_t size; struct Registered *next; } Registered;
 
 enum { INVALID_HANDLE = 400, NOT_READY = 600, ILLEGAL_ADDRESS = 700, ALREADY_REGISTERED = 712, NOT_REGISTERED = 713 };
+enum { STREAM_CAPTURE_UNSUPPORTED = 900, CAPTURED_EVENT = 907, CAPTURE_GLOBAL = 0, CAPTURE_RELAXED = 2 };
 enum { EARLIEST, LATEST, RANDOM };
 
-static Stream default_stream = {NULL, &default_stream.first, 0, NULL};
+static Stream default_stream = {NULL, &default_stream.first, 0, 0, NULL};
 static Stream *streams = &default_stream;
 static Event *events;
 static Registered *registered;
 static int order = EARLIEST;
 static unsigned long long chance = 1;
+static int num_captures;
+static __thread int capture_mode = CAPTURE_GLOBAL;
 
 static unsigned draw(unsigned below) {
   chance ^= chance << 13, chance ^= chance >> 7, chance ^= chance << 17;
@@ -114,6 +117,14 @@ static Work *give(Stream *stream, int kind, Point *point) {
 
 void standin_order(int chosen, unsigned long long seed) { order = chosen, chance = seed * 2654435761u + 88172645463325252u; }
 void standin_lose(int code) { lost = code; }
+// While a stream is captured, threads that are not relaxed may not ask or wait for events.
+void standin_capture(Stream *stream, int begins) {
+  if (!stream) stream = &default_stream;
+  num_captures += begins - stream->capturing;
+  stream->capturing = begins;
+}
+int standin_capture_mode(void) { return capture_mode; }
+#define NEEDS_NO_CAPTURE REQUIRE(!num_captures || capture_mode == CAPTURE_RELAXED, STREAM_CAPTURE_UNSUPPORTED)
 void standin_run(void) { pthread_mutex_lock(&mutex); while (run_any()) {} pthread_mutex_unlock(&mutex); }
 long standin_num_streams(void) { long n = 0; for (Stream *s = streams; s; s = s->next) n += s != &default_stream && !s->destroyed; return n; }
 long standin_num_events(void) { long n = 0; for (Event *e = events; e; e = e->next) n++; return n; }
@@ -121,6 +132,7 @@ long standin_num_waiting(void) { long n = 0; for (Stream *s = streams; s; s = s-
 size_t standin_registered_bytes(void) { size_t sum = 0; for (Registered *r = registered; r; r = r->next) sum += r->size; return sum; }
 
 static void sweep_streams(void) {
+  num_captures = default_stream.capturing = 0, capture_mode = CAPTURE_GLOBAL;
   for (Stream *s = streams; s; s = s->next) while (s->first) forget_first(s);
   while (streams != &default_stream) { Stream *gone = streams; streams = gone->next; free(gone); }
   while (events) { Event *gone = events; events = gone->next; let_go(gone->point); free(gone); }
@@ -178,6 +190,20 @@ Result cuStreamWaitEvent(Stream *handle, Event *event, unsigned flags) {
   pass_time();
   return SUCCESS;
 }
+Result cuStreamIsCapturing(Stream *handle, int *status) {
+  CALL; NEEDS_CONTEXT;
+  Stream *stream = find_stream(handle);
+  REQUIRE(stream, INVALID_HANDLE);
+  *status = stream->capturing;
+  return SUCCESS;
+}
+Result cuThreadExchangeStreamCaptureMode(int *mode) {
+  CALL; NEEDS_INIT;
+  REQUIRE(CAPTURE_GLOBAL <= *mode && *mode <= CAPTURE_RELAXED, INVALID_VALUE);
+  int before = capture_mode;
+  capture_mode = *mode, *mode = before;
+  return SUCCESS;
+}
 Result cuEventCreate(Event **event, unsigned flags) {
   CALL; NEEDS_CONTEXT;
   REQUIRE(flags <= 3, INVALID_VALUE);
@@ -199,6 +225,7 @@ Result cuEventRecord(Event *event, Stream *handle) {
   CALL; NEEDS_CONTEXT;
   Stream *stream = find_stream(handle);
   REQUIRE(stream && *find_event(event), INVALID_HANDLE);
+  event->captured = stream->capturing;
   let_go(event->point);
   event->point = calloc(1, sizeof *event->point);
   event->point->num_holders = 1, event->num_questions = 0;
@@ -207,8 +234,9 @@ Result cuEventRecord(Event *event, Stream *handle) {
   return SUCCESS;
 }
 Result cuEventQuery(Event *event) {
-  CALL; NEEDS_CONTEXT;
+  CALL; NEEDS_CONTEXT; NEEDS_NO_CAPTURE;
   REQUIRE(*find_event(event), INVALID_HANDLE);
+  REQUIRE(!event->captured, CAPTURED_EVENT);
   pass_time();
   // However late: who asks again and again is answered some time.
   if (++event->num_questions > 3) run_until(event->point);
@@ -216,8 +244,9 @@ Result cuEventQuery(Event *event) {
   return !event->point || event->point->done ? SUCCESS : NOT_READY;
 }
 Result cuEventSynchronize(Event *event) {
-  CALL; NEEDS_CONTEXT;
+  CALL; NEEDS_CONTEXT; NEEDS_NO_CAPTURE;
   REQUIRE(*find_event(event), INVALID_HANDLE);
+  REQUIRE(!event->captured, CAPTURED_EVENT);
   run_until(event->point);
   pass_time();
   return lost;

@@ -9,7 +9,7 @@ import pytest
 
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_errors import DriverError
-from mball.memory.page_pool import PagePool
+from mball.memory.page_pool import Page, PagePool
 from tests.memory.driver.standin import CODES, GRANULE_BYTES, MEMORY_BYTES, StandIn
 
 LARGE_BYTES = 4 * GRANULE_BYTES
@@ -111,6 +111,40 @@ def test_what_the_driver_does_not_take_stays_pooled_and_is_tried_again(
         assert pool.pooled_bytes == pool.created_bytes == standin.handle_bytes == 0
         pool.give(pool.take([GRANULE_BYTES]))
     driver.close()
+
+
+def test_pages_leave_the_books_with_their_owner(pool: PagePool, standin: StandIn) -> None:
+    handles = pool.take([GRANULE_BYTES, GRANULE_BYTES, LARGE_BYTES, LARGE_BYTES])
+    assert pool.hand_over(MEMORY_BYTES) == []  # they are lent
+    pool.give(handles)
+    pages = pool.hand_over(LARGE_BYTES + 2 * GRANULE_BYTES - 1)
+    assert [page.size_bytes for page in pages] == [LARGE_BYTES, GRANULE_BYTES]
+    assert pool.created_bytes == pool.pooled_bytes == LARGE_BYTES + GRANULE_BYTES
+    assert standin.handle_bytes == 2 * pool.created_bytes
+    pool.reclaim(set())
+    assert pool.created_bytes == LARGE_BYTES + GRANULE_BYTES
+    pool.adopt(pages)
+    assert pool.created_bytes == pool.pooled_bytes == standin.handle_bytes
+    assert set(pool.take([GRANULE_BYTES] * 2)) == set(handles[:2])
+    pool.give(handles[:2])
+
+
+def test_what_is_adopted_over_the_limit_goes_to_the_driver(standin: StandIn) -> None:
+    driver = CudaDriver()
+    with driver.current():
+        pool = PagePool(driver, limit_bytes=GRANULE_BYTES)
+        pool.adopt([Page(driver.create(GRANULE_BYTES), GRANULE_BYTES) for _ in range(3)])
+        assert pool.created_bytes == standin.handle_bytes == GRANULE_BYTES
+        pool.trim()
+    driver.close()
+
+
+def test_what_somebody_else_has_taken_is_forgotten(pool: PagePool) -> None:
+    one, two = pool.take([GRANULE_BYTES] * 2)
+    pool.disown([one])
+    pool.give([two])
+    assert pool.created_bytes == GRANULE_BYTES
+    pool.adopt([Page(one, GRANULE_BYTES)])
 
 
 def test_reclaiming_takes_back_what_nobody_uses(pool: PagePool) -> None:
