@@ -29,9 +29,9 @@ from mball.run.checkpoint_match import load_buffers, match_weights
 from mball.run.doors import Gate, Wrapped, hang_door, mix_in, mix_out, mixed_class
 from mball.run.engine import Engine
 from mball.run.home_sources import map_checkpoint, write_homes
-from mball.run.homes import Homes
+from mball.run.homes import Homes, refuse_misaligned
 from mball.run.placed import displace, place
-from mball.run.tenants import move_buffers, move_in, move_out, place_buffers, return_buffers
+from mball.run.tenants import buffer_bytes, move_buffers, move_in, move_out, place_buffers, return_buffers
 from mball.run.tiers import TieredCall
 from mball.schema import LiveRange, Plan, Tensor, Trace
 from mball.snapshot import take_report, take_timeline
@@ -61,6 +61,7 @@ class _State:
     machinery: Machinery
     gate: Gate
     backend: Backend
+    moved: list[tuple[weakref.ref[torch.nn.Module], str]]  # the buffers that went to the compute device
     roots: tuple[weakref.ref[torch.nn.Module], ...]
     closer: weakref.finalize[..., torch.nn.Module]
 
@@ -128,18 +129,18 @@ def _wrap(
     index = None if weights is None else CheckpointIndex.open(weights)
     entries = None if index is None else match_weights(census, index, rename)
     new_buffers = load_buffers(census, index, rename)
-    fixed_bytes = census.buffer_bytes() + sum(tensor.nbytes for tensor in new_buffers.values())
-
     with contextlib.ExitStack() as undo:
         storage = Storage.open(config)
         undo.callback(storage.close)
         compute = open_compute(config, storage.files)
         undo.callback(compute.close)
-        new_buffers |= move_buffers(census, new_buffers, compute.device.place)
+        fixed_bytes = buffer_bytes(census, new_buffers, compute.device.place)
         homes = _homes(census, entries, storage)
+        refuse_misaligned(homes.homes, compute.device.place)
         machine = measure_machine(homes.homes, storage.files, config.io_threads, compute.link)
         expected = expected_operators(roots, census)
-        check_budget(config.budget_bytes, homes.homes, machine, fixed_bytes, expected)
+        check_budget(config.budget_bytes, homes.homes, machine, fixed_bytes + compute.rounded_bytes, expected)
+        moved = move_buffers(census, new_buffers, compute.device.place)
         machinery = Machinery.start(
             config,
             storage,
@@ -154,7 +155,7 @@ def _wrap(
 
     # Nothing above changed the model; nothing below fails.
     parameters = move_in(census, homes.homes)
-    place_buffers(census, new_buffers)
+    place_buffers(census, {**new_buffers, **moved})
     if compute.device.place.type != "cpu":
         place((module for root in roots for module in root.modules()), compute.device.place)
     buffers = [buffer for root in roots for buffer in root.buffers()]
@@ -169,6 +170,7 @@ def _wrap(
         machinery=machinery,
         gate=gate,
         backend=backend,
+        moved=[(weakref.ref(owner.module), owner.attribute) for owner in map(census.buffer_owners.get, moved) if owner],
         roots=tuple(weakref.ref(root) for root in roots),
         closer=weakref.finalize(roots[0], machinery.close),
     )
@@ -200,7 +202,7 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
         return model
     roots = [root for ref in state.roots if (root := ref()) is not None]
     move_out(state.gate.pairs())
-    return_buffers(roots, state.engine.place)
+    return_buffers([(module, name) for ref, name in state.moved if (module := ref()) is not None])
     for root in roots:
         for module in root.modules():
             set_call(module, None)
@@ -293,7 +295,8 @@ def set_budget(model: torch.nn.Module, budget: int | str) -> None:
             raise WrapError("set_budget was called in the middle of a call of the model; call it before or after")
         state.settle()
         machine = state.machinery.machine()
-        check_budget(budget_bytes, engine.homes.homes, machine, engine.fixed_bytes, engine.expected)
+        fixed_bytes = engine.fixed_bytes + state.machinery.compute.rounded_bytes
+        check_budget(budget_bytes, engine.homes.homes, machine, fixed_bytes, engine.expected)
         engine.set_budget(budget_bytes)
     logger.info("the budget is %s now", format_bytes(budget_bytes))
 

@@ -18,7 +18,7 @@ from mball.plan.simulate import trace_times
 from mball.run.correction import Correction
 from mball.run.engine import Engine
 from mball.run.execution import Execution
-from mball.run.homes import PAGE_BYTES, Homes
+from mball.run.homes import Homes
 from mball.run.segments import OperatorReads
 from mball.schema import Machine, Plan, Trace
 from mball.storage import DirectIO, FileTable, SwapFile
@@ -90,8 +90,7 @@ class Machinery:
                     _plan,
                     policy=config.policy,
                     machine=correction,
-                    # The arena is rounded up to what memory comes in.
-                    fixed_bytes=fixed_bytes + compute.page_bytes - PAGE_BYTES,
+                    fixed_bytes=fixed_bytes + compute.rounded_bytes,
                 ),
                 retime=_retime,
                 correction=correction,

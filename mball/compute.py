@@ -56,6 +56,11 @@ class Compute:
     link: Link | None = None
     closer: Callable[[], None] = _no_more
 
+    @property
+    def rounded_bytes(self) -> int:
+        """By how much the arena may be rounded up beyond what plans know."""
+        return self.page_bytes - PAGE_BYTES
+
     def close(self) -> None:
         """Ends a device that no engine has taken over. Idempotent."""
         self.device.close()

@@ -22,7 +22,12 @@ from mball.units import format_names
 # On a GPU these are memory that PyTorch's allocator gives; the rest of a ledger mball takes from the driver itself.
 _IN_ALLOCATOR = frozenset({Kind.BUFFERS.value, Kind.ACTIVATIONS.value, Kind.CAPTURE.value})
 NOT_COUNTED = ("Python and torch themselves", "tensors the user keeps")
-NOT_COUNTED_ON_GPU = ("the CUDA context", "blocks that PyTorch's allocator keeps", "tensors the user keeps")
+NOT_COUNTED_ON_GPU = (
+    "the CUDA context",
+    "workspaces of CUDA's libraries",
+    "blocks that PyTorch's allocator keeps",
+    "tensors the user keeps",
+)
 
 
 def take_report(

@@ -182,8 +182,12 @@ class CudaDevice:
         self._empty_cache()
 
     def record(self) -> Event:
-        """Raises DeviceError when closed, or when the driver refuses."""
+        """Raises DeviceError when closed, or when the driver refuses.
+
+        Behind all that was computed before on another stream, whoever asks: memory may be given back after it.
+        """
         self._check_open()
+        self.follow()
         event = StreamEvent(self._pool, 1)
         with self._driver.current():
             event.settle(self._pool.record(self._current_stream()))
@@ -193,6 +197,7 @@ class CudaDevice:
     def wait(self, event: Event) -> None:
         """The host blocks for reads from disk only, and raises their errors; and for events that are not the GPU's."""
         self._driver.refuse_fork()
+        self.follow()
         with self._driver.current():
             order(self._current_stream(), event)
 
@@ -201,10 +206,12 @@ class CudaDevice:
 
     def expect(self, reads: Iterable[ArenaRead]) -> None:
         """Brings them into pinned memory in the background, as far as there is room; see `PinnedTier`."""
+        self._driver.refuse_fork()
         self._check_open()
         self._tier.expect(list(reads))
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
+        self._driver.refuse_fork()
         self._tier.changed(file, offset_bytes, size_bytes)
 
     def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
@@ -258,6 +265,7 @@ class CudaDevice:
 
     def _copied(self) -> Event:
         """Returns what is over once nothing is copied out of pinned homes any more that was asked for until now."""
+        self.follow()
         event = StreamEvent(self._pool, 2)
         with self._driver.current():
             event.settle(self._pool.record(self._home_stream))

@@ -136,7 +136,8 @@ class DiskFeed:
         with queue.changed:
             queue.stopping = True
             queue.changed.notify_all()
-        if queue.worker is not None:
+        # The collector may drop a model in any thread.
+        if queue.worker is not None and queue.worker is not threading.current_thread():
             queue.worker.join()
         if self._ring is not None:
             with self._pool.streams.driver.current():

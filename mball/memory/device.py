@@ -148,7 +148,7 @@ class Device(Protocol):
         """
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
-        """Says that these bytes of a file are others now; no copy of them is under way."""
+        """Says that these bytes of a file are others now. Nobody computes any more with what copies of them bring."""
 
     def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
         """Returns what compute that looks up a few rows reads in the place of `home`, a mapping of a file.

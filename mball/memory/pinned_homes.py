@@ -33,24 +33,24 @@ class PinnedHomes:
     def __init__(self) -> None:
         self._ranges: dict[str, list[PinnedRange]] = {}  # by file, in order
 
-    def put(self, home: PinnedRange) -> list[PinnedRange]:
-        """Says that these bytes are in a slab from now on, not all of which were in one before.
-
-        Returns what is a part of it and therefore removed.
-        """
+    def put(self, home: PinnedRange) -> None:
+        """Says that these bytes are in a slab from now on; not all of them were, and no part of them is there."""
         assert self.find(home.file, home.offset_bytes, home.size_bytes) is None, home
+        assert not self.parts_of(home), home
         ranges = self._ranges.setdefault(home.file, [])
-        inside = [
-            other for other in ranges if home.offset_bytes <= other.offset_bytes and other.end_bytes <= home.end_bytes
-        ]
-        for other in inside:
-            ranges.remove(other)
         ranges.insert(bisect_right(ranges, home.offset_bytes, key=lambda other: other.offset_bytes), home)
-        return inside
+
+    def parts_of(self, home: PinnedRange) -> list[PinnedRange]:
+        """Returns what is a part of these bytes: to be removed before they are put."""
+        ranges = self._ranges.get(home.file, [])
+        first, end = home.offset_bytes, home.end_bytes
+        return [other for other in ranges if first <= other.offset_bytes and other.end_bytes <= end]
 
     def remove(self, home: PinnedRange) -> None:
-        """Says that they are not any more: they are read from the file again."""
-        self._ranges[home.file].remove(home)
+        """Says that they are not any more: they are read from the file again. Idempotent."""
+        ranges = self._ranges.get(home.file, [])
+        if home in ranges:
+            ranges.remove(home)
 
     def all(self) -> list[PinnedRange]:
         """Returns all that there is."""

@@ -102,6 +102,7 @@ class PinnedTier:
         self._retired: list[tuple[PinnedSlab, Event]] = []
         self._left_out: dict[PinnedRange, int] = {}  # by how many of the last expectations
         self._is_full = False  # that is said once
+        self._spared_bytes = headroom() // SPARED_PART
 
     def expect(self, reads: Sequence[ArenaRead]) -> None:
         """Says what is copied again and again from now on. Does not block."""
@@ -112,8 +113,6 @@ class PinnedTier:
         shared = self._shared
         with shared.changed:
             under_way = [stretch for stretch, _ in shared.ready] + ([shared.coming] if shared.coming else [])
-            for stretch in under_way:
-                stretch.is_stale |= not any(_is_same(stretch, other) for other in missing)
             shared.is_short = False
             there = [stretch for stretch in under_way if not stretch.is_stale]
             shared.wanted = deque(s for s in missing if not any(_is_same(s, other) for other in there))
@@ -133,11 +132,12 @@ class PinnedTier:
         self._settle()
         for home in self._homes.all():
             if home.file == file and home.offset_bytes < end and offset_bytes < home.end_bytes:
-                self._homes.remove(home)
                 self._retire(home.slab)
+                self._homes.remove(home)
         for key in list(self._tables):
             if any(name == file and first < end and offset_bytes < first + size for name, first, size in key):
-                self._retire(self._tables.pop(key))
+                self._retire(self._tables[key])
+                del self._tables[key]
 
     def find(self, file: str, offset_bytes: int, size_bytes: int) -> tuple[PinnedSlab, int] | None:
         """Returns the slab that has all of these bytes by now, and where in it; None if there is none."""
@@ -185,7 +185,8 @@ class PinnedTier:
         with shared.changed:
             shared.stopping = True
             shared.changed.notify_all()
-        if shared.worker is not None:
+        # The collector may drop a model in any thread.
+        if shared.worker is not None and shared.worker is not threading.current_thread():
             shared.worker.join()
 
     def close(self) -> None:
@@ -210,17 +211,24 @@ class PinnedTier:
     def _settle(self) -> None:
         """Takes over what the thread has ready, and gives back what nobody copies from any more."""
         shared = self._shared
-        with shared.changed:
-            ready, shared.ready = shared.ready, []
-        for stretch, home in ready:
+        while shared.ready:
+            stretch, home = shared.ready[0]
             if stretch.is_stale or self._homes.find(home.file, home.offset_bytes, home.size_bytes) is not None:
                 self._retire(home.slab)
             else:
-                for inside in self._homes.put(home):
+                for inside in self._homes.parts_of(home):
                     self._retire(inside.slab)
+                    self._homes.remove(inside)
+                self._homes.put(home)
+            with shared.changed:
+                del shared.ready[0]
         for retired in [each for each in self._retired if each[1].done()]:
-            retired[0].close()
-            self._retired.remove(retired)
+            try:
+                retired[0].close()
+            except DeviceError as error:  # no reason not to go on; the next time it is tried again
+                _log.warning("pinned memory that nobody uses stays taken: %s", error)
+            else:
+                self._retired.remove(retired)
 
     def _let_go(self, stretches: Sequence[_Stretch]) -> None:
         """Retires what these and those expected before leave out."""
@@ -229,11 +237,12 @@ class PinnedTier:
             if not any(stretch.meets(home.file, home.offset_bytes, home.end_bytes) for stretch in stretches):
                 left_out[home] = self._left_out.get(home, 0) + 1
                 if left_out[home] > KEPT_FOR or self._shared.is_short:
-                    self._homes.remove(home)
                     self._retire(home.slab)
+                    self._homes.remove(home)
         self._left_out = {home: count for home, count in left_out.items() if count <= KEPT_FOR}
 
     def _retire(self, slab: PinnedSlab) -> None:
+        """Has a slab go after its last copy. First of all: what lets go of it first would have it go at once."""
         self._retired.append((slab, self._mark()))
 
     # -- on either ---------------------------------------------------------------------------------------------------
@@ -244,7 +253,7 @@ class PinnedTier:
             size_bytes,
             node=self._node,
             chunk_bytes=self._chunk_bytes,
-            headroom=lambda: self._headroom() * (SPARED_PART - 1) // SPARED_PART,
+            headroom=lambda: max(self._headroom() - self._spared_bytes, 0),
         )
         slab.pin()
         return slab
@@ -252,6 +261,8 @@ class PinnedTier:
     def _read(self, parts: Sequence[tuple[ArenaRead, int]], slab: PinnedSlab) -> None:
         """Reads each to an offset of the slab. Blocks. Raises StorageError."""
         for batch in _batches(parts):
+            if self._shared.stopping:
+                raise DeviceError("the device is closed, so nothing more is read for it")
             self._source.submit(
                 [read.into(slab.view(offset + first, size), first) for read, offset, first, size in batch]
             ).wait()

@@ -72,7 +72,7 @@ class Gate:
 
         Raises:
             AutogradError: autograd would record through streamed weights.
-            WrapError: a weight was exchanged, converted or added behind mball's back.
+            WrapError: a weight was exchanged, converted or added behind mball's back; or autocast cannot be followed.
         """
         engine = self.engine
         with engine.lock:
@@ -87,6 +87,7 @@ class Gate:
             self._check_household()
             check_tenants(self._tenants)
             check_autograd(self._tenants, args, kwargs)
+            check_autocast(self.engine.place)
             self._follow_requires_grad()
             self.mode.paused = False
             with no_autocast_cache(), self.mode:
@@ -165,6 +166,15 @@ def check_autograd(tenants: Iterable[Tenant], args: Sequence[Any], kwargs: Mappi
         raise AutogradError(
             f"{why} and grad mode is on, so autograd would record through streamed weights: "
             "run the model under torch.no_grad() or torch.inference_mode()"
+        )
+
+
+def check_autocast(place: torch.device) -> None:
+    """Raises WrapError under autocast of another device than the one that weights lie on: it would not cast them."""
+    if place.type != "cpu" and torch.is_autocast_enabled(place.type):
+        raise WrapError(
+            f"torch.autocast({place.type!r}) casts what lies on that device, and weights lie in host memory: convert "
+            "the model before it is wrapped (model.to(torch.bfloat16)), and call it without autocast"
         )
 
 

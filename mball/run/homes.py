@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mball.errors import CheckpointError
 from mball.memory.mapping import PrivateMapping
 from mball.schema import Extent, Tensor, Treatment
 from mball.storage.swapfile import SwapFile
@@ -55,6 +56,21 @@ class Home:
             offset_bytes=self.offset_bytes,
         )
         return replace(weight, may=(*weight.may, Treatment.GATHER))
+
+
+def refuse_misaligned(homes: Sequence[Home], place: torch.device) -> None:
+    """Refuses weights that a GPU cannot read, because slots keep where in a page they begin.
+
+    Raises:
+        CheckpointError: one begins within an element.
+    """
+    for home in homes:
+        if place.type != "cpu" and home.offset_bytes % home.tensor.element_size():
+            raise CheckpointError(
+                f"weight {home.name!r} begins at byte {home.offset_bytes} of {home.file}, which is no multiple of its "
+                f"{home.tensor.element_size()} bytes an element, so a GPU cannot read it in place: load the model and "
+                "wrap it without weights="
+            )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -6,10 +6,13 @@ their first Parameter.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 class Placed:
@@ -32,7 +35,8 @@ def place(modules: Iterable[torch.nn.Module], where: torch.device) -> None:
             if original not in made:
                 try:
                     made[original] = type(original.__name__, (Placed, original), names_of(original))
-                except TypeError:  # a class that cannot be derived from says what it always said
+                except Exception as error:  # a class may refuse to be derived from as it likes
+                    logger.warning("%s goes on saying where its weights are: %s", original.__name__, error)
                     continue
             module.__dict__["_mball_place"] = where
             module.__class__ = made[original]

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from mball.errors import DeviceError
 from mball.run.census import Census
 from mball.run.homes import Home
+from mball.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +32,38 @@ def move_in(census: Census, homes: Sequence[Home]) -> list[tuple[torch.nn.Parame
     return parameters
 
 
-def move_buffers(census: Census, new: Mapping[str, torch.Tensor], place: torch.device) -> dict[str, torch.Tensor]:
-    """Returns those buffers that are elsewhere as they are on the compute device, under each of their names.
+def buffer_bytes(census: Census, new: Mapping[str, torch.Tensor], place: torch.device) -> int:
+    """Returns what all buffers take on the compute device.
 
     Args:
         census: of the modules.
         new: what takes the place of buffers on the meta device.
         place: where steps compute.
     """
+    if place.type == "cpu":
+        return census.buffer_bytes() + sum(tensor.nbytes for tensor in new.values())
+    found = {id(buffer): buffer for buffer in {**census.buffers, **new}.values() if not buffer.is_meta}
+    # Elsewhere each becomes a tensor of its own.
+    return sum(buffer.numel() * buffer.element_size() for buffer in found.values())
+
+
+def move_buffers(census: Census, new: Mapping[str, torch.Tensor], place: torch.device) -> dict[str, torch.Tensor]:
+    """Returns those buffers that are elsewhere as they are on the compute device, under each of their names.
+
+    Raises:
+        DeviceError: there is not so much memory.
+    """
     moved: dict[int, torch.Tensor] = {}
     there: dict[str, torch.Tensor] = {}
     for name, buffer in {**census.buffers, **new}.items():
         if buffer.device != place and not buffer.is_meta:
             if id(buffer) not in moved:
-                moved[id(buffer)] = buffer.to(place)
+                try:
+                    with torch.inference_mode(False), torch.no_grad():
+                        moved[id(buffer)] = buffer.to(place)
+                except torch.OutOfMemoryError as error:
+                    size = format_bytes(buffer.nbytes)
+                    raise DeviceError(f"buffer {name!r} of {size} does not fit on {place}: {error}") from error
             there[name] = moved[id(buffer)]
     return there
 
@@ -55,24 +75,23 @@ def place_buffers(census: Census, tensors: Mapping[str, torch.Tensor]) -> None:
         owner.module._buffers[owner.attribute] = tensor
 
 
-def return_buffers(roots: Sequence[torch.nn.Module], place: torch.device) -> None:
-    """Moves the buffers on `place` to host memory, where the weights are; one that two modules have stays one.
+def return_buffers(owners: Sequence[tuple[torch.nn.Module, str]]) -> None:
+    """Moves these modules' buffers of these names to host memory, where they were; one that two have stays one.
 
     Of a GPU whose work is lost none can be had: they stay there, and the log says so.
     """
     moved: dict[int, torch.Tensor] = {}
-    if place.type == "cpu":
-        return
-    for module in (module for root in roots for module in root.modules()):
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device == place:
-                if id(buffer) not in moved:
-                    try:
-                        moved[id(buffer)] = buffer.cpu()
-                    except RuntimeError as error:
-                        logger.warning("buffer %r of a %s is lost: %s", name, type(module).__name__, error)
-                        continue
-                module._buffers[name] = moved[id(buffer)]
+    for module, name in owners:
+        buffer = module._buffers.get(name)
+        if buffer is None:
+            continue
+        if id(buffer) not in moved:
+            try:
+                moved[id(buffer)] = buffer.cpu()
+            except RuntimeError as error:
+                logger.warning("buffer %r of a %s is lost: %s", name, type(module).__name__, error)
+                continue
+        module._buffers[name] = moved[id(buffer)]
 
 
 def move_out(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:

@@ -47,7 +47,7 @@ def _watch_fakes() -> None:
     @functools.wraps(make)
     def from_tensor(self: FakeTensorMode, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         fake = make(self, tensor, *args, **kwargs)
-        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
         if _faking.homes is not None and plain and _faking.homes[1](tensor):
             fake.fake_device = _faking.homes[0]
         return fake

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import random
 import threading
@@ -345,3 +346,22 @@ def test_a_gpu_that_is_lost_says_so_each_time_and_lets_go_of_the_rest(
         assert not {"mball-feed", "mball-read-0"} & names_of_threads()
         standin.forget()  # so that the test can clear up
         bench.device.close()
+
+
+def test_an_event_is_behind_all_streams_that_were_computed_on(standin: StandIn, tmp_path: Path) -> None:
+    """Memory is given back after it, by whoever changes a budget or drops a model, on whatever stream."""
+    with cuda_on_the_stand_in(tmp_path, order=Order.LATEST) as bench:
+        device = bench.device
+        assert isinstance(device, CudaDevice)
+        before = device._current_stream
+        device.follow()
+        with device._driver.current():
+            other = device._streams.create_stream()
+        bench.fill(0, 4, 77)
+        device.record()
+        device._current_stream = lambda: other
+        device.record().wait()
+        expect(ctypes.string_at(bench.arena.address, 4 * PAGE), bytes([77]) * 4 * PAGE)
+        device._current_stream = before
+        with device._driver.current():
+            device._streams.destroy_stream(other)

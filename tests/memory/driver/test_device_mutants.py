@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import gc
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -215,8 +216,23 @@ def copies_are_started_late(bench: Bench) -> None:
         expect(look(), bench.content[number * PAGE : (number + 4) * PAGE])
 
 
+@contextmanager
+def nothing_refused() -> Iterator[None]:
+    """The stand-in refuses to unpin what a copy that it was given still reads, and the tier says so."""
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    logger = logging.getLogger(pinned_tier.__name__)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    assert not said, said[0].getMessage()
+
+
+@nothing_refused()
 def pinned_memory_goes_after_its_last_copy(bench: Bench) -> None:
-    """The stand-in refuses to unpin what a copy that it was given still reads."""
     assert isinstance(bench.device, CudaDevice)
     bench.device.expect([bench.read(0, 8 * PAGE, 0)])
     bench.device._tier.finish()
@@ -231,6 +247,7 @@ def pinned_memory_goes_after_its_last_copy(bench: Bench) -> None:
     expect(look(), bench.content[: 8 * PAGE])
 
 
+@nothing_refused()
 def a_table_goes_after_its_last_lookup(bench: Bench) -> None:
     """Compute reads it where it is pinned."""
     device = bench.device

@@ -230,12 +230,18 @@ def test_homes_are_found_by_their_stretch_of_a_file(streams: CudaStreams) -> Non
     assert homes.find("a", 2 * PAGE, PAGE) is None
     # Stretches may overlap, and one takes the place of those that are parts of it.
     across = PinnedRange(file="a", offset_bytes=PAGE // 2, size_bytes=2 * PAGE, slab=slab, slab_offset_bytes=4 * PAGE)
-    assert homes.put(across) == []
+    assert homes.parts_of(across) == []
+    homes.put(across)
     assert homes.find("a", 1, PAGE // 2) == (slab, PAGE + 1)
     assert homes.find("a", PAGE, PAGE) == (slab, 4 * PAGE + PAGE // 2)
     assert homes.find("a", 0, 2 * PAGE) is None
     whole = PinnedRange(file="a", offset_bytes=0, size_bytes=3 * PAGE, slab=slab, slab_offset_bytes=5 * PAGE)
-    assert homes.put(whole) == [ranges[1], across]
+    assert homes.parts_of(whole) == [ranges[1], across]
+    with pytest.raises(AssertionError):
+        homes.put(whole)
+    for part in (ranges[1], across, across):
+        homes.remove(part)
+    homes.put(whole)
     assert homes.find("a", PAGE, PAGE) == (slab, 6 * PAGE)
     assert sorted(home.file for home in homes.all()) == ["a", "a", "b"]
     slab.close()

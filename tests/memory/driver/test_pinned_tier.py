@@ -183,6 +183,7 @@ def test_what_no_plan_streams_now_makes_room(standin: StandIn, tmp_path: Path) -
     with cuda_on_the_stand_in(tmp_path, order=Order.EARLIEST) as bench:
         tier = tier_of(bench)
         scratch = standin.registered_bytes
+        tier._spared_bytes = 0
         tier._headroom = lambda: 20 * PAGE - (standin.registered_bytes - scratch)
         bench.device.expect([bench.read(0, 10 * PAGE, 0)])
         tier.finish()
