@@ -213,9 +213,10 @@ class PinnedTier:
         shared = self._shared
         while shared.ready:
             stretch, home = shared.ready[0]
-            if stretch.is_stale or self._homes.find(home.file, home.offset_bytes, home.size_bytes) is not None:
+            found = self._homes.find(home.file, home.offset_bytes, home.size_bytes)
+            if stretch.is_stale or (found is not None and found[0] is not home.slab):
                 self._retire(home.slab)
-            else:
+            elif found is None:  # else an interrupt came after it was put
                 for inside in self._homes.parts_of(home):
                     self._retire(inside.slab)
                     self._homes.remove(inside)

@@ -20,7 +20,7 @@ POLICIES: tuple[Callable[[Problem], Draft], ...] = (draft_swapadvisor, draft_pre
 
 
 def best_policy(problem: Problem) -> Draft | None:
-    """Returns the fastest draft of these policies, None where more is to be done than streaming weights."""
-    if problem.born or any(step.writes or step.lane is Lane.HOST for step in problem.trace.steps):
+    """Returns the fastest draft of these policies, None where more is to be done than to read and write weights."""
+    if problem.born or any(step.lane is Lane.HOST for step in problem.trace.steps):
         return None
     return min((policy(problem) for policy in POLICIES), key=lambda draft: (draft.prediction.pass_s, draft.cost()))

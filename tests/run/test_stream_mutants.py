@@ -71,9 +71,9 @@ MUTANTS = (
     Mutant(method=Execution._evict, line="self._stall(occupant, occupant.event)", shown_by=scenarios.jumps),
     Mutant(method=Execution._evict, line="self._released = self.device.record()", shown_by=scenarios.jumps),
     # Memory goes while compute reads there, or a copy has not landed.
-    Mutant(method=Execution.adopt, line="self._released.wait()", shown_by=scenarios.budgets),
+    Mutant(method=Execution._resize, line="self._released.wait()", shown_by=scenarios.budgets),
     Mutant(method=Execution.empty, line="self._released.wait()", shown_by=scenarios.interrupted_plans),
-    Mutant(method=Execution.close, line="self.device.record().wait()", shown_by=scenarios.unwraps),
+    Mutant(method=Execution.catch_up, line="self.device.record().wait()", shown_by=scenarios.unwraps),
     Mutant(method=Execution.close, line="self.device.close()", shown_by=scenarios.unwraps),
     # After an exception.
     Mutant(method=Execution.abort, line="self.device.synchronize()", shown_by=scenarios.interrupted_copies),
