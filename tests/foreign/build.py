@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("foreign.cpp")
@@ -32,15 +33,24 @@ def build(folder: Path = _CACHE) -> Path:
 
     compiler = subprocess.run([_COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
     seen = (SOURCE.read_text(), " ".join(_OPTIONS), compiler, torch.__version__, torch.__file__)
-    library = folder / f"foreign-{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}.so"
+    library = _writable(folder) / f"foreign-{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
     with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             _compile(library, Path(torch.__file__).parent)
     return library
+
+
+def _writable(folder: Path) -> Path:
+    """Returns the folder, made where it is missing; another one for users whose home cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.gettempdir()) / f"mball-tests-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 def _compile(library: Path, torch_folder: Path) -> None:

@@ -62,3 +62,11 @@ def test_without_a_compiler_there_is_a_reason(compiler: Path, monkeypatch: pytes
     (compiler / "c++").unlink()
     monkeypatch.setenv("PATH", str(compiler))
     assert "C++ compiler" in build.missing()
+
+
+def test_a_home_that_cannot_be_written_to(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "home").write_text("no folder")
+    library = build.build(tmp_path / "home" / "cache")
+    assert library.parent.parent == tmp_path
+    assert library.read_text() == "whole\n"
