@@ -22,12 +22,13 @@ from mball.memory.region import Region
 from mball.run.homes import PAGE_BYTES
 from mball.schema import Link, Tier
 from mball.storage import FileTable, ThreadedReader
+from mball.trace.graph import ASSUMED_MEMORY_BYTES_PER_S
 from mball.units import MIB
 
 _log = logging.getLogger(__name__)
 
-# Of two cores, and of GPUs of the last years (0.4 to 8 TB/s): operators that were never timed are planned by it.
-CPU_BYTES_PER_S, GPU_BYTES_PER_S = 8e9, 1e12
+# Of GPUs of the last years (0.4 to 8 TB/s): operators that were never timed are planned by it.
+GPU_BYTES_PER_S = 1e12
 # A copy that is long enough to show how fast the link is: some milliseconds.
 _MEASURED_BYTES = 128 * MIB
 
@@ -52,7 +53,7 @@ class Compute:
     device: Device
     reader: ThreadedReader
     page_bytes: int = PAGE_BYTES
-    memory_bytes_per_s: float = CPU_BYTES_PER_S
+    memory_bytes_per_s: float = ASSUMED_MEMORY_BYTES_PER_S
     link: Link | None = None
     closer: Callable[[], None] = _no_more
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,3 +34,19 @@ def standin() -> Iterator[StandIn]:
     assert is_empty, "memory or addresses of the device are still taken"
     assert is_idle, "streams, events, pinned memory or work are left"
     assert num_contexts == 0, "a context was left current"
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All reads that were asked of a file."""
+    from mball.storage import ThreadedReader  # which imports torch
+
+    seen: list[Any] = []
+    submit = ThreadedReader.submit
+
+    def note(self: ThreadedReader, reads: Any) -> Any:
+        seen.extend(reads)
+        return submit(self, reads)
+
+    monkeypatch.setattr(ThreadedReader, "submit", note)
+    return seen

@@ -18,19 +18,16 @@ from mball.config import Config
 from mball.errors import CheckpointError, ConfigError, DeviceError, WrapError
 from mball.memory import Device, Event
 from tests.adaptors import DelayedDevice, DeviceAdaptor, PoisonedDevice, adapted
-from tests.foreign import device as foreign
-from tests.foreign.build import missing
 from tests.foreign.compute import open_foreign
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
 from tests.run.there import PLACE, There, compare
 from tests.run.zoo import ZOO, generate, ids, llama, logits, noise
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
+pytestmark = pytest.mark.usefixtures("foreign")
 
 
 def wrap_there(model: nn.Module, budget: int, *, seed: int = 0, weights: Any = None, **settings: Any) -> Any:
     """Wraps a model for the foreign device, around which early reads find poison."""
-    foreign.load()
     opened = adapted(lambda device: PoisonedDevice(DelayedDevice(device, seed=seed)), open_foreign)
     settings.setdefault("capture", "graphs")
     _wrap((model,), Config.of(budget=budget, **settings), weights, {}, opened)
@@ -296,7 +293,6 @@ def test_buffers_come_back_from_where_they_were_put(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(self.linear(x)) + self.wide[:64]
 
-    foreign.load()
     plain, model = make(Buffers), make(Buffers)
     model.register_buffer("there", torch.ones(4, device=PLACE))
     with pytest.raises(mball.BudgetError):

@@ -31,7 +31,6 @@ from mball.storage import FileTable, ThreadedReader
 from mball.units import MIB
 from tests.adaptors import DeviceAdaptor, PoisonedDevice
 from tests.foreign import device as foreign
-from tests.foreign.build import missing
 from tests.foreign.compute import ForeignGauge
 from tests.foreign.region import ForeignRegion
 from tests.memory.conftest import LOADED
@@ -40,7 +39,7 @@ from tests.run.harness import assert_same, assert_streamed, engine_of, make, run
 from tests.run.there import PLACE, compare
 from tests.run.zoo import ZOO, ids, llama, logits
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
+pytestmark = pytest.mark.usefixtures("foreign")
 
 
 class _Stream:
@@ -81,7 +80,6 @@ class _AtOnce(DeviceAdaptor):
 def wrapped(
     model: nn.Module, share: float, *, swap_dir: Path, weights: Path | None = None, **settings: Any
 ) -> Iterator[Any]:
-    foreign.load()
     stream = _Stream()
 
     def opened(config: Config, files: FileTable) -> Compute:
@@ -137,20 +135,6 @@ def test_streamed_equals_resident(name: str, capture: str, order: Order, standin
             for number, call in enumerate(specimen.runs):
                 compare(model, plain, call, f"{name}, attempt {attempt}, call {number}")
             assert_streamed(model)
-
-
-@pytest.fixture
-def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """All reads that were asked of files."""
-    seen: list[Any] = []
-    submit = ThreadedReader.submit
-
-    def note(self: ThreadedReader, reads: Any) -> Any:
-        seen.extend(reads)
-        return submit(self, reads)
-
-    monkeypatch.setattr(ThreadedReader, "submit", note)
-    return seen
 
 
 @pytest.mark.parametrize("capture", ["graphs", "operators"])

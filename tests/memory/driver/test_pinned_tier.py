@@ -33,20 +33,6 @@ def bench(request: pytest.FixtureRequest, standin: StandIn, tmp_path: Path) -> I
     assert not standin.registered_bytes
 
 
-@pytest.fixture
-def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """All reads that were asked of a file."""
-    seen: list[Any] = []
-    submit = ThreadedReader.submit
-
-    def note(self: ThreadedReader, reads: Any) -> Any:
-        seen.extend(reads)
-        return submit(self, reads)
-
-    monkeypatch.setattr(ThreadedReader, "submit", note)
-    return seen
-
-
 def tier_of(bench: Bench) -> PinnedTier:
     assert isinstance(bench.device, CudaDevice)
     return bench.device._tier
