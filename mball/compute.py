@@ -114,7 +114,6 @@ def cuda_compute(
     extent_bytes: int = EXTENT_BYTES,
     region: Callable[..., Region] | None = None,
     place: torch.device | None = None,
-    empty_cache: Callable[[], None] | None = None,
 ) -> Compute:
     """Returns a GPU, its arena in extents; see `CudaDevice`. Copies `measured_bytes` to see how fast its link is.
 
@@ -131,7 +130,7 @@ def cuda_compute(
             else PlainCudaMemory(driver)
         )
         link = measure_copies(driver, size_bytes=measured_bytes)
-        device = CudaDevice(driver, memory, reader, current_stream, region=region, place=place, empty_cache=empty_cache)
+        device = CudaDevice(driver, memory, reader, current_stream, region=region, place=place)
         undo.pop_all()
     _log.info("GPU %d copies %.1f GB/s out of pinned memory", ordinal, link.bandwidth_bytes_per_s / 1e9)
     return Compute(

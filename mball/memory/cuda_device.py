@@ -55,7 +55,6 @@ class CudaDevice:
         *,
         homes: PinnedHomes | None = None,
         place: torch.device | None = None,
-        empty_cache: Callable[[], None] | None = None,
         headroom: Callable[[], int] = facts.headroom_bytes,
         chunk_bytes: int = CHUNK_BYTES,
         num_buffers: int = NUM_BUFFERS,
@@ -71,7 +70,6 @@ class CudaDevice:
             current_stream: returns the stream that the calling thread computes on, as the driver's handle.
             homes: what is in pinned memory; what is expected is added to it.
             place: where torch has tensors on this memory, if that is not the GPU itself.
-            empty_cache: has torch's allocator give back what no tensor is in.
             headroom: says how many bytes of host memory may be taken.
             chunk_bytes: how much of it is pinned in one call.
             num_buffers: how many buffers the ring has.
@@ -89,7 +87,6 @@ class CudaDevice:
         self._region = partial(CudaRegion, ordinal=driver.ordinal) if region is None else region
         self._streams = CudaStreams(driver)
         self._pool = EventPool(self._streams)
-        self._empty_cache = partial(_empty_cache, driver.ordinal) if empty_cache is None else empty_cache
         self._arena: Arena | None = None
         self._stream: int | None = None  # that passes computed on lately
         self._recorded: StreamEvent | None = None  # the end of all that was computed there
@@ -179,7 +176,7 @@ class CudaDevice:
 
     def make_room(self) -> None:
         """Has torch's allocator give back the blocks that no tensor is in, where there are any."""
-        self._empty_cache()
+        _empty_cache(self._driver.ordinal)
 
     def record(self) -> Event:
         """Raises DeviceError when closed, or when the driver refuses.

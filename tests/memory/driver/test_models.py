@@ -18,23 +18,13 @@ import torch
 from torch import nn
 
 import mball
-from mball.api import _wrap
-from mball.compute import Compute, cuda_compute
-from mball.config import Config
 from mball.errors import DeviceError
-from mball.memory import Device, Event, Gauge
 from mball.memory.cuda_device import CudaDevice
-from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_errors import GpuLostError
-from mball.memory.cuda_streams import CudaStreams
-from mball.storage import FileTable, ThreadedReader
-from mball.units import MIB
 from tests.adaptors import DeviceAdaptor, PoisonedDevice
 from tests.foreign import device as foreign
-from tests.foreign.compute import ForeignGauge
-from tests.foreign.region import ForeignRegion
-from tests.memory.conftest import LOADED
-from tests.memory.driver.standin import CODES, EXTENT_BYTES, Order, StandIn
+from tests.memory.driver.models import wrapped_over_the_driver
+from tests.memory.driver.standin import CODES, Order, StandIn
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
 from tests.run.there import PLACE, compare
 from tests.run.zoo import ZOO, ids, llama, logits
@@ -42,74 +32,13 @@ from tests.run.zoo import ZOO, ids, llama, logits
 pytestmark = pytest.mark.usefixtures("foreign")
 
 
-class _Stream:
-    """A stream of the stand-in that stands for what operators are issued on."""
-
-    def __init__(self) -> None:
-        self.driver = CudaDriver()
-        self.streams = CudaStreams(self.driver)
-        with self.driver.current():
-            self.handle = self.streams.create_stream()
-
-    def drain(self) -> None:
-        with self.driver.current():
-            self.streams.drain(self.handle)
-
-    def close(self) -> None:
-        with self.driver.current():
-            self.streams.destroy_stream(self.handle)
-        self.driver.close()
-
-
-class _AtOnce(DeviceAdaptor):
-    """Operators compute when they are called, so the stream that they stand for has come there before."""
-
-    def __init__(self, device: Device, stream: _Stream) -> None:
-        super().__init__(device)
-        self._stream = stream
-
-    def wait(self, event: Event) -> None:
-        self.device.wait(event)
-        self._stream.drain()
-
-    def gauge(self) -> Gauge:
-        return ForeignGauge()
-
-
 @contextmanager
-def wrapped(
-    model: nn.Module, share: float, *, swap_dir: Path, weights: Path | None = None, **settings: Any
-) -> Iterator[Any]:
-    stream = _Stream()
-
-    def opened(config: Config, files: FileTable) -> Compute:
-        reader = ThreadedReader(files, num_threads=config.io_threads)
-        compute = cuda_compute(
-            reader,
-            0,
-            lambda: stream.handle,
-            measured_bytes=1 * MIB,
-            extent_bytes=EXTENT_BYTES,
-            region=ForeignRegion,
-            empty_cache=lambda: None,
-            place=torch.device("foreign", 0),
-        )
-        made = PoisonedDevice(_AtOnce(compute.device, stream))
-        return Compute(
-            device=made, reader=reader, page_bytes=compute.page_bytes, link=compute.link, closer=compute.closer
-        )
-
-    budget = int(weight_bytes(model) * share)
+def wrapped(model: nn.Module, share: float, *, swap_dir: Path, **settings: Any) -> Iterator[Any]:
+    """A model under a part of its weights' bytes, its slots poisoned."""
     settings.setdefault("capture", "graphs")
-    _wrap((model,), Config.of(budget=budget, swap_dir=swap_dir, **settings), weights, {}, opened)
-    try:
+    budget_bytes = int(weight_bytes(model) * share)
+    with wrapped_over_the_driver(model, budget_bytes, PoisonedDevice, swap_dir=swap_dir, **settings):
         yield model
-    finally:
-        mball.unwrap(model)
-        assert LOADED
-        LOADED.forget()
-        stream.close()
-        gc.collect()  # what is left of the arena: graphs and their code are cycles
 
 
 def device_of(model: Any) -> CudaDevice:

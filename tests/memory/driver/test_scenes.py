@@ -6,7 +6,6 @@ import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-import mball
-from mball.api import _wrap
-from mball.compute import Compute, cuda_compute
-from mball.config import Config
-from mball.storage import FileTable, ThreadedReader
 from mball.units import GIB, KIB, MIB
 from tests.foreign import device as foreign
-from tests.foreign.build import missing
-from tests.foreign.region import ForeignRegion
+from tests.memory.driver.models import wrapped_over_the_driver
 from tests.memory.driver.standin import EXTENT_BYTES, GRANULE_BYTES, Order, StandIn
-from tests.memory.driver.test_models import _AtOnce, _Stream
 from tests.run import scenes
 from tests.run.gpu_child import STORIES
 from tests.run.gpu_place import hostile
@@ -35,10 +27,7 @@ from tests.run.there import PLACE
 from tests.run.wide import WIDE, wide_llama
 from tests.run.zoo import ZOO
 
-pytestmark = [
-    pytest.mark.skipif(bool(missing()), reason=missing() or "it is there"),
-    pytest.mark.usefixtures("new_dynamo"),
-]
+pytestmark = pytest.mark.usefixtures("foreign", "new_dynamo")
 
 
 @contextmanager
@@ -53,28 +42,11 @@ def wrapped_for_the_stand_in(
     **settings: Any,
 ) -> Iterator[Any]:
     """As `wrapped_for_gpu`, with the same hostile devices; how late things are the stand-in's order says."""
-    stream = _Stream()
-
-    def opened(config: Config, files: FileTable) -> Compute:
-        reader = ThreadedReader(files, num_threads=config.io_threads)
-        compute = cuda_compute(
-            reader,
-            0,
-            lambda: stream.handle,
-            measured_bytes=1 * MIB,
-            extent_bytes=extent_bytes,
-            region=ForeignRegion,
-            place=torch.device(PLACE),
-        )
-        return replace(compute, device=hostile(_AtOnce(compute.device, stream), hostility))
-
-    _wrap((model,), Config.of(budget=budget_bytes, swap_dir=swap_dir, **settings), weights, {}, opened)
-    try:
+    around = partial(hostile, hostility=hostility)
+    with wrapped_over_the_driver(
+        model, budget_bytes, around, swap_dir=swap_dir, weights=weights, extent_bytes=extent_bytes, **settings
+    ):
         yield model
-    finally:
-        mball.unwrap(model)
-        stream.close()
-        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,101 @@
+"""Whole models on the CUDA device, over the stand-in for the driver, with operators of the foreign device."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mball
+from mball.api import _wrap
+from mball.compute import Compute, cuda_compute
+from mball.config import Config
+from mball.memory import Device, Event, Gauge
+from mball.memory.cuda_driver import CudaDriver
+from mball.memory.cuda_streams import CudaStreams
+from mball.storage import FileTable, ThreadedReader
+from mball.units import MIB
+from tests.adaptors import DeviceAdaptor
+from tests.foreign.compute import ForeignGauge
+from tests.foreign.region import ForeignRegion
+from tests.memory.conftest import LOADED
+from tests.memory.driver.standin import EXTENT_BYTES
+from tests.run.there import PLACE
+
+
+class _Stream:
+    """A stream of the stand-in that stands for what operators are issued on."""
+
+    def __init__(self) -> None:
+        self.driver = CudaDriver()
+        self.streams = CudaStreams(self.driver)
+        with self.driver.current():
+            self.handle = self.streams.create_stream()
+
+    def drain(self) -> None:
+        with self.driver.current():
+            self.streams.drain(self.handle)
+
+    def close(self) -> None:
+        with self.driver.current():
+            self.streams.destroy_stream(self.handle)
+        self.driver.close()
+
+
+class _AtOnce(DeviceAdaptor):
+    """Operators compute when they are called, so the stream that they stand for has come there before."""
+
+    def __init__(self, device: Device, stream: _Stream) -> None:
+        super().__init__(device)
+        self._stream = stream
+
+    def wait(self, event: Event) -> None:
+        self.device.wait(event)
+        self._stream.drain()
+
+    def gauge(self) -> Gauge:
+        return ForeignGauge()
+
+
+@contextmanager
+def wrapped_over_the_driver(
+    model: nn.Module,
+    budget_bytes: int,
+    around: Callable[[Device], Device],
+    *,
+    swap_dir: Path,
+    weights: Path | None = None,
+    extent_bytes: int = EXTENT_BYTES,
+    **settings: Any,
+) -> Iterator[Any]:
+    """A model on the device that `around` puts around that of the stand-in; its order says how late copies are."""
+    stream = _Stream()
+
+    def opened(config: Config, files: FileTable) -> Compute:
+        reader = ThreadedReader(files, num_threads=config.io_threads)
+        compute = cuda_compute(
+            reader,
+            0,
+            lambda: stream.handle,
+            measured_bytes=1 * MIB,
+            extent_bytes=extent_bytes,
+            region=ForeignRegion,
+            place=torch.device(PLACE),
+        )
+        return replace(compute, device=around(_AtOnce(compute.device, stream)))
+
+    _wrap((model,), Config.of(budget=budget_bytes, swap_dir=swap_dir, **settings), weights, {}, opened)
+    try:
+        yield model
+    finally:
+        mball.unwrap(model)
+        assert LOADED
+        LOADED.forget()
+        stream.close()
+        gc.collect()  # what is left of the arena: graphs and their code are cycles
