@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -40,6 +41,17 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def settled_heap() -> Iterator[None]:
+    """What is there already is not the garbage collector's: libraries' objects, which it goes through again and again
+    while something large is made, take as long as planning does and have no say in how that grows.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -93,6 +93,7 @@ def test_a_wait_for_a_write_names_all_that_is_written() -> None:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("lane", list(Lane))
+@pytest.mark.usefixtures("settled_heap")
 def test_explaining_takes_longer_about_as_the_changed_weights_get_more(lane: Lane) -> None:
     def explaining_s(num_layers: int) -> float:
         trace, machine = make_changing(num_layers, 300_000), make_host_machine(host_bandwidth=1e9)

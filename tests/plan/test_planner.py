@@ -325,6 +325,7 @@ def test_unmeasured_steps_are_planned() -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.usefixtures("settled_heap")
 def test_a_large_trace_is_planned_in_seconds() -> None:
     trace = make_chain(1500, 300_000)
     start = time.process_time()
@@ -334,6 +335,7 @@ def test_a_large_trace_is_planned_in_seconds() -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.usefixtures("settled_heap")
 def test_planning_time_grows_about_as_the_trace_does() -> None:
     def planning_s(num_layers: int) -> float:
         # Uneven sizes, each too large to share a bundle, under a budget of a quarter.

@@ -182,6 +182,7 @@ def test_a_second_copy_must_not_come_while_the_first_is_used() -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.usefixtures("settled_heap")
 def test_checking_takes_longer_about_as_the_changed_weights_get_more() -> None:
     def checking_s(num_layers: int) -> float:
         trace, machine = make_changing(num_layers, 300_000), make_host_machine()
