@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 from itertools import repeat
 
 from mball.errors import PlanError
-from mball.plan.host import as_plan, copies_between, copies_by_bundle
+from mball.plan.host import copies_between, copies_by_bundle
 from mball.plan.link_queue import LinkQueue
 from mball.plan.simulate import (
     MAX_SIMULATED_PASSES,
@@ -49,7 +49,7 @@ def simulate(trace: Trace, plan: Plan, machine: Machine) -> Simulation:
     found = simulate_link(trace, plan, machine)
     if plan.host is None or machine.disk_link is None:
         return found
-    peak, link = peak_bytes(as_plan(plan)), machine.disk_link
+    peak, link = peak_bytes(plan.below()), machine.disk_link
     if not plan.host.transfers:
         return replace(found, host=HostSimulation(transfers=(), disk_s=0.0, streamed_bytes=0, peak_arena_bytes=peak))
     chain = run_chain(trace, plan, machine)

@@ -19,38 +19,7 @@ from mball.errors import PlanError
 from mball.plan.draft import Draft
 from mball.plan.partition import Partition
 from mball.plan.simulate import Writes, busy_times, gathered_bytes, run_passes
-from mball.schema import HostTransfer, Link, Machine, Plan, PlanStep, Step, Tensor, Trace, Transfer
-
-
-def as_plan(plan: Plan) -> Plan:
-    """Returns the host part of a plan that has one as a plan of its own, with a step for each copy."""
-    host = plan.host
-    assert host is not None, "asked only of plans with a host part"
-    return replace(
-        plan,
-        budget_bytes=host.budget_bytes,
-        fixed_bytes=0,
-        activation_bytes=0,
-        arena_bytes=host.arena_bytes,
-        steps=tuple(
-            PlanStep(first=number, end=number + 1, reads=(copy.bundle,) if plan.bundles[copy.bundle].extents else ())
-            for number, copy in enumerate(plan.transfers)
-        ),
-        residents=host.residents,
-        transfers=tuple(
-            Transfer(
-                bundle=each.bundle,
-                offset_bytes=each.offset_bytes,
-                after=each.after,
-                needed_by=each.needed_by,
-                last_use=each.last_use,
-            )
-            for each in host.transfers
-        ),
-        made=(),
-        offloads=(),
-        host=None,
-    )
+from mball.schema import HostTransfer, Link, Machine, Plan, Step, Tensor, Trace, Transfer
 
 
 def host_partition(draft: Draft, machine: Machine) -> Partition:

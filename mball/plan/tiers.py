@@ -18,7 +18,7 @@ import numpy as np
 from mball.errors import BudgetError, ConfigError, PlanError
 from mball.plan.chain import disk_bytes, simulate
 from mball.plan.draft import Draft, draft_plan
-from mball.plan.host import as_plan, from_disk, host_partition
+from mball.plan.host import from_disk, host_partition
 from mball.plan.offloading import (
     Search,
     is_sound,
@@ -254,7 +254,7 @@ def _with_host(problem: Problem, draft: Draft) -> Plan | None:
     previous = problem.previous
     before = None
     if previous is not None and previous.host is not None and previous.bundles == demand.bundles:
-        before = as_plan(previous)
+        before = previous.below()
     lower = _host_draft(host_partition(draft, machine), arena_bytes, before)
     residents, moved_bytes = lower.residents, 0
     if before is not None:

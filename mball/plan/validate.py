@@ -11,7 +11,7 @@ from mball.errors import PlanError
 from mball.plan.bundles import crossing
 from mball.plan.check_home import check_home
 from mball.plan.demand import bundle_reads
-from mball.plan.host import as_plan, check_order
+from mball.plan.host import check_order
 from mball.plan.simulate import offloaded_bytes, slots_held
 from mball.schema import Bundle, Lane, Machine, Made, Offload, Plan, Tensor, Trace, Treatment
 from mball.units import format_bytes
@@ -392,7 +392,7 @@ def _check_host(trace: Trace, plan: Plan, machine: Machine | None) -> None:
     for bundle in placed:
         if not plan.bundles[bundle].extents:
             _fail(f"bundle {bundle} has a slot in host memory, and nothing on disk that could fill it")
-    below = as_plan(plan)
+    below = plan.below()
     try:
         _check_transfers(below)
         if not trace.cyclic:

@@ -6,7 +6,7 @@ a plan step runs one or more consecutive trace steps of one graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mball.errors import SchemaError
 from mball.schema.document import Document
@@ -225,6 +225,38 @@ class Plan(Document):
     host: HostPlan | None = None
     offload_budget_bytes: int | None = None
     version: int = PLAN_VERSION
+
+    def below(self) -> Plan:
+        """Returns what host memory does as a plan of its own, with a step for each copy; for plans with a host part."""
+        host = self.host
+        assert host is not None, "asked only of plans with a host part"
+        return replace(
+            self,
+            budget_bytes=host.budget_bytes,
+            fixed_bytes=0,
+            activation_bytes=0,
+            arena_bytes=host.arena_bytes,
+            steps=tuple(
+                PlanStep(
+                    first=number, end=number + 1, reads=(copy.bundle,) if self.bundles[copy.bundle].extents else ()
+                )
+                for number, copy in enumerate(self.transfers)
+            ),
+            residents=host.residents,
+            transfers=tuple(
+                Transfer(
+                    bundle=each.bundle,
+                    offset_bytes=each.offset_bytes,
+                    after=each.after,
+                    needed_by=each.needed_by,
+                    last_use=each.last_use,
+                )
+                for each in host.transfers
+            ),
+            made=(),
+            offloads=(),
+            host=None,
+        )
 
     def check(self) -> None:
         """Raises SchemaError when an index points nowhere; `mball.plan.validate` proves the rest."""
