@@ -139,7 +139,14 @@ def _wrap(
         refuse_misaligned(homes.homes, compute.device.place)
         machine = measure_machine(homes.homes, storage.files, config.io_threads, compute.link)
         expected = expected_operators(roots, census)
-        check_budget(config.budget_bytes, homes.homes, machine, fixed_bytes + compute.rounded_bytes, expected)
+        check_budget(
+            config.budget_bytes,
+            config.host_budget_bytes,
+            homes.homes,
+            machine,
+            fixed_bytes + compute.rounded_bytes,
+            expected,
+        )
         moved = move_buffers(census, new_buffers, compute.device.place)
         machinery = Machinery.start(
             config,
@@ -296,7 +303,8 @@ def set_budget(model: torch.nn.Module, budget: int | str) -> None:
         state.settle()
         machine = state.machinery.machine()
         fixed_bytes = engine.fixed_bytes + state.machinery.compute.rounded_bytes
-        check_budget(budget_bytes, engine.homes.homes, machine, fixed_bytes, engine.expected)
+        host_budget_bytes = state.machinery.host_budget_bytes
+        check_budget(budget_bytes, host_budget_bytes, engine.homes.homes, machine, fixed_bytes, engine.expected)
         engine.set_budget(budget_bytes)
     logger.info("the budget is %s now", format_bytes(budget_bytes))
 
@@ -313,7 +321,7 @@ def report(model: torch.nn.Module) -> Report:
     return take_report(
         state.engine,
         policy=state.machinery.policy.value,
-        link_bytes_per_s=state.machinery.machine().link.bandwidth_bytes_per_s,
+        machine=state.machinery.machine(),
         io_path=state.machinery.compute.reader.path,
         weights_owned=count_weights(roots),
         graphs=len(state.backend.runners),

@@ -18,11 +18,12 @@ from mball.plan.simulate import trace_times
 from mball.run.correction import Correction
 from mball.run.engine import Engine
 from mball.run.execution import Execution
-from mball.run.homes import Homes
+from mball.run.homes import PAGE_BYTES, Homes
 from mball.run.segments import OperatorReads
 from mball.schema import Machine, Plan, Trace
 from mball.storage import DirectIO, FileTable, SwapFile
 from mball.torch_private.inductor import inductor_settings
+from mball.units import round_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,7 @@ class Machinery:
     compute: Compute
     files: FileTable
     policy: Policy
+    host_budget_bytes: int | None
     page: LedgerPage
 
     @classmethod
@@ -82,15 +84,22 @@ class Machinery:
             ledger = Ledger(config.budget_bytes, publish=page.write)
             ledger.set(Kind.BUFFERS, fixed_bytes)
             correction = Correction(machine)
+            below = compute.device.below
+            host = None
+            if below is not None and config.host_budget_bytes is not None:
+                room = below.arena(max(min(config.host_budget_bytes, _most_bytes(homes)), 1))
+                undo.callback(room.close)
+                host = Execution(below, room, homes)
             engine = Engine(
                 homes=homes,
-                execution=Execution(compute.device, arena, homes),
+                execution=Execution(compute.device, arena, homes, host),
                 ledger=ledger,
                 plan=functools.partial(
                     _plan,
                     policy=config.policy,
                     machine=correction,
                     fixed_bytes=fixed_bytes + compute.rounded_bytes,
+                    host_budget_bytes=config.host_budget_bytes,
                 ),
                 retime=_retime,
                 correction=correction,
@@ -106,6 +115,7 @@ class Machinery:
             compute=compute,
             files=storage.files,
             policy=config.policy,
+            host_budget_bytes=config.host_budget_bytes,
             page=page,
         )
 
@@ -149,9 +159,23 @@ def _plan(
     policy: Policy,
     machine: Callable[[], Machine],
     fixed_bytes: int,
+    host_budget_bytes: int | None,
 ) -> Plan:
-    planner = make_plan if policy is Policy.MBALL else BASELINES[policy.value]
-    return planner(trace, machine(), budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+    if policy is not Policy.MBALL:
+        return BASELINES[policy.value](trace, machine(), budget_bytes, fixed_bytes=fixed_bytes, previous=previous)
+    return make_plan(
+        trace,
+        machine(),
+        budget_bytes,
+        host_budget_bytes=host_budget_bytes,
+        fixed_bytes=fixed_bytes,
+        previous=previous,
+    )
+
+
+def _most_bytes(homes: Homes) -> int:
+    """Returns what all weights take at most, each in pages of its own."""
+    return sum(round_up(home.span_bytes, PAGE_BYTES) + PAGE_BYTES for home in homes.homes)
 
 
 def _retime(trace: Trace, plan: Plan, machine: Machine, longer: float) -> float:

@@ -281,7 +281,7 @@ class Door:
             file, homes = write_homes(owned, self._storage.swap)
             try:
                 machine = measure_machine(homes, self._storage.files, self.config.io_threads, None)
-                check_budget(self.engine.budget_bytes, [*known.homes, *homes], machine, 0, expected)
+                check_budget(self.engine.budget_bytes, None, [*known.homes, *homes], machine, 0, expected)
             except BaseException:
                 self._storage.swap.shrink(size_before)
                 raise

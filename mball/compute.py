@@ -46,7 +46,7 @@ class Compute:
         reader: reads files; the device closes it.
         page_bytes: what the device's memory comes in.
         memory_bytes_per_s: about how fast compute reads it.
-        link: on which plans bring bundles, where that is not the disk.
+        link: on which plans bring bundles, where that is not the disk; from host memory if they say what is there.
         closer: gives back what is left when device and arena are closed.
     """
 
@@ -83,13 +83,13 @@ def open_compute(config: Config, files: FileTable) -> Compute:
     try:
         if kind == "cpu":
             return Compute(device=CpuDevice(reader), reader=reader)
-        return _open_cuda(reader, int(number) if number else None)
+        return _open_cuda(reader, int(number) if number else None, has_level=config.host_budget_bytes is not None)
     except BaseException:
         reader.close()
         raise
 
 
-def _open_cuda(reader: ThreadedReader, ordinal: int | None) -> Compute:
+def _open_cuda(reader: ThreadedReader, ordinal: int | None, *, has_level: bool) -> Compute:
     if not torch.backends.cuda.is_built():
         raise ConfigError(f"device is 'cuda', and this torch ({torch.__version__}) is built without CUDA: install one")
     if not torch.cuda.is_available():
@@ -102,7 +102,7 @@ def _open_cuda(reader: ThreadedReader, ordinal: int | None) -> Compute:
     if ordinal >= torch.cuda.device_count():
         raise DeviceError(f"device is 'cuda:{ordinal}', and torch sees {torch.cuda.device_count()} GPUs; count from 0")
     current_stream = torch.cuda.current_stream
-    return cuda_compute(reader, ordinal, lambda: int(current_stream(ordinal).cuda_stream))
+    return cuda_compute(reader, ordinal, lambda: int(current_stream(ordinal).cuda_stream), has_level=has_level)
 
 
 def cuda_compute(
@@ -114,6 +114,7 @@ def cuda_compute(
     extent_bytes: int = EXTENT_BYTES,
     region: Callable[..., Region] | None = None,
     place: torch.device | None = None,
+    has_level: bool = False,
 ) -> Compute:
     """Returns a GPU, its arena in extents; see `CudaDevice`. Copies `measured_bytes` to see how fast its link is.
 
@@ -130,7 +131,7 @@ def cuda_compute(
             else PlainCudaMemory(driver)
         )
         link = measure_copies(driver, size_bytes=measured_bytes)
-        device = CudaDevice(driver, memory, reader, current_stream, region=region, place=place)
+        device = CudaDevice(driver, memory, reader, current_stream, region=region, place=place, has_level=has_level)
         undo.pop_all()
     _log.info("GPU %d copies %.1f GB/s out of pinned memory", ordinal, link.bandwidth_bytes_per_s / 1e9)
     return Compute(
@@ -138,7 +139,7 @@ def cuda_compute(
         reader=reader,
         page_bytes=memory.page_bytes,
         memory_bytes_per_s=GPU_BYTES_PER_S,
-        # Plans know one link yet: homes that are in no pinned memory come more slowly than they think.
-        link=replace(link, source=Tier.DISK),
+        # Without a budget of host memory plans know this link only: what is not pinned yet comes more slowly.
+        link=link if has_level else replace(link, source=Tier.DISK),
         closer=memory.close_after_use,
     )

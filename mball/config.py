@@ -71,6 +71,9 @@ class Config:
     Attributes:
         budget_bytes: hard cap on weights, buffers and activations on the compute device.
         device: where steps run: "cpu", "cuda" (the current GPU) or "cuda:1".
+        host_budget_bytes: `host_budget`, for a GPU: hard cap on host memory for weights on their way there. Plans then
+            say what stays in it and what is read from disk in each pass. Without it all that is streamed is kept in
+            host memory, as far as there is room.
         swap_dir: directory of the swap file; default the variable MBALL_SWAP_DIR, else the system's directory for
             temporary files.
         capture: how mball learns what the model will read.
@@ -90,6 +93,7 @@ class Config:
     budget_bytes: int
     swap_dir: Path
     device: str = "cpu"
+    host_budget_bytes: int | None = None
     capture: Capture = Capture.AUTO
     compile: Compile = Compile.EAGER
     step_bytes: int | None = None
@@ -106,6 +110,8 @@ class Config:
             raise ConfigError(f"budget is {format_bytes(self.budget_bytes)}; it must be more than zero")
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device is {self.device!r}; give 'cpu', 'cuda' or 'cuda:' and a number")
+        if self.host_budget_bytes is not None:
+            self._check_host_budget(self.host_budget_bytes)
         if self.compile is not Compile.INDUCTOR and (self.mode or self.options or self.step_bytes):
             raise ConfigError(
                 "mode, options and step_bytes are for compiled steps; add compile='inductor', or drop them"
@@ -119,6 +125,20 @@ class Config:
         if not 1 <= self.io_threads <= 64:
             raise ConfigError(f"io_threads is {self.io_threads}; give 1 to 64 threads")
 
+    def _check_host_budget(self, size_bytes: int) -> None:
+        if self.device == "cpu":
+            raise ConfigError(
+                f"host_budget is {format_bytes(size_bytes)}, and steps run on the CPU, where weights come from disk "
+                "straight into the budget; leave host_budget out, or give a larger budget"
+            )
+        if size_bytes < 0:
+            raise ConfigError(f"host_budget is {size_bytes} B; it must not be negative")
+        if self.policy is not Policy.MBALL:
+            raise ConfigError(
+                f"policy {self.policy.value!r} knows no host memory between disk and device; leave host_budget or "
+                "policy out"
+            )
+
     @classmethod
     def of(cls, *, budget: int | str, **settings: Any) -> Self:
         """Returns a Config from what a user writes: sizes as text, enums by value, paths as text.
@@ -126,7 +146,7 @@ class Config:
         Raises:
             ConfigError: a setting is unknown or cannot be read.
         """
-        known = {field.name for field in fields(cls)} - {"budget_bytes"}
+        known = {field.name for field in fields(cls)} - {"budget_bytes", "host_budget_bytes"} | {"host_budget"}
         if unknown := settings.keys() - known:
             raise ConfigError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
         directory = settings.pop("swap_dir", None) or os.environ.get("MBALL_SWAP_DIR") or tempfile.gettempdir()
@@ -135,6 +155,8 @@ class Config:
                 settings[name] = _choice(kind, settings[name], name)
         if settings.get("step_bytes") is not None:
             settings["step_bytes"] = parse_bytes(settings["step_bytes"], what="step_bytes")
+        if (host_budget := settings.pop("host_budget", None)) is not None:
+            settings["host_budget_bytes"] = parse_bytes(host_budget, what="host_budget")
         if "device" in settings:
             settings["device"] = str(settings["device"])
         settings["options"] = dict(settings.get("options") or {})

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from mball.config import calibration_directory
 from mball.errors import BudgetError
 from mball.lookups import gathered_bytes, is_table
-from mball.plan import smallest_budget
+from mball.plan import smallest_budget, smallest_host_budget
 from mball.run.census import Census
 from mball.run.homes import PAGE_BYTES, Home
 from mball.run.segments import OperatorReads
-from mball.schema import Gather, Link, Machine, Step, Trace
+from mball.schema import Gather, Link, Machine, Step, Tier, Trace
 from mball.storage import FileTable, find_calibrated_link, measure_link
 from mball.units import format_bytes
 
@@ -24,12 +25,17 @@ logger = logging.getLogger(__name__)
 def measure_machine(homes: Sequence[Home], files: FileTable, num_threads: int, link: Link | None) -> Machine:
     """Returns this machine with `link`, or with that of `num_threads` reading the file of the largest weight.
 
-    As `mball doctor --calibrate` measured it, where that file lies on a file system with a calibration, else measured
-    now.
+    If `link` begins in host memory, that one brings what is on disk to there. As `mball doctor --calibrate` measured
+    it, where that file lies on a file system with a calibration, else measured now.
     """
+    disk_link = None
     if link is None:
         link = _disk_link(homes, files, num_threads)
-    return Machine(name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link)
+    elif link.source is Tier.HOST:
+        disk_link = replace(_disk_link(homes, files, num_threads), target=Tier.HOST)
+    return Machine(
+        name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link, disk_link=disk_link
+    )
 
 
 def _disk_link(homes: Sequence[Home], files: FileTable, num_threads: int) -> Link:
@@ -73,19 +79,25 @@ def _rows_bytes(module: torch.nn.Module, weight: torch.Tensor) -> int | None:
 
 
 def check_budget(
-    budget_bytes: int, homes: Sequence[Home], machine: Machine, fixed_bytes: int, expected: Sequence[OperatorReads]
+    budget_bytes: int,
+    host_budget_bytes: int | None,
+    homes: Sequence[Home],
+    machine: Machine,
+    fixed_bytes: int,
+    expected: Sequence[OperatorReads],
 ) -> None:
-    """Refuses a budget that cannot hold the model even one module at a time.
+    """Refuses budgets that cannot hold the model even one module at a time.
 
     Args:
         budget_bytes: the budget.
+        host_budget_bytes: that of host memory, where weights come through it.
         homes: of all weights.
         machine: the machine that runs the model.
         fixed_bytes: bytes of buffers.
         expected: see `expected_operators`.
 
     Raises:
-        BudgetError: the budget is too small; it names the smallest and what sets it.
+        BudgetError: a budget is too small; it names the smallest and what sets it.
     """
     steps = tuple(
         Step(
@@ -109,4 +121,16 @@ def check_budget(
             budget_bytes=budget_bytes,
             smallest_bytes=smallest.size_bytes,
             limited_by=smallest.limited_by,
+        )
+    if host_budget_bytes is None:
+        return
+    least = smallest_host_budget(trace, machine, budget_bytes, fixed_bytes=fixed_bytes)
+    if host_budget_bytes < least.size_bytes:
+        raise BudgetError(
+            f"a host budget of {format_bytes(host_budget_bytes)} ({host_budget_bytes} B) is too small: the smallest "
+            f"beside {format_bytes(budget_bytes)} on the device is {least.size_bytes} B "
+            f"({format_bytes(least.size_bytes)}), because {least.limited_by}; raise it, or the budget of the device",
+            budget_bytes=host_budget_bytes,
+            smallest_bytes=least.size_bytes,
+            limited_by=least.limited_by,
         )

@@ -11,12 +11,12 @@ import torch
 from mball.memory.gauge import HostGauge
 from mball.memory.ledger import Kind, Ledger
 from mball.observe.reconcile import CudaFacts, Reconciliation, reconcile_gpu, reconcile_host
-from mball.observe.report import Report
+from mball.observe.report import HostMemory, Report
 from mball.observe.timeline import Lane, Span, Timeline
 from mball.observe.told import NotTold, Told
 from mball.run.engine import Engine
 from mball.run.recorder import PassRecord
-from mball.schema import Plan
+from mball.schema import Machine, Plan
 from mball.units import format_names
 
 # On a GPU these are memory that PyTorch's allocator gives; the rest of a ledger mball takes from the driver itself.
@@ -31,14 +31,14 @@ NOT_COUNTED_ON_GPU = (
 
 
 def take_report(
-    engine: Engine, *, policy: str, link_bytes_per_s: float, io_path: str, weights_owned: int, graphs: int
+    engine: Engine, *, policy: str, machine: Machine, io_path: str, weights_owned: int, graphs: int
 ) -> Report:
     """Returns what `engine` holds, moves and takes now.
 
     Args:
         engine: runs the model.
         policy: who plans.
-        link_bytes_per_s: speed of the link, as measured.
+        machine: with its links, as measured.
         io_path: how the reader reads, in words.
         weights_owned: the weights that the modules hold now.
         graphs: the graphs that were captured.
@@ -51,7 +51,11 @@ def take_report(
         streamed = plan.prediction.streamed_bytes
         arena, activations = engine.execution.arena.bytes_of(plan.arena_bytes), plan.activation_bytes
     compute_s = max(last.wall_s - last.stall_s, 0.0)
+    link_bytes_per_s = machine.link.bandwidth_bytes_per_s
     roofline_s = max(compute_s, last.bytes_read / link_bytes_per_s)
+    host = _host_memory(engine, machine)
+    if host is not None:
+        roofline_s = max(roofline_s, host.disk_bytes_per_pass / host.disk_bytes_per_s)
     return Report(
         policy=policy,
         budget_bytes=engine.budget_bytes,
@@ -84,8 +88,23 @@ def take_report(
         unplanned_fetches=last.unplanned_fetches,
         in_place_bytes=last.in_place_bytes,
         swap_bytes=engine.homes.swap.size_bytes,
+        host=host,
         held=take_gpu_memory(engine.ledger, ordinal=place.index or 0) if on_gpu else take_host_memory(engine.ledger),
         not_counted=NOT_COUNTED_ON_GPU if on_gpu else NOT_COUNTED,
+    )
+
+
+def _host_memory(engine: Engine, machine: Machine) -> HostMemory | None:
+    plan, below = engine.plan, engine.execution.below
+    if plan is None or plan.host is None or below is None or machine.disk_link is None:
+        return None
+    return HostMemory(
+        budget_bytes=plan.host.budget_bytes,
+        arena_bytes=plan.host.arena_bytes,
+        resident_bytes=_weight_bytes(plan, [placement.bundle for placement in plan.host.residents], engine),
+        disk_bytes_per_pass=sum(plan.bundles[transfer.bundle].moved_bytes for transfer in plan.host.transfers),
+        disk_bytes_per_s=machine.disk_link.bandwidth_bytes_per_s,
+        bytes_read=below.counters.bytes_read,
     )
 
 

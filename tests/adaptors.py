@@ -66,6 +66,10 @@ class DeviceAdaptor:
     def reads_mappings(self) -> bool:
         return self.device.reads_mappings
 
+    @property
+    def below(self) -> Device | None:
+        return self.device.below
+
     def expect(self, reads: Iterable[ArenaRead]) -> None:
         self.device.expect(reads)
 

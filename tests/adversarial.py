@@ -145,6 +145,10 @@ class AdversarialDevice(DeviceAdaptor):
     def reads_mappings(self) -> bool:
         return self.device.reads_mappings
 
+    @property
+    def below(self) -> Device | None:
+        return self.device.below
+
     def expect(self, reads: Iterable[ArenaRead]) -> None:
         self.device.expect(reads)
 

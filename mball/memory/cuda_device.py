@@ -26,6 +26,7 @@ from mball.memory.cuda_gauge import CudaGauge
 from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_streams import CudaStreams
 from mball.memory.device import ArenaRead, CopySource, Event, Gauge
+from mball.memory.host_level import HostLevel, Staged
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes
 from mball.memory.pinned_ring import PinnedRing
@@ -60,6 +61,7 @@ class CudaDevice:
         num_buffers: int = NUM_BUFFERS,
         buffer_bytes: int = BUFFER_BYTES,
         region: Callable[..., Region] | None = None,
+        has_level: bool = False,
     ) -> None:
         """Makes two streams; no thread starts and no host memory is pinned before the first copy from disk.
 
@@ -75,6 +77,7 @@ class CudaDevice:
             num_buffers: how many buffers the ring has.
             buffer_bytes: what each takes, a multiple of the page.
             region: makes tensors on the GPU's memory; for memory that is none of torch's.
+            has_level: whether plans say what host memory holds, see `below`; else what is expected is kept there.
 
         Raises DeviceError.
         """
@@ -103,6 +106,9 @@ class CudaDevice:
         self._home_stream, disk_stream = self._own_streams
         make_ring = partial(PinnedRing, self._pool, num_buffers=num_buffers, buffer_bytes=buffer_bytes, node=node)
         self._feed = DiskFeed(self._pool, source, disk_stream, make_ring, buffer_bytes)
+        self._level = (
+            HostLevel(self._pool, source, node=node, chunk_bytes=chunk_bytes, headroom=headroom) if has_level else None
+        )
         self._tier = PinnedTier(
             self._streams,
             source,
@@ -124,6 +130,10 @@ class CudaDevice:
     @property
     def reads_mappings(self) -> bool:
         return False
+
+    @property
+    def below(self) -> HostLevel | None:
+        return self._level
 
     def arena(self, reserve_bytes: int) -> Arena:
         self._arena = arena = self._reserve(reserve_bytes)
@@ -148,17 +158,24 @@ class CudaDevice:
         arena = self._arena
         assert arena is not None, "the arena was not made by device.arena(), so nothing can be copied to it"
         at_home: list[tuple[int, PinnedSlab, int, int]] = []
+        on_level: list[tuple[int, Staged]] = []
         on_disk: list[tuple[ArenaRead, int]] = []
         for read in reads:
             if not read.size_bytes:
                 continue
             address = arena.address_of(read.arena_offset_bytes, read.size_bytes)
+            staged = None if self._level is None else self._level.find(read)
+            if staged is not None:
+                on_level.append((address, staged))
+                continue
             home = self._tier.find(read.file, read.offset_bytes, read.size_bytes)
             if home is None:
                 on_disk.append((read, address))
             else:
                 at_home.append((address, *home, read.size_bytes))
-        event = StreamEvent(self._pool, bool(at_home) + bool(on_disk))
+        event = StreamEvent(self._pool, bool(at_home) + bool(on_level) + bool(on_disk))
+        if on_level and self._level is not None:
+            self._level.take_out(on_level, after, self._home_stream, event)
         if at_home:
             self._copy_homes(at_home, after, event)
         if on_disk:
@@ -202,10 +219,14 @@ class CudaDevice:
         """Does nothing."""
 
     def expect(self, reads: Iterable[ArenaRead]) -> None:
-        """Brings them into pinned memory in the background, as far as there is room; see `PinnedTier`."""
+        """Brings them into pinned memory in the background, as far as there is room; see `PinnedTier`.
+
+        Nothing where plans say what is there.
+        """
         self._driver.refuse_fork()
         self._check_open()
-        self._tier.expect(list(reads))
+        if self._level is None:
+            self._tier.expect(list(reads))
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
         self._driver.refuse_fork()
@@ -232,6 +253,8 @@ class CudaDevice:
     def synchronize(self) -> None:
         """Raises DeviceError when the driver does not tell: then copies may still write."""
         self._driver.refuse_fork()
+        if self._level is not None:
+            self._level.synchronize()
         self._feed.drain()
         with self._driver.current():
             for stream in self._own_streams:
@@ -247,6 +270,8 @@ class CudaDevice:
             return
         try:
             self._tier.stop()
+            if self._level is not None:
+                self._level.close()
             self._feed.close()
             if self._own_streams:
                 with self._driver.current():
@@ -255,6 +280,8 @@ class CudaDevice:
                     self._pool.close()
                 self._destroy_streams()
             self._tier.close()
+            if self._level is not None:
+                self._level.memory.unpin()
         except GpuLostError as error:
             _log.warning("streams and pinned memory are left to the end of the process: %s", error)
         finally:

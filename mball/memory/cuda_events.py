@@ -132,9 +132,9 @@ class StreamEvent:
             with self._pool.streams.driver.current():
                 for event in self._events:
                     self._pool.streams.synchronize(event)
-                while self._unsure:
-                    self._pool.streams.drain(self._unsure[-1])
-                    self._unsure.pop()
+                for stream in tuple(self._unsure):
+                    self._pool.streams.drain(stream)
+                self._unsure.clear()  # another thread may have done so as well
         if self._error is not None:
             raise self._error.with_traceback(None)
 

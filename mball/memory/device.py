@@ -102,6 +102,13 @@ class Device(Protocol):
     def reads_mappings(self) -> bool:
         """Whether compute reads mapped files page by page, so that hints of what comes help."""
 
+    @property
+    def below(self) -> Device | None:
+        """The memory that copies come through, where plans say what it holds; None where copies come from homes.
+
+        Its copies are reads of what this device copies later, by the very same files, offsets and sizes.
+        """
+
     def arena(self, reserve_bytes: int) -> Arena:
         """Makes the device's one arena, which can grow to `reserve_bytes`, or further. The caller closes it.
 
@@ -237,6 +244,10 @@ class CpuDevice:
     @property
     def reads_mappings(self) -> bool:
         return True
+
+    @property
+    def below(self) -> None:
+        """Homes are read from disk straight into the arena."""
 
     def expect(self, reads: Iterable[ArenaRead]) -> None:
         """Does nothing: there is no faster place."""

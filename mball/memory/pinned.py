@@ -62,8 +62,8 @@ def _release(chunks: _Chunks, address: int, size_bytes: int) -> None:
 class PinnedSlab:
     """`size_bytes` of host memory, rounded up to the page, pinned in chunks; tensors and views hold it.
 
-    `start` pins in the background, `pin` at once. Where pinning fails the rest stays pageable: slower, and logged once.
-    Pages come from the GPU's NUMA node, where `node` names it.
+    `start` pins in the background, all or a beginning, `pin` all at once. Where pinning fails the rest stays pageable:
+    slower, and logged once. Pages come from the GPU's NUMA node, where `node` names it.
     """
 
     def __init__(
@@ -111,7 +111,8 @@ class PinnedSlab:
                 libc.prefer_node(self.address, self.size_bytes, node)
             except OSError as error:
                 _log.debug("pages are not asked of NUMA node %d: %s", node, error)
-        self._thread: threading.Thread | None = None
+        self._wanted_bytes = 0
+        self._threads: list[threading.Thread] = []
         self._stopping = False
         self._lock = threading.Lock()  # one pins at a time
 
@@ -125,22 +126,29 @@ class PinnedSlab:
         """Whether `close` was called."""
         return self._region.closed
 
-    def start(self) -> None:
-        """Begins to pin in the background. Raises DeviceError when closed or forked."""
+    def start(self, end: int | None = None) -> None:
+        """Begins to pin in the background: all, or what lies before `end`. Raises DeviceError when closed or forked."""
         self._check_open()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self.pin, name="mball-pin", daemon=True)
-            self._thread.start()
+        wanted_bytes = self.size_bytes if end is None else min(end, self.size_bytes)
+        if wanted_bytes > self._wanted_bytes:
+            self._wanted_bytes = wanted_bytes
+            thread = threading.Thread(target=self._pin, name="mball-pin", daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def finish(self) -> None:
         """Blocks until what `start` began is over."""
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def pin(self) -> None:
         """Pins what is not pinned yet. Blocks. Where that fails it says so in the log, and the rest stays pageable."""
+        self._wanted_bytes = self.size_bytes
+        self._pin()
+
+    def _pin(self) -> None:
         with self._lock:
-            while not self._stopping and (first := self.pinned_bytes) < self.size_bytes:
+            while not self._stopping and (first := self.pinned_bytes) < self._wanted_bytes:
                 size = min(self._chunk_bytes, self.size_bytes - first)
                 if (left_bytes := self._headroom()) < size:
                     self._give_up(f"the machine or the control group has {format_bytes(left_bytes)} left")
@@ -181,11 +189,15 @@ class PinnedSlab:
 
         Raises DeviceError when the driver does not unpin: call it again. What it did not unpin stays taken.
         """
-        self._stopping = True
-        if not self._streams.driver.is_forked:  # a child has no such thread
-            self.finish()
-        self._chunks.unpin()
+        self.unpin()
         self._region.close()
+
+    def unpin(self) -> None:
+        """Unpins for good; the memory stays. Copies that use it are over. Idempotent. Raises DeviceError as `close`."""
+        self._stopping = True
+        # Of a forked child's threads there are none, and the lock may have been held by one.
+        with contextlib.nullcontext() if self._streams.driver.is_forked else self._lock:
+            self._chunks.unpin()
 
     def _check_open(self) -> None:
         self._streams.driver.refuse_fork()

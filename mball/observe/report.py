@@ -10,6 +10,32 @@ from mball.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostMemory:
+    """What host memory holds of weights on their way to a GPU, where it has a budget of its own.
+
+    Attributes:
+        arena_bytes: what the plan takes of the budget.
+        resident_bytes: what stays of weights that are streamed to the GPU.
+        disk_bytes_per_pass: what the plan reads from disk in each pass; `bytes_read` all that was read so far.
+        disk_bytes_per_s: speed of the disk, as measured.
+    """
+
+    budget_bytes: int
+    arena_bytes: int
+    resident_bytes: int
+    disk_bytes_per_pass: int
+    disk_bytes_per_s: float
+    bytes_read: int
+
+    def __str__(self) -> str:
+        return (
+            f"{format_bytes(self.arena_bytes)} of {format_bytes(self.budget_bytes)}: "
+            f"{format_bytes(self.resident_bytes)} stay, {format_bytes(self.disk_bytes_per_pass)} come from disk a pass "
+            f"at {self.disk_bytes_per_s / 1e9:.2f} GB/s, {format_bytes(self.bytes_read)} so far"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """A snapshot of one engine. Sizes are bytes, times seconds; "last pass" is the last that ended well.
 
@@ -20,10 +46,11 @@ class Report:
         workspace_is_counted: whether there is room in the budget for what operators allocate inside.
         streamed_bytes_per_pass: what the plan brings in each pass, rows of tables that stay home included.
         bytes_read: all bytes read so far; `bytes_read_last_pass` those of the last pass.
-        roofline_s: the larger of the compute time and the streamed bytes at the measured speed of the link.
+        roofline_s: the largest of the compute time and the streamed bytes at the measured speed of each link.
         predicted_s: what its plan said of the last pass, if it was a steady one; None before the first.
         measured_over_roofline: the last pass over the roofline; None before the first.
         in_place_bytes: weights read in place, outside the budget, in the last pass; 0 unless something passed mball by.
+        host: what host memory holds, if it has a budget of its own.
         held: what the process holds of the device's memory in all, and what of it is mball's.
         not_counted: what the budget does not cover.
     """
@@ -59,6 +86,7 @@ class Report:
     unplanned_fetches: int
     in_place_bytes: int
     swap_bytes: int
+    host: HostMemory | None
     held: Reconciliation
     not_counted: tuple[str, ...]
 
@@ -81,6 +109,7 @@ class Report:
                 f"{format_bytes(self.weight_bytes)}: {format_bytes(self.resident_bytes)} resident, "
                 f"{format_bytes(self.streamed_bytes_per_pass)} streamed a pass",
             ),
+            *((("host", str(self.host)),) if self.host is not None else ()),
             (
                 "managed",
                 f"{self.weights_managed} of {self.weights_owned} weights, {self.weights_read} read so far, "

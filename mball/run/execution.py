@@ -21,11 +21,12 @@ import torch
 from mball.errors import DeviceError, StorageError
 from mball.memory import Arena, Device, Event, GpuLostError
 from mball.memory.device import COMPLETE
+from mball.run.copy_order import CopyOrder
 from mball.run.file_read import FileRead
 from mball.run.homes import Homes
 from mball.run.recorder import ReadRecord, Recorder
 from mball.run.rows import RowsAtHome
-from mball.schema import Bundle, Plan, Transfer
+from mball.schema import Bundle, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +93,14 @@ class Execution:
         device: copies, events.
         arena: where slots lie; resized to each plan.
         homes: where bundles come from.
+        below: executes what plans say of host memory, for which a copy to this device is a step.
     """
 
-    def __init__(self, device: Device, arena: Arena, homes: Homes) -> None:
+    def __init__(self, device: Device, arena: Arena, homes: Homes, below: Execution | None = None) -> None:
         self.device = device
         self.arena = arena
         self.homes = homes
+        self.below = below
         self.counters = Counters()
         self.recorder = Recorder()
         self.rows = RowsAtHome(device, homes)
@@ -106,6 +109,7 @@ class Execution:
         self._in_use: tuple[int, ...] = ()
         self._cursor = -1  # the step expected next; -1: none was left in this plan yet
         self._due: list[list[int]] = []
+        self._copy_order = CopyOrder((), 0)
         self._ends: list[list[int]] = []
         self._bundle_of_weight: dict[int, int] = {}
         self._resident: dict[int, int] = {}
@@ -156,6 +160,10 @@ class Execution:
             for step in plan.steps
         ]
         self._bound = [None] * count
+        if self.below is not None:
+            nothing: list[tuple[int, ...]] = [()] * len(plan.transfers)
+            self.below.adopt(plan.below(), nothing, nothing)
+            self._copy_order = CopyOrder(plan.transfers, count)
         self._expect()
         if len(self._views) > 8 * len(self.homes):
             self._views.clear()
@@ -172,6 +180,12 @@ class Execution:
         if num_bytes > self.arena.backed_bytes:
             self.device.make_room()
         self.arena.resize(num_bytes)
+
+    def begin_pass(self, began_s: float) -> None:
+        """Says that a pass begins."""
+        self.recorder.begin(began_s)
+        if self.below is not None:
+            self.below.begin_pass(began_s)
 
     def set_requires_grad(self, flags: Sequence[bool]) -> None:
         """Says for each weight whether what is bound for it requires grad, as the user's Parameter does."""
@@ -228,8 +242,9 @@ class Execution:
             if occupant is not None and occupant.offset_bytes == transfer.offset_bytes:
                 self._evict(transfer.bundle)
         self._cursor = step + 1 if step + 1 < len(self.plan.steps) else 0
-        for number in self._due[step]:
-            self._start(self.plan.transfers[number])
+        due = self._due[step]
+        for number in due if self.below is None else self._copy_order.allow(due):
+            self._start(number)
 
     def on_demand(self, weights: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """Returns `weights` outside any planned step; call `release` when they have been read.
@@ -305,6 +320,8 @@ class Execution:
         for weight in written:
             for piece in self.homes.pieces(weight):
                 self.device.changed(piece.file, piece.offset_bytes, piece.size_bytes)
+        if self.below is not None:
+            self.below.forget(written)
         if written:
             self._bound = [None] * len(self._bound)  # tables that rows are looked up of lie elsewhere now
         if written and self.plan is not None:
@@ -322,6 +339,8 @@ class Execution:
             if occupant.event is not None:
                 self._evict(bundle)
         self._released = self.device.record()  # what the step issued before it failed still reads its bundles
+        if self.below is not None:
+            self.below.abort()
 
     def empty(self) -> None:
         """Drops every bundle, the plan and the arena's memory: an interrupt may have left half of another plan.
@@ -335,6 +354,8 @@ class Execution:
         if not self.arena.closed:
             self._released.wait()
             self.arena.resize(0)
+        if self.below is not None:
+            self.below.empty()
 
     def _fetch_now(self, bundle: int, step: int) -> None:
         """Brings a bundle that no transfer brought, or that `on_demand` put where other bundles of the step belong."""
@@ -367,6 +388,8 @@ class Execution:
                 self._bound.clear()
                 self.recorder = Recorder()  # events of copies may hold memory of the arena
                 self.arena.close()
+                if self.below is not None:
+                    self.below.close()
 
     # -- transfers -----------------------------------------------------------------------------------------------
 
@@ -374,24 +397,25 @@ class Execution:
         """Starts what the plan would have in flight when `step` is entered, in order of first use."""
         assert self.plan is not None
         count = len(self.plan.steps)
-        wanted: list[tuple[int, int, int]] = []
+        wanted: list[tuple[int, int, int, int | None]] = []
         uses = self._first_uses(step)
         if self._cursor == -1:
-            wanted += [(uses.get(bundle, 2 * count), bundle, offset) for bundle, offset in self._resident.items()]
-        for transfer in self.plan.transfers:
+            wanted += [(uses.get(bundle, 2 * count), bundle, offset, None) for bundle, offset in self._resident.items()]
+        for number, transfer in enumerate(self.plan.transfers):
             if transfer.after < step <= transfer.last_use:
-                wanted.append((max(transfer.needed_by - step, 0), transfer.bundle, transfer.offset_bytes))
+                wanted.append((max(transfer.needed_by - step, 0), transfer.bundle, transfer.offset_bytes, number))
             elif step + count <= transfer.last_use:  # it stays over the end of the pass before
-                wanted.append((uses[transfer.bundle], transfer.bundle, transfer.offset_bytes))
+                wanted.append((uses[transfer.bundle], transfer.bundle, transfer.offset_bytes, number))
             elif transfer.after + count < step:
-                wanted.append((transfer.needed_by + count - step, transfer.bundle, transfer.offset_bytes))
-        for bundle in {bundle for _, bundle, _ in wanted} & self._occupants.keys():
-            planned = [offset for _, number, offset in wanted if number == bundle]
+                wanted.append((transfer.needed_by + count - step, transfer.bundle, transfer.offset_bytes, number))
+        for bundle in {bundle for _, bundle, _, _ in wanted} & self._occupants.keys():
+            planned = [offset for _, other, offset, _ in wanted if other == bundle]
             if self._occupants[bundle].offset_bytes not in planned:
                 self._evict(bundle)
-        for _, bundle, offset in sorted(wanted):
+        for _, bundle, offset, copy in sorted(wanted, key=lambda each: each[:3]):
             if bundle not in self._occupants:
-                self._bring(bundle, offset)
+                self._bring(bundle, offset, copy=copy)
+        self._copy_order.jump(step)
         self._cursor = step
 
     def _first_uses(self, step: int) -> dict[int, int]:
@@ -427,16 +451,20 @@ class Execution:
             end = occupant.offset_bytes
         return end - size_bytes if end >= size_bytes else None
 
-    def _start(self, transfer: Transfer) -> None:
+    def _start(self, number: int) -> None:
+        assert self.plan is not None
+        transfer = self.plan.transfers[number]
         occupant = self._occupants.get(transfer.bundle)
         if occupant is not None:
             if occupant.offset_bytes == transfer.offset_bytes:
+                if self.below is not None:
+                    self.below.leave(number)
                 return
             self._evict(transfer.bundle)
-        self._bring(transfer.bundle, transfer.offset_bytes)
+        self._bring(transfer.bundle, transfer.offset_bytes, copy=number)
 
-    def _bring(self, number: int, offset: int, *, planned: bool = True) -> None:
-        """Starts copying a bundle to `offset`, once nothing else is there."""
+    def _bring(self, number: int, offset: int, *, planned: bool = True, copy: int | None = None) -> None:
+        """Starts copying a bundle to `offset`, once nothing else is there; as copy number `copy` if the plan does."""
         assert self.plan is not None
         bundle = self.plan.bundles[number]
         end = offset + bundle.size_bytes
@@ -444,10 +472,15 @@ class Execution:
             if occupant.offset_bytes < end and offset < occupant.end_bytes:
                 self._evict(other)
         reads = list(self._reads(bundle, offset))
+        below = None if copy is None else self.below
+        if below is not None and copy is not None:
+            below.enter(copy)
         # Known before it starts: an interrupt in between leaves an occupant that `abort` removes.
         occupant = self._occupants[number] = Occupant(bundle, offset, _NOT_STARTED, planned)
         asked_s = time.perf_counter()
         occupant.event = event = self.device.copy(reads, self._released)
+        if below is not None and copy is not None:
+            below.leave(copy)
         size_bytes = sum(read.size_bytes for read in reads)
         self.counters.bytes_read += size_bytes
         self.counters.reads += len(reads)

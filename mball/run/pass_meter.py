@@ -83,7 +83,7 @@ class PassMeter:
         self._in_place_bytes = 0
         self._before = replace(self._execution.counters)
         self._began_s = time.perf_counter()
-        self._execution.recorder.begin(self._began_s)
+        self._execution.begin_pass(self._began_s)
 
     def note_in_place(self, touched_bytes: int) -> None:
         """Says that the open pass had so much of homes in memory; it was given back."""

@@ -44,6 +44,10 @@ class ForeignDevice(CpuDevice):
     def reads_mappings(self) -> bool:
         return False
 
+    @property
+    def below(self) -> None:
+        """Homes are read from disk straight into the arena."""
+
     def arena(self, reserve_bytes: int) -> Arena:
         self._arena = arena = Arena(self._memory, reserve_bytes, region=ForeignRegion)
         return arena

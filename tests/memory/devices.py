@@ -156,7 +156,13 @@ class Compute:
 
 @contextmanager
 def cuda_on_the_stand_in(
-    folder: Path, *, order: Order, seed: int = 0, home_pages: range = range(0), plain: bool = False
+    folder: Path,
+    *,
+    order: Order,
+    seed: int = 0,
+    home_pages: range = range(0),
+    plain: bool = False,
+    has_level: bool = False,
 ) -> Iterator[Bench]:
     """A GPU of the stand-in, with these pages of the file in pinned memory."""
     assert LOADED
@@ -191,6 +197,8 @@ def cuda_on_the_stand_in(
             num_buffers=NUM_BUFFERS,
             buffer_bytes=BUFFER_BYTES,
             region=Region,  # its memory is the host's
+            has_level=has_level,
+            chunk_bytes=CHUNK_BYTES,
         )
         arena = device.arena(RESERVE_BYTES)
         stack.callback(arena.close)

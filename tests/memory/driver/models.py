@@ -87,14 +87,18 @@ def wrapped_over_the_driver(
             extent_bytes=extent_bytes,
             region=ForeignRegion,
             place=torch.device(PLACE),
+            has_level=config.host_budget_bytes is not None,
         )
         return replace(compute, device=around(_AtOnce(compute.device, stream)))
 
-    _wrap((model,), Config.of(budget=budget_bytes, swap_dir=swap_dir, **settings), weights, {}, opened)
+    config = Config.of(budget=budget_bytes, swap_dir=swap_dir, device="cuda", **settings)
     try:
-        yield model
+        _wrap((model,), config, weights, {}, opened)
+        try:
+            yield model
+        finally:
+            mball.unwrap(model)
     finally:
-        mball.unwrap(model)
         assert LOADED
         LOADED.forget()
         stream.close()
