@@ -14,7 +14,7 @@ from mball.config import calibration_directory
 from mball.schema import CalibratedLink, Calibration, Link, LinkSample
 from mball.storage import FileTable, file_system_of, save_calibration
 from mball.storage.calibration import reader_kind
-from mball.storage.threads import DEFAULT_NUM_THREADS
+from mball.storage.chunks import DEFAULT_NUM_THREADS
 from mball.units import MIB
 
 

@@ -1,10 +1,12 @@
 """Where bytes lie on disk, and how they come into memory. Knows nothing of models, plans or arenas."""
 
+from mball.storage.alignment import DIRECT_ALIGNMENT_BYTES
 from mball.storage.calibration import Effort, calibrate
 from mball.storage.calibration_cache import find_calibrated_link, load_calibration, save_calibration
 from mball.storage.checkpoint import CheckpointIndex, TensorEntry
-from mball.storage.files import DIRECT_ALIGNMENT_BYTES, DirectIO, FileTable
+from mball.storage.files import DirectIO, FileTable
 from mball.storage.mounts import FileSystem, file_system_of
+from mball.storage.native import NativeReader, ReadPoolLibrary, load_read_pool
 from mball.storage.probe import DirectoryFacts, measure_link, probe_directory
 from mball.storage.reader import Read, Reader, ReadHandle, ReadStatistics
 from mball.storage.swapfile import SwapFile
@@ -18,8 +20,10 @@ __all__ = [
     "Effort",
     "FileSystem",
     "FileTable",
+    "NativeReader",
     "Read",
     "ReadHandle",
+    "ReadPoolLibrary",
     "ReadStatistics",
     "Reader",
     "SwapFile",
@@ -29,6 +33,7 @@ __all__ = [
     "file_system_of",
     "find_calibrated_link",
     "load_calibration",
+    "load_read_pool",
     "measure_link",
     "probe_directory",
     "save_calibration",

@@ -22,11 +22,12 @@ from datetime import UTC, datetime
 
 from mball.errors import StorageError
 from mball.schema import CalibratedLink, Calibration, Link, LinkSample
+from mball.storage.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_THREADS
 from mball.storage.files import FileTable
 from mball.storage.mounts import FileSystem, file_system_of
 from mball.storage.reader import Read
 from mball.storage.scratch import fill, huge_page_memory
-from mball.storage.threads import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_THREADS, PendingReads, ThreadedReader
+from mball.storage.threads import PendingReads, ThreadedReader
 from mball.units import GIB, KIB, MIB, format_bytes, round_down
 
 # Goes up when `ThreadedReader` reads in another way: the speeds of before are not believed then.

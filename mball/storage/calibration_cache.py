@@ -12,9 +12,9 @@ from pathlib import Path
 from mball.errors import StorageError
 from mball.schema import Calibration, Link, Tier
 from mball.storage.calibration import place_of, reader_kind
+from mball.storage.chunks import DEFAULT_NUM_THREADS
 from mball.storage.files import FileTable
 from mball.storage.mounts import FileSystem
-from mball.storage.threads import DEFAULT_NUM_THREADS
 from mball.whole_files import replace_file
 
 # Kernels, disks and what else runs on the machine change.

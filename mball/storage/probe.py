@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from mball.errors import StorageError
 from mball.schema import Link
+from mball.storage.chunks import DEFAULT_NUM_THREADS
 from mball.storage.files import DirectIO, FileTable
 from mball.storage.mounts import file_system_of
 from mball.storage.reader import Read, Reader, ReadHandle
 from mball.storage.scratch import fill, huge_page_memory
-from mball.storage.threads import DEFAULT_NUM_THREADS, ThreadedReader
+from mball.storage.threads import ThreadedReader
 from mball.units import GIB, MIB, round_down
 
 _SMALL_READ_BYTES = 4096

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mball.memory.allocator.library import SOURCE
+from mball.memory.allocator.library import SEGMENTS
 from tests.memory.driver import standin
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, cc")
@@ -42,7 +42,7 @@ def test_many_threads(tmp_path: Path, sanitizers: str) -> None:
     assert compiled.returncode == 0, compiled.stderr
     linked = [f"-L{tmp_path}", "-l:libcuda.so.1", f"-Wl,-rpath,{tmp_path}"]
     program = tmp_path / "program"
-    compiled = compile_c(*WARNINGS, *flags, "-o", str(program), str(PROGRAM), str(SOURCE), *linked)
+    compiled = compile_c(*WARNINGS, *flags, "-o", str(program), str(PROGRAM), str(SEGMENTS.source), *linked)
     assert compiled.returncode == 0, compiled.stderr
     finished = subprocess.run(
         [*at_fixed_places, program, str(NUM_TURNS[sanitizers])],
@@ -67,7 +67,7 @@ def test_the_library_wants_nothing_but_the_c_library(tmp_path: Path) -> None:
     """No CUDA at link time and no Python, and it exports what is called from outside only."""
     library = tmp_path / "segments.so"
     strict = ["-std=c11", "-pedantic", "-Wshadow", "-fvisibility=hidden", "-shared", "-fPIC"]
-    compiled = compile_c(*strict, *WARNINGS, "-o", str(library), str(SOURCE))
+    compiled = compile_c(*strict, *WARNINGS, "-o", str(library), str(SEGMENTS.source))
     assert compiled.returncode == 0, compiled.stderr
     try:
         listed = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
