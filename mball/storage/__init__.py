@@ -4,6 +4,7 @@ from mball.storage.alignment import DIRECT_ALIGNMENT_BYTES
 from mball.storage.calibration import Effort, calibrate
 from mball.storage.calibration_cache import find_calibrated_link, load_calibration, save_calibration
 from mball.storage.checkpoint import CheckpointIndex, TensorEntry
+from mball.storage.choice import FileReader, ReaderChoice, Threads, choose_reader
 from mball.storage.files import DirectIO, FileTable
 from mball.storage.mounts import FileSystem, file_system_of
 from mball.storage.native import NativeReader, ReadPoolLibrary, load_read_pool
@@ -18,6 +19,7 @@ __all__ = [
     "DirectIO",
     "DirectoryFacts",
     "Effort",
+    "FileReader",
     "FileSystem",
     "FileTable",
     "NativeReader",
@@ -26,10 +28,13 @@ __all__ = [
     "ReadPoolLibrary",
     "ReadStatistics",
     "Reader",
+    "ReaderChoice",
     "SwapFile",
     "TensorEntry",
     "ThreadedReader",
+    "Threads",
     "calibrate",
+    "choose_reader",
     "file_system_of",
     "find_calibrated_link",
     "load_calibration",

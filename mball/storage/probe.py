@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 from mball.errors import StorageError
 from mball.schema import Link
-from mball.storage.chunks import DEFAULT_NUM_THREADS
+from mball.storage.choice import ReaderChoice, choose_reader
 from mball.storage.files import DirectIO, FileTable
 from mball.storage.mounts import file_system_of
 from mball.storage.reader import Read, Reader, ReadHandle
 from mball.storage.scratch import fill, huge_page_memory
-from mball.storage.threads import ThreadedReader
 from mball.units import GIB, MIB, round_down
 
 _SMALL_READ_BYTES = 4096
@@ -104,11 +103,11 @@ def probe_directory(directory: str | os.PathLike[str], *, size_bytes: int = 256 
 def measure_link(
     files: FileTable,
     *names: str,
-    num_threads: int = DEFAULT_NUM_THREADS,
+    choice: ReaderChoice | None = None,
     size_limit_bytes: int = 256 * MIB,
     time_limit_s: float = 0.1,
 ) -> Link:
-    """Returns the speed at which a `ThreadedReader` brings files of the table, `names` or all of them, to memory.
+    """Returns the speed at which the reader of `choice` brings files of the table, `names` or all of them, to memory.
 
     Reads at most about `size_limit_bytes`, and stops after `time_limit_s`. Bandwidth is that of 8 MiB blocks, four at
     a time; latency is what a block that is read alone takes longer than that. Takes 32 MiB of memory meanwhile.
@@ -121,7 +120,7 @@ def measure_link(
     if not any(sizes.values()):
         raise StorageError(f"none of {len(sizes)} files has bytes to measure the link with; add a file first")
     buffer = huge_page_memory(_BLOCK_BYTES * _NUM_IN_FLIGHT)
-    reader = ThreadedReader(files, num_threads=num_threads)
+    reader = (choice or choose_reader()).open(files)
     try:
         small_s = _alone_s(reader, sizes, buffer, _SMALL_READ_BYTES)
         bandwidth = _bandwidth_bytes_per_s(reader, sizes, buffer, size_limit_bytes, time.perf_counter() + time_limit_s)

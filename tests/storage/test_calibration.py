@@ -24,6 +24,7 @@ from mball.storage import (
     Effort,
     FileTable,
     calibrate,
+    choose_reader,
     file_system_of,
     find_calibrated_link,
     load_calibration,
@@ -205,19 +206,19 @@ def test_only_files_of_that_file_system_and_that_reader_have_the_link(
     with tempfile.TemporaryFile(dir=in_memory) as unlinked:
         swap = files.add_descriptor("swap", unlinked.fileno())
     link = calibration.links[0].link
-    assert find_calibrated_link(tmp_path, files, here) == (link, calibration.measured_at[:10])
-    assert find_calibrated_link(tmp_path, files, swap) is not None, "though it has no path any more"
-    assert find_calibrated_link(tmp_path, files, elsewhere) is None
-    assert find_calibrated_link(None, files, here) is None
+    assert find_calibrated_link(tmp_path, files, here, choose_reader()) == (link, calibration.measured_at[:10])
+    assert find_calibrated_link(tmp_path, files, swap, choose_reader()) is not None, "though it has no path any more"
+    assert find_calibrated_link(tmp_path, files, elsewhere, choose_reader()) is None
+    assert find_calibrated_link(None, files, here, choose_reader()) is None
     assert not caplog.records
     caplog.set_level(logging.INFO)
-    assert find_calibrated_link(tmp_path, files, here, num_threads=3) is None
+    assert find_calibrated_link(tmp_path, files, here, choose_reader(num_threads=3)) is None
     assert "3 threads" in caplog.text
     was_direct = files.is_direct(here)
     files.close()
 
     buffered = FileTable(direct=DirectIO.OFF)
-    found = find_calibrated_link(tmp_path, buffered, buffered.add_path(in_memory / "weights"))
+    found = find_calibrated_link(tmp_path, buffered, buffered.add_path(in_memory / "weights"), choose_reader())
     assert (found is None) == was_direct
     buffered.close()
 
@@ -278,9 +279,9 @@ def test_another_way_of_reading_has_another_calibration(
     (in_memory / "weights").write_bytes(bytes(8192))
     files = FileTable()
     name = files.add_path(in_memory / "weights")
-    assert find_calibrated_link(tmp_path, files, name) is not None
+    assert find_calibrated_link(tmp_path, files, name, choose_reader()) is not None
     monkeypatch.setattr(module, "READER_VERSION", module.READER_VERSION + 1)
-    assert find_calibrated_link(tmp_path, files, name) is None
+    assert find_calibrated_link(tmp_path, files, name, choose_reader()) is None
     files.close()
 
 
