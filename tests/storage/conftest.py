@@ -6,14 +6,13 @@ import os
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from mball.storage import DirectIO, FileTable, NativeReader, ThreadedReader
-from tests.preads import SetPreadv, preadv_is, read_pool
+from tests.preads import preadv_is, read_pool
 from tests.storage.reads import FILE_BYTES, MakeReader
 
 
@@ -54,13 +53,6 @@ def reader(files: FileTable, make_reader: MakeReader) -> Iterator[Any]:
     result = make_reader(files, num_threads=3, chunk_bytes=8192)
     yield result
     result.close()
-
-
-@pytest.fixture
-def set_preadv() -> Iterator[SetPreadv]:
-    """Has reads made by another function until the end of the test; see `preadv_is`."""
-    with ExitStack() as stack:
-        yield lambda function: stack.enter_context(preadv_is(function))
 
 
 @dataclass(frozen=True, slots=True)

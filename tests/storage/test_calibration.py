@@ -35,6 +35,7 @@ from mball.storage.calibration import _Cell, _choose, _derive, _Run
 from mball.storage.calibration_cache import calibration_path
 from mball.units import KIB, MIB
 from tests.calibrations import roomy_directory
+from tests.preads import SetPreadv
 from tests.storage.reads import num_descriptors
 
 QUICK = Effort(
@@ -79,7 +80,9 @@ def test_every_combination_is_measured_in_each_round_and_nothing_is_left(in_memo
     assert num_descriptors() == descriptors
 
 
-def test_a_disk_past_the_page_cache_or_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_past_the_page_cache_or_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_preadv: SetPreadv
+) -> None:
     path = tmp_path / "weights"
     path.write_bytes(random.Random(0).randbytes(64 * MIB))
     effort = replace(QUICK, blocks_bytes=(MIB, 8 * MIB), depths=(1, 4))
@@ -91,7 +94,7 @@ def test_a_disk_past_the_page_cache_or_through_it(tmp_path: Path, monkeypatch: p
         reads.append((offset_bytes, done))
         return done
 
-    monkeypatch.setattr(os, "preadv", counting)
+    set_preadv(counting)
     with_cache = calibrate(path, effort=effort).links[0]
     assert {offset_bytes for offset_bytes, _ in reads} <= set(range(0, 64 * MIB, MIB)), "the file itself was read"
     assert max(done for _, done in reads) == 2 * MIB, "by the reader's requests"
@@ -127,12 +130,12 @@ def test_what_cannot_be_measured_says_why(in_memory: Path, monkeypatch: pytest.M
         calibrate(in_memory)
 
 
-def test_a_failing_disk_is_an_error_and_leaves_no_thread(in_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_is_an_error_and_leaves_no_thread(in_memory: Path, set_preadv: SetPreadv) -> None:
     def broken(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
     descriptors = num_descriptors()
-    monkeypatch.setattr(os, "preadv", broken)
+    set_preadv(broken)
     with pytest.raises(StorageError, match="Input/output error"):
         calibrate(in_memory, effort=QUICK)
     assert num_descriptors() == descriptors
