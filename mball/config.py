@@ -45,13 +45,14 @@ class Io(Enum):
 
     AUTO reads past the page cache (O_DIRECT) on file systems of disks, and through it where the file system refuses
     (once, with a log line), over a network and in memory; by threads of C, and by Python's where there is no C
-    compiler. DIRECT goes past the page cache wherever that works, BUFFERED never does. NATIVE insists on threads of C,
-    and THREADS on Python's; else they are AUTO.
+    compiler. CACHED reads what is in the page cache already from there. DIRECT goes past it wherever that works, and
+    BUFFERED never does. NATIVE insists on threads of C, and THREADS on Python's; else they are AUTO.
     """
 
     AUTO = "auto"
     DIRECT = "direct"
     BUFFERED = "buffered"
+    CACHED = "cached"
     NATIVE = "native"
     THREADS = "threads"
 

@@ -12,7 +12,7 @@ import numpy
 
 from mball.errors import DeviceError, StorageError
 from mball.storage.alignment import DIRECT_ALIGNMENT_BYTES
-from mball.storage.files import FileTable, OpenFile
+from mball.storage.files import DirectIO, FileTable, OpenFile
 from mball.storage.reader import Read, ReadStatistics
 from mball.units import MIB, format_bytes, round_down, round_up
 
@@ -25,7 +25,8 @@ CLOSED = "the reader was closed"
 class Chunk:
     """One request: fill `view`, which lies at `address`, from `offset_bytes` on; at least `required_bytes` of it.
 
-    It goes past the page cache where `alignment_bytes` is not None, and goes on so at multiples of that.
+    It goes past the page cache where `alignment_bytes` is not None, and goes on so at multiples of that; but through it
+    where that has all of it and `may_be_cached` says so.
     """
 
     file: OpenFile
@@ -34,6 +35,7 @@ class Chunk:
     address: int
     required_bytes: int
     alignment_bytes: int | None
+    may_be_cached: bool
 
     def failure_message(self, cause: BaseException) -> str:
         """Returns what to tell people who wait for it."""
@@ -75,8 +77,12 @@ class ChunkedReader:
         odd_bytes = statistics.size_bytes - statistics.direct_bytes
         parts = ["O_DIRECT"]
         if odd_bytes:
-            parts.append(f"{format_bytes(odd_bytes)} buffered ({reasons or 'not aligned'})")
+            parts.append(f"{format_bytes(odd_bytes)} buffered ({reasons or self._others})")
         return ", ".join(parts)
+
+    @property
+    def _others(self) -> str:
+        return "cached, or not aligned" if self._files.mode is DirectIO.UNCACHED else "not aligned"
 
     def _cut(self, reads: Sequence[Read]) -> list[Chunk]:
         return [chunk for read in reads for chunk in _chunks(self._files, read, self._chunk_bytes)]
@@ -150,4 +156,5 @@ def _chunks(files: FileTable, read: Read, chunk_bytes: int) -> Iterator[Chunk]:
                 address=address + first - begin,
                 required_bytes=required_bytes,
                 alignment_bytes=alignment.offset_bytes if direct and alignment is not None else None,
+                may_be_cached=files.mode is DirectIO.UNCACHED,
             )

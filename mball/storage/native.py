@@ -56,6 +56,7 @@ _CHUNK = numpy.dtype(
         ("size", "u8"),
         ("required", "u8"),
         ("alignment", "u8"),
+        ("may_be_cached", "u8"),
     ]
 )
 
@@ -181,6 +182,7 @@ class NativeReads:
                     len(chunk.view),
                     chunk.required_bytes,
                     chunk.alignment_bytes or 1,
+                    chunk.may_be_cached,
                 )
                 for chunk, fd in zip(chunks, direct, strict=True)
             ],

@@ -15,6 +15,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -26,7 +27,7 @@
 #define SOURCE_DIGEST "unknown"
 #endif
 
-enum { MOST_THREADS = 64, FILE_ENDED = -1, CLOSED = -2 };
+enum { MOST_THREADS = 64, FILE_ENDED = -1, CLOSED = -2, NR_CACHESTAT = 451 };
 
 typedef struct {
   int32_t buffered, direct;  // descriptors, through the page cache and past it; `direct` is -1 for chunks that may not
@@ -35,6 +36,7 @@ typedef struct {
   uint64_t size;       // bytes of room at `address`
   uint64_t required;   // bytes to bring at least; a file may end there
   uint64_t alignment;  // of what may go past the page cache
+  uint64_t may_be_cached;  // whether it goes through the page cache if that has all of it
 } Chunk;
 
 // Under the pool's mutex, but for `remaining`, which anybody may look at.
@@ -87,11 +89,20 @@ typedef struct {
   int error, is_refused;
 } Outcome;
 
+// Whether the page cache has all of a chunk; not where the kernel does not tell (before Linux 6.5).
+static int is_cached(const Chunk *chunk) {
+  struct { uint64_t offset, size; } part = {(uint64_t)chunk->offset, chunk->required};
+  struct { uint64_t cached, dirty, under_writeback, evicted, recently_evicted; } pages;
+  if (syscall(NR_CACHESTAT, (unsigned)chunk->buffered, &part, &pages, 0u)) return 0;
+  return pages.cached * (uint64_t)sysconf(_SC_PAGESIZE) >= chunk->required;
+}
+
 static Outcome read_chunk(const Chunk *chunk) {
   Outcome outcome = {0};
+  int may_pass = chunk->direct >= 0 && !(chunk->may_be_cached && is_cached(chunk));
   while (outcome.done < chunk->required) {
     // After a short read at an odd place only the page cache can go on.
-    int past_cache = chunk->direct >= 0 && !outcome.is_refused && outcome.done % chunk->alignment == 0;
+    int past_cache = may_pass && !outcome.is_refused && outcome.done % chunk->alignment == 0;
     struct iovec rest = {chunk->address + outcome.done, chunk->size - outcome.done};
     ReadFunction function = atomic_load(&read_function);
     ssize_t got = function(past_cache ? chunk->direct : chunk->buffered, &rest, 1, chunk->offset + (off_t)outcome.done);

@@ -32,6 +32,7 @@ from mball.storage.chunks import (
     refuse_waiting,
 )
 from mball.storage.files import FileTable
+from mball.storage.page_cache import is_cached
 from mball.storage.reader import Read, ReadStatistics
 
 
@@ -85,10 +86,12 @@ class PendingReads:
 def _read(chunk: Chunk) -> tuple[int, int]:
     """Reads a chunk, and returns (bytes past the page cache, requests made)."""
     done = direct_bytes = num_requests = 0
-    refused = False
+    buffered = False
+    if chunk.alignment_bytes is not None and chunk.may_be_cached:
+        buffered = is_cached(chunk.file.buffered, chunk.offset_bytes, chunk.required_bytes)
     while done < chunk.required_bytes:
         # After a short read at an odd place only the page cache can go on.
-        alignment_bytes = None if refused else chunk.alignment_bytes
+        alignment_bytes = None if buffered else chunk.alignment_bytes
         fd = chunk.file.direct() if alignment_bytes is not None and done % alignment_bytes == 0 else None
         with chunk.view[done:] as rest:
             num_requests += 1
@@ -97,7 +100,7 @@ def _read(chunk: Chunk) -> tuple[int, int]:
             except OSError as error:
                 if fd is None or alignment_bytes is None or error.errno != errno.EINVAL:
                     raise
-                refused = True
+                buffered = True
                 chunk.file.fall_back(error, alignment_bytes)
                 continue
         if not got:

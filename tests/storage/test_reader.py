@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mball.storage import CheckpointIndex, DirectIO, FileTable, Reader, SwapFile
 from tests.preads import SetPreadv
 from tests.storage.conftest import HeldReads
-from tests.storage.reads import FILE_BYTES, MakeReader, aligned, memory, read, with_one
+from tests.storage.reads import FILE_BYTES, MakeReader, aligned, memory, opened, read, with_one
 from tests.storage.test_checkpoint import tensors_of_all_dtypes
 
 
@@ -109,7 +109,7 @@ def test_tensors_of_a_checkpoint(tmp_path: Path, make_reader: MakeReader) -> Non
 
 
 def test_a_swap_file_that_grows(tmp_path: Path, make_reader: MakeReader) -> None:
-    files = FileTable()
+    files = opened()
     with SwapFile.create(tmp_path) as swap:
         files.add_descriptor(swap.name, swap.fd)
         reader = make_reader(files)

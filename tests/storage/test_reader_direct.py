@@ -15,6 +15,10 @@ from tests.preads import SetPreadv
 from tests.storage.reads import FILE_BYTES, MakeReader, aligned, memory, opened, read
 
 
+def is_direct(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+
 @pytest.mark.parametrize("shift", [0, 1, 512, 4095])
 def test_ragged_ends_are_buffered_and_the_middle_is_direct(
     path: str, content: bytes, shift: int, make_reader: MakeReader
@@ -54,7 +58,7 @@ def test_short_direct_reads_are_finished(
     real = os.preadv
 
     def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+        if is_direct(descriptor):
             if offset % 512:
                 raise OSError(errno.EINVAL, "Invalid argument")
             return min(real(descriptor, buffers, offset), 4096 if offset % 32768 else 1000)
