@@ -40,20 +40,11 @@ def table(results: Sequence[Result]) -> str:
     for medium, title in _MEDIA.items():
         name = f"{medium.value}_{Beside.COMPUTE.value}_{USUAL.name}"
         idle = f"{medium.value}_{Beside.IDLE.value}_{USUAL.name}"
-        for whose in Whose:
-            rows.append([
-                title, _WHOSE[whose], figures.show(f"{name}_{whose.value}"), "" if whose is Whose.PYTHON else figures.interval(f"{name}_ratio"),
-                figures.show(f"{name}_{whose.value}_kept"),
-                figures.show(f"{idle}_{whose.value}_cpu"),
-            ])  # fmt: skip
-    head = [
-        "",
-        "threads of",
-        "beside compute",
-        "C ÷ Python",
-        "compute beside it, of what it is alone",
-        "CPU time of 1 GB, idle",
-    ]
+        for whose, called in _WHOSE.items():
+            ratio = figures.interval(f"{name}_ratio") if whose is Whose.C else ""
+            speeds = [figures.show(f"{name}_{whose.value}"), ratio, figures.show(f"{name}_{whose.value}_kept")]
+            rows.append([title, called, *speeds, figures.show(f"{idle}_{whose.value}_cpu")])
+    head = ["", "threads of", "beside compute", "C ÷ Python", "compute, of what it is alone", "CPU time of 1 GB, idle"]
     parts += [f"## Beside compute, {_title(USUAL)}", markdown_table(head, rows)]
     return "\n\n".join(parts) + "\n"
 
