@@ -47,7 +47,7 @@ def disk(directory: str | Path, *, has_gpu: bool) -> tuple[list[Finding], Direct
         ),
         limit(
             section, "files are read", facts.direct and facts.page_cache_reason is None, _way(facts),
-            "io='direct' goes past it; DISKS.md says when that is better",
+            "io='direct' goes past it; DISKS.md says when that is better" if facts.direct else "use a local disk",
         ),
         limit(
             section, "reader", choice.library is not None, f"{choice} ({choice.reason})",

@@ -68,6 +68,6 @@ def choose_reader(
     except DeviceError as error:
         if threads is Threads.C:
             raise
-        return ReaderChoice(num_threads=num_threads, reason=str(error))
+        return ReaderChoice(num_threads=num_threads, reason=str(error).splitlines()[0])
     reason = "asked for" if threads is Threads.C else "they go on while Python is busy"
     return ReaderChoice(library=library, num_threads=num_threads, reason=reason)
