@@ -69,11 +69,13 @@ bench: $(VENV)/.stamp
 	$(BIN)/python -m pytest bench --benchmark-only --save-results $(ARGS)
 	$(BIN)/python -m bench.status
 	$(BIN)/python -m bench.speed.table
+	$(BIN)/python -m bench.readers.table
 	$(BIN)/python -m bench.planner.page
 
 status: $(VENV)/.stamp
 	$(BIN)/python -m bench.status
 	$(BIN)/python -m bench.speed.table
+	$(BIN)/python -m bench.readers.table
 	$(BIN)/python -m bench.planner.page
 
 # Plans recorded traces again and brings what comes of it into POLICIES.md; takes minutes.

@@ -46,6 +46,7 @@ class Topic(Enum):
     MEMORY_CAP = "memory-cap"
     WRITES = "writes"
     PLANNER = "planner"
+    READERS = "readers"
     LINK = "link"
     SPEED = "speed"
     PLANS = "plans"

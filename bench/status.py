@@ -17,6 +17,7 @@ _ROWS = {
     Topic.MEMORY_CAP: "memory under a cgroup cap",
     Topic.WRITES: "cost of noticing writes",
     Topic.PLANNER: "planning time",
+    Topic.READERS: "reading files",
     Topic.LINK: "driver calls, and copies to the device",
     Topic.SPEED: "speed against the roofline",
     Topic.PLANS: "plans, predicted and executed",

@@ -137,7 +137,7 @@ def _wrap(
         fixed_bytes = buffer_bytes(census, new_buffers, compute.device.place)
         homes = _homes(census, entries, storage)
         refuse_misaligned(homes.homes, compute.device.place)
-        machine = measure_machine(homes.homes, storage.files, config.io_threads, compute.link)
+        machine = measure_machine(homes.homes, storage.files, compute.choice, compute.link)
         expected = expected_operators(roots, census)
         check_budget(
             config.budget_bytes,
@@ -322,7 +322,7 @@ def report(model: torch.nn.Module) -> Report:
         state.engine,
         policy=state.machinery.policy.value,
         machine=state.machinery.machine(),
-        io_path=state.machinery.compute.reader.path,
+        io_path=state.machinery.compute.io_path,
         weights_owned=count_weights(roots),
         graphs=len(state.backend.runners),
     )

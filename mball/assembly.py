@@ -36,7 +36,8 @@ class Storage:
     @classmethod
     def open(cls, config: Config) -> Self:
         """Makes an empty swap file. Raises StorageError when that cannot be done."""
-        files = FileTable(direct=DirectIO.OFF if config.io is Io.BUFFERED else DirectIO.AUTO)
+        modes = {Io.BUFFERED: DirectIO.OFF, Io.DIRECT: DirectIO.ALWAYS, Io.CACHED: DirectIO.UNCACHED}
+        files = FileTable(direct=modes.get(config.io, DirectIO.AUTO))
         swap = SwapFile.create(config.swap_dir)
         files.add_descriptor(swap.name, swap.fd)
         return cls(files=files, swap=swap)

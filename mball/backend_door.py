@@ -280,7 +280,7 @@ class Door:
             size_before = self._storage.swap.size_bytes
             file, homes = write_homes(owned, self._storage.swap)
             try:
-                machine = measure_machine(homes, self._storage.files, self.config.io_threads, None)
+                machine = measure_machine(homes, self._storage.files, self.machinery.compute.choice, None)
                 check_budget(self.engine.budget_bytes, None, [*known.homes, *homes], machine, 0, expected)
             except BaseException:
                 self._storage.swap.shrink(size_before)

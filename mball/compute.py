@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from mball.config import Config
+from mball.config import Config, Io, own_cache
 from mball.errors import ConfigError, DeviceError
 from mball.memory import CpuDevice, Device
 from mball.memory.cuda_device import CudaDevice
@@ -21,7 +21,7 @@ from mball.memory.page_pool import PagePool
 from mball.memory.region import Region
 from mball.run.homes import PAGE_BYTES
 from mball.schema import Link, Tier
-from mball.storage import FileTable, ThreadedReader
+from mball.storage import FileReader, FileTable, ReaderChoice, Threads, choose_reader
 from mball.trace.graph import ASSUMED_MEMORY_BYTES_PER_S
 from mball.units import MIB
 
@@ -44,6 +44,7 @@ class Compute:
     Attributes:
         device: ends with `device.close`, after which its arena may be closed.
         reader: reads files; the device closes it.
+        choice: what kind of reader it is.
         page_bytes: what the device's memory comes in.
         memory_bytes_per_s: about how fast compute reads it.
         link: on which plans bring bundles, where that is not the disk; from host memory if they say what is there.
@@ -51,7 +52,8 @@ class Compute:
     """
 
     device: Device
-    reader: ThreadedReader
+    reader: FileReader
+    choice: ReaderChoice = field(default_factory=ReaderChoice)
     page_bytes: int = PAGE_BYTES
     memory_bytes_per_s: float = ASSUMED_MEMORY_BYTES_PER_S
     link: Link | None = None
@@ -62,6 +64,11 @@ class Compute:
         """By how much the arena may be rounded up beyond what plans know."""
         return self.page_bytes - PAGE_BYTES
 
+    @property
+    def io_path(self) -> str:
+        """How files are read, and why so, in words."""
+        return f"{self.reader.path}, by {self.choice} ({self.choice.reason})"
+
     def close(self) -> None:
         """Ends a device that no engine has taken over. Idempotent."""
         self.device.close()
@@ -71,25 +78,33 @@ class Compute:
 OpenCompute = Callable[[Config, FileTable], Compute]
 
 
+def _choice(config: Config) -> ReaderChoice:
+    threads = {Io.NATIVE: Threads.C, Io.THREADS: Threads.PYTHON}.get(config.io, Threads.AUTO)
+    return choose_reader(threads, num_threads=config.io_threads, cache=own_cache())
+
+
 def open_compute(config: Config, files: FileTable) -> Compute:
     """Returns the device that `config` names.
 
     Raises:
         ConfigError: this torch knows no such device.
-        DeviceError: there is none, or it lacks something that is needed.
+        DeviceError: there is none, or it lacks something that is needed; or threads of C are asked for, and their
+            library is not there.
     """
     kind, _, number = config.device.partition(":")
-    reader = ThreadedReader(files, num_threads=config.io_threads)
+    choice = _choice(config)
+    reader = choice.open(files)
     try:
         if kind == "cpu":
-            return Compute(device=CpuDevice(reader), reader=reader)
-        return _open_cuda(reader, int(number) if number else None, has_level=config.host_budget_bytes is not None)
+            return Compute(device=CpuDevice(reader), reader=reader, choice=choice)
+        has_level = config.host_budget_bytes is not None
+        return replace(_open_cuda(reader, int(number) if number else None, has_level=has_level), choice=choice)
     except BaseException:
         reader.close()
         raise
 
 
-def _open_cuda(reader: ThreadedReader, ordinal: int | None, *, has_level: bool) -> Compute:
+def _open_cuda(reader: FileReader, ordinal: int | None, *, has_level: bool) -> Compute:
     if not torch.backends.cuda.is_built():
         raise ConfigError(f"device is 'cuda', and this torch ({torch.__version__}) is built without CUDA: install one")
     if not torch.cuda.is_available():
@@ -106,7 +121,7 @@ def _open_cuda(reader: ThreadedReader, ordinal: int | None, *, has_level: bool) 
 
 
 def cuda_compute(
-    reader: ThreadedReader,
+    reader: FileReader,
     ordinal: int,
     current_stream: Callable[[], int],
     *,

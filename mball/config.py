@@ -41,10 +41,20 @@ class Compile(Enum):
 
 
 class Io(Enum):
-    """How homes are read: AUTO tries O_DIRECT and falls back to buffered reads, once, with a log line."""
+    """How homes are read.
+
+    AUTO reads past the page cache (O_DIRECT) on file systems of disks, and through it where the file system refuses
+    (once, with a log line), over a network and in memory; by threads of C, and by Python's where there is no C
+    compiler. CACHED reads what is in the page cache already from there. DIRECT goes past it wherever that works, and
+    BUFFERED never does. NATIVE insists on threads of C, and THREADS on Python's; else they are AUTO.
+    """
 
     AUTO = "auto"
+    DIRECT = "direct"
     BUFFERED = "buffered"
+    CACHED = "cached"
+    NATIVE = "native"
+    THREADS = "threads"
 
 
 class Policy(Enum):
@@ -176,9 +186,15 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mball"
 
 
-def calibration_directory() -> Path | None:
-    """Returns where calibrations of this user's machines are kept; None for a user without a home."""
+def own_cache() -> Path | None:
+    """Returns `cache_directory()`, None for a user without a home."""
     try:
-        return cache_directory() / "calibration"
+        return cache_directory()
     except RuntimeError:
         return None
+
+
+def calibration_directory() -> Path | None:
+    """Returns where calibrations of this user's machines are kept; None for a user without a home."""
+    cache = own_cache()
+    return None if cache is None else cache / "calibration"

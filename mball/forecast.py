@@ -16,33 +16,33 @@ from mball.run.census import Census
 from mball.run.homes import PAGE_BYTES, Home
 from mball.run.segments import OperatorReads
 from mball.schema import Gather, Link, Machine, Step, Tier, Trace
-from mball.storage import FileTable, find_calibrated_link, measure_link
+from mball.storage import FileTable, ReaderChoice, find_calibrated_link, measure_link
 from mball.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
 
-def measure_machine(homes: Sequence[Home], files: FileTable, num_threads: int, link: Link | None) -> Machine:
-    """Returns this machine with `link`, or with that of `num_threads` reading the file of the largest weight.
+def measure_machine(homes: Sequence[Home], files: FileTable, choice: ReaderChoice, link: Link | None) -> Machine:
+    """Returns this machine with `link`, or with that of the reader of `choice` from the file of the largest weight.
 
     If `link` begins in host memory, that one brings what is on disk to there. As `mball doctor --calibrate` measured
     it, where that file lies on a file system with a calibration, else measured now.
     """
     disk_link = None
     if link is None:
-        link = _disk_link(homes, files, num_threads)
+        link = _disk_link(homes, files, choice)
     elif link.source is Tier.HOST:
-        disk_link = replace(_disk_link(homes, files, num_threads), target=Tier.HOST)
+        disk_link = replace(_disk_link(homes, files, choice), target=Tier.HOST)
     return Machine(
         name="this machine", page_bytes=PAGE_BYTES, alignment_bytes=PAGE_BYTES, link=link, disk_link=disk_link
     )
 
 
-def _disk_link(homes: Sequence[Home], files: FileTable, num_threads: int) -> Link:
+def _disk_link(homes: Sequence[Home], files: FileTable, choice: ReaderChoice) -> Link:
     largest = max(homes, key=lambda home: home.span_bytes)
-    known = find_calibrated_link(calibration_directory(), files, largest.file, num_threads=num_threads)
+    known = find_calibrated_link(calibration_directory(), files, largest.file, choice)
     if known is None:
-        return measure_link(files, largest.file, num_threads=num_threads)
+        return measure_link(files, largest.file, choice=choice)
     link, day = known
     logger.info("weights come at %.2f GB/s, as calibrated on %s", link.bandwidth_bytes_per_s / 1e9, day)
     return link

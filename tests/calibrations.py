@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mball.config import calibration_directory
+from mball.config import calibration_directory, own_cache
 from mball.schema import CalibratedLink, Calibration, Link, LinkSample
-from mball.storage import FileTable, file_system_of, save_calibration
+from mball.storage import FileTable, choose_reader, file_system_of, save_calibration
 from mball.storage.calibration import reader_kind
-from mball.storage.threads import DEFAULT_NUM_THREADS
 from mball.units import MIB
 
 
@@ -48,7 +47,7 @@ def keep_calibration(directory: Path, link: Link, monkeypatch: pytest.MonkeyPatc
         links=(
             CalibratedLink(
                 link=link,
-                reader=reader_kind(num_threads=DEFAULT_NUM_THREADS, direct=direct),
+                reader=reader_kind(choose_reader(cache=own_cache()), direct=direct),
                 file_bytes=1 << 30,
                 num_rounds=5,
                 spread=0.1,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 
@@ -52,6 +53,15 @@ def settled_heap() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def set_preadv() -> Iterator[Callable[[Callable[..., int]], object]]:
+    """Has files read by another function until the end of the test; see `preadv_is`."""
+    from tests.preads import preadv_is
+
+    with ExitStack() as stack:
+        yield lambda function: stack.enter_context(preadv_is(function))
 
 
 @pytest.fixture

@@ -165,33 +165,41 @@ def test_wheel_holds_what_the_checkout_holds(tmp_path: Path, has_compiler: bool)
              for path in (ROOT / folder).rglob("*.py")]  # fmt: skip
     expected = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
     libraries = {name for name in held if name.endswith(".so")}
-    assert held - libraries == expected | {"mball/py.typed", "mball/memory/allocator/segments.c"}
-    assert len(libraries) == has_compiler
+    assert held - libraries == expected | {"mball/py.typed", *SOURCES_IN_C}
+    assert len(libraries) == has_compiler * len(SOURCES_IN_C)
     folder = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     loaded = run(sys.executable, "-c", LOAD, cwd=tmp_path, PYTHONPATH=str(folder))
-    assert loaded.stdout.startswith(str(folder) if has_compiler else "DeviceError"), loaded.stdout + loaded.stderr
+    for line in loaded.stdout.splitlines():
+        assert line.startswith(str(folder) if has_compiler else "DeviceError"), loaded.stdout + loaded.stderr
+    assert len(loaded.stdout.splitlines()) == len(SOURCES_IN_C), loaded.stderr
 
 
+SOURCES_IN_C = {"mball/memory/allocator/segments.c", "mball/storage/read_pool.c"}
 LOAD = """
-from mball.memory import load_library
-try:
-    print(load_library()._name)
-except Exception as error:
-    print(type(error).__name__, error)
+from mball.memory.allocator.library import SEGMENTS
+from mball.storage.native import READ_POOL
+for library in (SEGMENTS, READ_POOL):
+    try:
+        print(library.load(None)._name)
+    except Exception as error:
+        print(type(error).__name__, error)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, cc")
-def test_an_editable_install_has_the_allocators_library(tmp_path: Path) -> None:
+def test_an_editable_install_has_the_c_libraries(tmp_path: Path) -> None:
     source = copied(tmp_path / "source")
     wanted = ["--no-deps", "--target", str(tmp_path / "site"), "-e", str(source)]
     finished = run(sys.executable, "-m", "pip", "install", *wanted)
     assert finished.returncode == 0, finished.stderr
     loaded = run(sys.executable, "-c", LOAD, cwd=tmp_path, PYTHONPATH=str(source))
-    assert loaded.stdout.startswith(str(source / "mball/memory/allocator/_segments")), loaded.stdout + loaded.stderr
+    stems = [str(source / path.replace(name, f"_{name}").removesuffix(".c"))
+             for path in sorted(SOURCES_IN_C) for name in [path.rpartition("/")[2]]]  # fmt: skip
+    for line, stem in zip(loaded.stdout.splitlines(), stems, strict=True):
+        assert line.startswith(stem), loaded.stdout + loaded.stderr
 
 
 @pytest.mark.slow
@@ -205,4 +213,4 @@ def test_the_source_distribution_holds_what_builds_it(tmp_path: Path) -> None:
     (archive,) = tmp_path.glob("mball-*.tar.gz")
     with tarfile.open(archive) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}
-    assert {"setup.py", "pyproject.toml", "mball/memory/allocator/segments.c"} <= held
+    assert {"setup.py", "pyproject.toml", *SOURCES_IN_C} <= held

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mball.config import calibration_directory
+from mball.config import calibration_directory, own_cache
 from mball.errors import StorageError
 from mball.schema import CalibratedLink, Calibration
-from mball.storage import calibrate, save_calibration
+from mball.storage import calibrate, choose_reader, save_calibration
 from mball.units import KIB, MIB, format_bytes
 
 # From here on a person should know that plans were made for a disk that others use as well.
@@ -29,12 +29,13 @@ def run_calibrate(*, where: str, as_json: bool) -> int:
         raise StorageError(
             "you have no home directory to keep a calibration in; set XDG_CACHE_HOME to a writable place"
         )
+    choice = choose_reader(cache=own_cache())
     if as_json:
-        calibration = calibrate(where)
+        calibration = calibrate(where, choice=choice)
     else:
         console = Console()
         with console.status("calibrating") as status:
-            calibration = calibrate(where, progress=lambda doing: status.update(escape(doing)))
+            calibration = calibrate(where, choice=choice, progress=lambda doing: status.update(escape(doing)))
         for calibrated in calibration.links:
             console.print(_table(calibration, calibrated))
             for line in _lines(calibrated):

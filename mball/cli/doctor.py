@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mball.cli.findings import Finding, Need, State, disk, gpus, software
+from mball.cli.disk_findings import disk
+from mball.cli.findings import Finding, Need, State, gpus, software
 from mball.cli.host_findings import host_memory, private_torch
 
 _COLOURS = {State.FOUND: "green", State.LIMITED: "yellow", State.MISSING: "yellow"}
@@ -23,12 +24,14 @@ def run_doctor(*, directory: str, as_json: bool) -> int:
     """Prints what was found, as tables or JSON; returns 1 where something mandatory is missing, else 0."""
     console = Console()
     findings = [*software(), *host_memory()]
+    of_gpus = gpus()
+    has_gpu = of_gpus[0].state is State.FOUND
     if as_json:
-        found, facts = disk(directory)
+        found, facts = disk(directory, has_gpu=has_gpu)
     else:
         with console.status(f"reading and writing 256 MiB in {directory}"):
-            found, facts = disk(directory)
-    findings += [*found, *gpus(), *private_torch()]
+            found, facts = disk(directory, has_gpu=has_gpu)
+    findings += [*found, *of_gpus, *private_torch()]
     if as_json:
         document = {
             "findings": [dataclasses.asdict(finding) for finding in findings],

@@ -9,22 +9,14 @@ import shutil
 import sys
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
-from mball.cli.calibrate import figures
-from mball.config import calibration_directory
-from mball.errors import StorageError
 from mball.observe.gpus import Gpu
 from mball.observe.nvml import NoGpuError, open_nvml
 from mball.observe.told import NotTold
-from mball.schema import Tier
-from mball.storage import DirectoryFacts, file_system_of, load_calibration, probe_directory
 from mball.units import format_bytes
 
 PYTHON_NEEDED = (3, 11)
 TORCH_NEEDED = (2, 11)
-# Below this, even a small model waits seconds for every token.
-SLOW_DISK_BYTES_PER_S = 2e8
 
 
 class Need(Enum):
@@ -99,54 +91,8 @@ def software() -> list[Finding]:
     ]  # fmt: skip
 
 
-def disk(directory: str | Path) -> tuple[list[Finding], DirectoryFacts | None]:
-    """Returns what the disk under `directory` can do, measured with a temporary file there, and the raw facts."""
-    section = f"disk of {directory}"
-    try:
-        facts = probe_directory(directory)
-    except StorageError as error:
-        advice = "give --directory a directory that exists and can be written to"
-        return [check(section, "directory", False, str(error), advice, Need.MANDATORY)], None
-    alignment = (
-        f"yes; smallest alignment of offset {facts.offset_alignment_bytes} B, "
-        f"address {facts.address_alignment_bytes} B, length {facts.length_alignment_bytes} B"
-    )
-    findings = [
-        limit(
-            section, "directory", facts.measured_bytes > 0,
-            f"{facts.file_system} on {facts.mount_point}, {format_bytes(facts.free_bytes)} free",
-            "too full to be measured, and for a swap file; free some space", Need.MANDATORY,
-        ),
-        check(
-            section, "O_DIRECT", facts.direct, alignment if facts.direct else "refused by the file system",
-            "reads go through the page cache, which also takes memory; use a local disk",
-        ),
-    ]  # fmt: skip
-    speeds = (
-        ("read past the page cache", facts.direct_bandwidth_bytes_per_s),
-        ("read through it, cold", facts.buffered_bandwidth_bytes_per_s),
-    )
-    for name, speed in speeds:
-        if speed is not None:
-            advice = "every streamed byte comes at this speed; keep checkpoints on a faster disk"
-            findings.append(limit(section, name, speed >= SLOW_DISK_BYTES_PER_S, f"{speed / 1e9:.2f} GB/s", advice))
-    if facts.latency_s is not None:
-        latency = f"{facts.latency_s * 1e6:.0f} µs"
-        findings.append(check(section, "latency of a read on the idle disk", True, latency, ""))
-    findings.append(_calibration(section, facts.directory))
-    return findings, facts
-
-
-def _calibration(section: str, directory: str) -> Finding:
-    found = load_calibration(calibration_directory(), file_system_of(directory))
-    link = None if found is None else found.find_link(Tier.DISK, Tier.DEVICE)
-    value = "none" if found is None or link is None else f"{found.day}: {figures(link)}"
-    advice = f"each start measures the disk for 0.1 s: mball doctor --calibrate {directory} measures it well, once"
-    return check(section, "calibration", link is not None, value, advice)
-
-
 def gpus() -> list[Finding]:
-    """Returns the NVIDIA driver and its GPUs, and what reaches them from disk."""
+    """Returns the NVIDIA driver and its GPUs."""
     section = "GPU"
     try:
         with open_nvml() as nvml:
@@ -159,15 +105,10 @@ def gpus() -> list[Finding]:
     )
     findings = [check(section, "NVIDIA driver", True, f"{driver}, CUDA {cuda}", "")]
     findings += [_gpu(section, gpu) for gpu in seen.units()]
-    has_gds = Path("/proc/driver/nvidia-fs/stats").exists()
     return [
         *findings,
         _package(section, "cuda-bindings", "a budget on the GPU cannot grow and shrink: pip install cuda-bindings"),
-        check(
-            section, "GPUDirect Storage", has_gds, "nvidia-fs is loaded" if has_gds else "nvidia-fs is not loaded",
-            "reads go through pinned host memory, which is a good way too",
-        ),
-    ]  # fmt: skip
+    ]
 
 
 def _gpu(section: str, gpu: Gpu) -> Finding:

@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from mball.cli.checkpoint_trace import trace_of_checkpoint
-from mball.config import calibration_directory
+from mball.config import calibration_directory, own_cache
 from mball.errors import CheckpointError, ConfigError, StorageError
 from mball.plan import Explanation, UtilityPoint, explain, make_plan, smallest_budget, utility_curve
 from mball.schema import Lane, Link, Machine, Plan, Prediction, Tier, Trace
-from mball.storage import FileTable, find_calibrated_link, measure_link
+from mball.storage import FileTable, choose_reader, find_calibrated_link, measure_link
 from mball.units import GIB, format_bytes, format_names, parse_bytes
 
 PAGE_BYTES = 4096
@@ -190,10 +190,11 @@ def _through_host(machine: Machine, link_bandwidth: str | None) -> Machine:
 
 
 def _link_of(files: FileTable, name: str) -> tuple[Link, str]:
-    known = find_calibrated_link(calibration_directory(), files, name)
+    choice = choose_reader(cache=own_cache())
+    known = find_calibrated_link(calibration_directory(), files, name, choice)
     if known is not None:
         return known[0], f"calibrated on {known[1]}"
-    return measure_link(files, name), f"measured on {os.path.basename(name)}"
+    return measure_link(files, name, choice=choice), f"measured on {os.path.basename(name)}"
 
 
 def _curve(

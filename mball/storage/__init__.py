@@ -1,10 +1,13 @@
 """Where bytes lie on disk, and how they come into memory. Knows nothing of models, plans or arenas."""
 
+from mball.storage.alignment import DIRECT_ALIGNMENT_BYTES
 from mball.storage.calibration import Effort, calibrate
 from mball.storage.calibration_cache import find_calibrated_link, load_calibration, save_calibration
 from mball.storage.checkpoint import CheckpointIndex, TensorEntry
-from mball.storage.files import DIRECT_ALIGNMENT_BYTES, DirectIO, FileTable
+from mball.storage.choice import FileReader, ReaderChoice, Threads, choose_reader
+from mball.storage.files import DirectIO, FileTable
 from mball.storage.mounts import FileSystem, file_system_of
+from mball.storage.native import NativeReader, ReadPoolLibrary, load_read_pool
 from mball.storage.probe import DirectoryFacts, measure_link, probe_directory
 from mball.storage.reader import Read, Reader, ReadHandle, ReadStatistics
 from mball.storage.swapfile import SwapFile
@@ -16,19 +19,26 @@ __all__ = [
     "DirectIO",
     "DirectoryFacts",
     "Effort",
+    "FileReader",
     "FileSystem",
     "FileTable",
+    "NativeReader",
     "Read",
     "ReadHandle",
+    "ReadPoolLibrary",
     "ReadStatistics",
     "Reader",
+    "ReaderChoice",
     "SwapFile",
     "TensorEntry",
     "ThreadedReader",
+    "Threads",
     "calibrate",
+    "choose_reader",
     "file_system_of",
     "find_calibrated_link",
     "load_calibration",
+    "load_read_pool",
     "measure_link",
     "probe_directory",
     "save_calibration",

@@ -22,15 +22,15 @@ from datetime import UTC, datetime
 
 from mball.errors import StorageError
 from mball.schema import CalibratedLink, Calibration, Link, LinkSample
+from mball.storage.choice import FileReader, ReaderChoice, choose_reader
 from mball.storage.files import FileTable
 from mball.storage.mounts import FileSystem, file_system_of
-from mball.storage.reader import Read
+from mball.storage.reader import Read, ReadHandle
 from mball.storage.scratch import fill, huge_page_memory
-from mball.storage.threads import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_THREADS, PendingReads, ThreadedReader
 from mball.units import GIB, KIB, MIB, format_bytes, round_down
 
-# Goes up when `ThreadedReader` reads in another way: the speeds of before are not believed then.
-READER_VERSION = 1
+# Goes up when readers read in another way: the speeds of before are not believed then.
+READER_VERSION = 2
 # More in flight than this many windows of the reader only makes requests wait longer.
 _MOST_WINDOWS = 4
 # A link is saturated while the reader always finds another window of requests behind the one that it reads.
@@ -78,9 +78,13 @@ class _Run:
 
 
 def calibrate(
-    where: str | os.PathLike[str], *, effort: Effort | None = None, progress: Callable[[str], None] = lambda _: None
+    where: str | os.PathLike[str],
+    *,
+    effort: Effort | None = None,
+    choice: ReaderChoice | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Calibration:
-    """Measures the link from the disk under `where` to memory, as a `ThreadedReader` of default settings drives it.
+    """Measures the link from the disk under `where` to memory, as the reader of `choice` drives it.
 
     Past the page cache where the file system allows it, else with the file dropped from the cache before each
     measurement. Takes 64 MiB of memory, and 10 s besides writing the file; more where a disk is slow, since the first
@@ -90,6 +94,7 @@ def calibrate(
         where: a directory, in which a temporary file is written, read and removed; or a file to read, such as one of
             a checkpoint, where nothing can be written.
         effort: what to measure.
+        choice: the reader; by default the best that is there.
         progress: is told what is going on, for people.
 
     Raises:
@@ -97,18 +102,19 @@ def calibrate(
             or its disk fails.
     """
     effort = effort or Effort()
+    choice = choice or choose_reader()
     path = os.path.abspath(where)
     try:
         if not os.path.isdir(path):
             with open(path, "rb", buffering=0) as file:
-                return _calibrate(file.fileno(), effort, progress)
+                return _calibrate(file.fileno(), effort, choice, progress)
         usage = os.statvfs(path)
         size_bytes = round_down(min(effort.size_bytes, usage.f_bavail * usage.f_frsize // 2), mmap.PAGESIZE)
         _check_size(size_bytes, path)
         with tempfile.TemporaryFile(dir=path, buffering=0) as file:
             progress(f"writing {format_bytes(size_bytes)} in {path}")
             fill(file.fileno(), size_bytes)
-            return _calibrate(file.fileno(), effort, progress)
+            return _calibrate(file.fileno(), effort, choice, progress)
     except StorageError:
         raise
     except OSError as error:
@@ -123,10 +129,10 @@ def place_of(descriptor: int) -> FileSystem:
     return file_system_of(f"/proc/self/fd/{descriptor}")
 
 
-def reader_kind(*, num_threads: int, direct: bool) -> str:
-    """Returns what is calibrated besides the disk: a `ThreadedReader`, and how it reads."""
+def reader_kind(choice: ReaderChoice, *, direct: bool) -> str:
+    """Returns what is calibrated besides the disk: a reader, and how it reads."""
     way = "O_DIRECT" if direct else "page cache"
-    return f"threads/{READER_VERSION}: {num_threads} threads, {format_bytes(DEFAULT_CHUNK_BYTES)} a request, {way}"
+    return f"version {READER_VERSION}: {choice}, {way}"
 
 
 def _check_size(size_bytes: int, path: str) -> None:
@@ -137,7 +143,7 @@ def _check_size(size_bytes: int, path: str) -> None:
         )
 
 
-def _calibrate(descriptor: int, effort: Effort, progress: Callable[[str], None]) -> Calibration:
+def _calibrate(descriptor: int, effort: Effort, choice: ReaderChoice, progress: Callable[[str], None]) -> Calibration:
     place = place_of(descriptor)
     file_bytes = os.fstat(descriptor).st_size
     _check_size(file_bytes, place.mount_point)
@@ -145,7 +151,7 @@ def _calibrate(descriptor: int, effort: Effort, progress: Callable[[str], None])
     try:
         name = files.add_descriptor("calibration", descriptor)
         direct = files.is_direct(name)
-        reader = ThreadedReader(files)
+        reader = choice.open(files)
         try:
             cells = [
                 _Cell(block_bytes, depth)
@@ -169,7 +175,7 @@ def _calibrate(descriptor: int, effort: Effort, progress: Callable[[str], None])
         links=(
             CalibratedLink(
                 link=link,
-                reader=reader_kind(num_threads=DEFAULT_NUM_THREADS, direct=direct),
+                reader=reader_kind(choice, direct=direct),
                 file_bytes=file_bytes,
                 num_rounds=min(map(len, runs.values())),
                 spread=spread,
@@ -206,7 +212,7 @@ class _Course:
     Requests that wait share their memory with those that are over: the reader has one window under way at a time.
     """
 
-    def __init__(self, reader: ThreadedReader, descriptor: int, name: str, file_bytes: int, *, direct: bool) -> None:
+    def __init__(self, reader: FileReader, descriptor: int, name: str, file_bytes: int, *, direct: bool) -> None:
         self._reader = reader
         self._descriptor = descriptor
         self._name = name
@@ -224,7 +230,7 @@ class _Course:
         most = max(self._file_bytes // cell.block_bytes, 1)
         least = min(2 * cell.depth, most)
         latencies_s: list[float] = []
-        in_flight: deque[tuple[float, PendingReads]] = deque()
+        in_flight: deque[tuple[float, ReadHandle]] = deque()
         begun_s = time.perf_counter()
         num_requests = 0
         while num_requests < least or (num_requests < most and time.perf_counter() < begun_s + time_limit_s):
@@ -249,7 +255,7 @@ class _Course:
         return read
 
 
-def _landed(submitted_s: float, handle: PendingReads) -> float:
+def _landed(submitted_s: float, handle: ReadHandle) -> float:
     """Waits for the read, and returns the seconds from its submit to its end."""
     handle.wait()
     assert handle.ended_s is not None

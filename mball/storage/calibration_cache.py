@@ -12,9 +12,9 @@ from pathlib import Path
 from mball.errors import StorageError
 from mball.schema import Calibration, Link, Tier
 from mball.storage.calibration import place_of, reader_kind
+from mball.storage.choice import ReaderChoice
 from mball.storage.files import FileTable
 from mball.storage.mounts import FileSystem
-from mball.storage.threads import DEFAULT_NUM_THREADS
 from mball.whole_files import replace_file
 
 # Kernels, disks and what else runs on the machine change.
@@ -78,18 +78,18 @@ def load_calibration(directory: Path | None, place: FileSystem) -> Calibration |
 
 
 def find_calibrated_link(
-    directory: Path | None, files: FileTable, name: str, *, num_threads: int = DEFAULT_NUM_THREADS
+    directory: Path | None, files: FileTable, name: str, choice: ReaderChoice
 ) -> tuple[Link, str] | None:
     """Returns the calibrated link from a file of the table to memory, and the day it was measured.
 
-    None without a calibration of its file system, and where it was measured with another number of threads or another
-    way past or through the page cache than a `ThreadedReader` of `num_threads` would take.
+    None without a calibration of its file system, and where it was measured with another reader than that of `choice`,
+    or another way past or through the page cache than it would take.
     """
     calibration = load_calibration(directory, place_of(files[name].buffered))
     found = None if calibration is None else calibration.find_link(Tier.DISK, Tier.DEVICE)
     if calibration is None or found is None:
         return None
-    kind = reader_kind(num_threads=num_threads, direct=files.is_direct(name))
+    kind = reader_kind(choice, direct=files.is_direct(name))
     if found.reader != kind:
         _say_once(logging.INFO, f"the calibration of {calibration.place} is not used: {found.reader}; here {kind}")
         return None

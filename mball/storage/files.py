@@ -9,9 +9,8 @@ import weakref
 from enum import Enum
 
 from mball.errors import StorageError
-
-# Enough for every disk in use; `probe_directory` measures what a disk really asks for.
-DIRECT_ALIGNMENT_BYTES = 4096
+from mball.storage.alignment import COARSE_ALIGNMENT_BYTES, Alignment, alignment_of
+from mball.storage.mounts import file_system_of, page_cache_reason
 
 _logger = logging.getLogger(__name__)
 
@@ -20,10 +19,18 @@ class DirectIO(Enum):
     """Whether reads go past the page cache."""
 
     AUTO = "auto"
+    """Wherever offset, length and address allow it, on file systems of disks: not over a network, not in memory."""
+
+    UNCACHED = "uncached"
+    """As AUTO, but for what is in the page cache already: that comes several times as fast, and takes so much processor
+    time for copying that it is for loading, not for reading beside compute on the same processor.
+    """
+
+    ALWAYS = "always"
     """Wherever file system, offset, length and address allow it."""
 
     OFF = "off"
-    """Never: for network storage and warm caches, where the page cache wins."""
+    """Never: for files that others read too, and that stay in the page cache."""
 
 
 class OpenFile:
@@ -75,20 +82,46 @@ class OpenFile:
                     self._table.fall_back(self, error)
         return descriptors[1] if len(descriptors) > 1 else None
 
-    def fall_back(self, error: OSError) -> None:
-        """Notes that this file's file system refuses direct reads; one log line a file system."""
-        with self._table.lock:
-            self._table.fall_back(self, error)
+    def alignment(self) -> Alignment | None:
+        """Returns what direct reads have to be aligned to, None where there are none."""
+        if self.direct() is None:
+            return None
+        alignments = self._table.alignments
+        if self.device not in alignments:
+            with self._table.lock:
+                told = alignment_of(self.buffered)
+                alignments[self.device] = told or Alignment()
+                if told is not None:
+                    self._table.told.add(self.device)
+        return alignments[self.device]
+
+    def fall_back(self, error: OSError, alignment_bytes: int) -> None:
+        """Notes that a direct read that was aligned to so much was refused.
+
+        Where the kernel does not tell what is asked for, 64 KiB are tried before this file's file system is given up;
+        one log line a file system says that.
+        """
+        table = self._table
+        with table.lock:
+            if alignment_bytes < COARSE_ALIGNMENT_BYTES and self.device not in table.told:
+                table.alignments[self.device] = Alignment(offset_bytes=COARSE_ALIGNMENT_BYTES)
+            else:
+                table.fall_back(self, error)
 
 
 class _State:
-    """What outlives the table until the last file goes: descriptors by file, reasons by file system."""
+    """What outlives the table until the last file goes: descriptors by file, and by file system (that is, by device)
+    why it is read through the page cache, or what direct reads are aligned to.
+    """
 
     def __init__(self) -> None:
         # Reentrant: a garbage collection inside the lock may finalise a file.
         self.lock = threading.RLock()
         self.descriptors: dict[int, list[int]] = {}
         self.reasons: dict[int, str] = {}
+        self.alignments: dict[int, Alignment] = {}
+        self.told: set[int] = set()  # whose alignment the kernel told
+        self.devices: set[int] = set()
 
     def own(self, file: OpenFile, descriptor: int) -> None:
         self.descriptors[id(file)] = [descriptor]
@@ -173,13 +206,17 @@ class FileTable:
     @property
     def any_direct(self) -> bool:
         """Whether some file may be read past the page cache."""
-        return self.mode is DirectIO.AUTO and any(
+        return self.mode is not DirectIO.OFF and any(
             file.device not in self._state.reasons for file in self._files.values()
         )
 
     def is_direct(self, name: str) -> bool:
         """Returns whether aligned reads of this file go past the page cache, as far as is known."""
-        return self.mode is DirectIO.AUTO and self[name].direct() is not None
+        return self.alignment(name) is not None
+
+    def alignment(self, name: str) -> Alignment | None:
+        """Returns what reads of this file past the page cache are aligned to; None where there are none."""
+        return None if self.mode is DirectIO.OFF else self[name].alignment()
 
     def close(self) -> None:
         """Closes every descriptor; the readers on it must be closed before. May be called again."""
@@ -189,4 +226,9 @@ class FileTable:
                 self._state.close(key)
 
     def _add(self, name: str, descriptor: int, size_bytes: int | None) -> None:
-        self._files[name] = OpenFile(self._state, name, descriptor, size_bytes)
+        file = self._files[name] = OpenFile(self._state, name, descriptor, size_bytes)
+        state = self._state
+        if self.mode in (DirectIO.AUTO, DirectIO.UNCACHED) and file.device not in state.devices:
+            state.devices.add(file.device)
+            if reason := page_cache_reason(file_system_of(f"/proc/self/fd/{descriptor}").kind):
+                state.reasons.setdefault(file.device, reason)

@@ -44,5 +44,21 @@ def file_system_of(path: str) -> FileSystem:
     return best
 
 
+# Their clients read ahead and keep what was read, in the page cache; past it each read is a round trip.
+_OF_A_NETWORK = frozenset({"9p", "afs", "ceph", "cifs", "ncpfs", "nfs", "nfs4", "smb3", "smbfs"})
+_IN_MEMORY = frozenset({"ramfs", "tmpfs"})
+
+
+def page_cache_reason(kind: str) -> str | None:
+    """Returns why files of this type of file system are better read through the page cache; None if they are not."""
+    if kind in _IN_MEMORY:
+        return f"{kind} is memory"
+    if kind in _OF_A_NETWORK:
+        return f"{kind} is a network's"
+    if kind.partition(".")[0] in ("fuse", "fuseblk"):
+        return f"{kind} is another program's"
+    return None
+
+
 def _unescaped(word: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), word)

@@ -13,17 +13,19 @@ from dataclasses import dataclass
 
 from mball.errors import StorageError
 from mball.schema import Link
+from mball.storage.alignment import COARSE_ALIGNMENT_BYTES
+from mball.storage.choice import ReaderChoice, choose_reader
 from mball.storage.files import DirectIO, FileTable
-from mball.storage.mounts import file_system_of
+from mball.storage.mounts import file_system_of, page_cache_reason
 from mball.storage.reader import Read, Reader, ReadHandle
 from mball.storage.scratch import fill, huge_page_memory
-from mball.storage.threads import DEFAULT_NUM_THREADS, ThreadedReader
 from mball.units import GIB, MIB, round_down
 
 _SMALL_READ_BYTES = 4096
+_MOST_ALIGNMENT_BYTES = COARSE_ALIGNMENT_BYTES
 _BLOCK_BYTES = 8 * MIB
 _NUM_IN_FLIGHT = 4
-_ALIGNMENTS_BYTES = (512, 1024, 2048, 4096)
+_ALIGNMENTS_BYTES = tuple(512 << power for power in range(8))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +33,15 @@ class DirectoryFacts:
     """What the disk under a directory can do; None where it cannot, or was not measured.
 
     Attributes:
+        page_cache_reason: why files here are read through the page cache; None if they are not.
         direct: whether `O_DIRECT` works.
-        offset_alignment_bytes: smallest file offset (512 to 4096) that direct reads accept; likewise
+        offset_alignment_bytes: smallest file offset (512 to 65536) that direct reads accept; likewise
             `address_alignment_bytes` of the destination and `length_alignment_bytes`.
         direct_bandwidth_bytes_per_s: past the page cache, into pre-faulted memory, huge pages where the system
             gives them.
         buffered_bandwidth_bytes_per_s: through the page cache, dropped before.
-        latency_s: what a read on the idle disk takes beyond its bytes at full speed, on the path that `ThreadedReader`
-            takes.
+        cached_bandwidth_bytes_per_s: out of the page cache.
+        latency_s: what a read on the idle disk takes beyond its bytes at full speed, on the path that readers take.
         measured_bytes: size of the file that was read; 0 when the disk had no room for one.
     """
 
@@ -46,18 +49,24 @@ class DirectoryFacts:
     file_system: str
     mount_point: str
     free_bytes: int
+    page_cache_reason: str | None
     direct: bool
     offset_alignment_bytes: int | None
     address_alignment_bytes: int | None
     length_alignment_bytes: int | None
     direct_bandwidth_bytes_per_s: float | None
     buffered_bandwidth_bytes_per_s: float | None
+    cached_bandwidth_bytes_per_s: float | None
     latency_s: float | None
     measured_bytes: int
 
 
-def probe_directory(directory: str | os.PathLike[str], *, size_bytes: int = 256 * MIB) -> DirectoryFacts:
+def probe_directory(
+    directory: str | os.PathLike[str], *, size_bytes: int = 256 * MIB, choice: ReaderChoice | None = None
+) -> DirectoryFacts:
     """Writes a temporary file of `size_bytes` (at most half of what is free), reads it, and removes it.
+
+    Reads by the reader of `choice`; by default the best that is there.
 
     Raises:
         StorageError: the directory does not exist, cannot be written to, or its disk fails.
@@ -69,15 +78,23 @@ def probe_directory(directory: str | os.PathLike[str], *, size_bytes: int = 256 
         measured_bytes = round_down(min(size_bytes, free_bytes // 2), mmap.PAGESIZE)
         mount = file_system_of(where)
         alignments: tuple[int | None, int | None, int | None] = (None, None, None)
-        direct_bandwidth = buffered_bandwidth = latency_s = None
+        direct_bandwidth = buffered_bandwidth = cached_bandwidth = latency_s = None
+        choice = choice or choose_reader()
         with tempfile.TemporaryFile(dir=where, buffering=0) as file:
-            if measured_bytes >= 2 * _SMALL_READ_BYTES:
+            if measured_bytes >= 2 * _MOST_ALIGNMENT_BYTES:
                 fill(file.fileno(), measured_bytes)
                 alignments = _direct_alignments(file.fileno())
-                buffered_bandwidth = _measure(file.fileno(), DirectIO.OFF).bandwidth_bytes_per_s
-                link = _measure(file.fileno(), DirectIO.AUTO if all(alignments) else DirectIO.OFF)
+                _forget(file.fileno())
+                link = _measure(file.fileno(), DirectIO.OFF, choice)
+                buffered_bandwidth = link.bandwidth_bytes_per_s
+                # What a slow disk did not bring in time is not there: then this is its speed, too.
+                cached_bandwidth = _measure(file.fileno(), DirectIO.OFF, choice).bandwidth_bytes_per_s
+                if all(alignments):
+                    _forget(file.fileno())
+                    direct = _measure(file.fileno(), DirectIO.ALWAYS, choice)
+                    direct_bandwidth = direct.bandwidth_bytes_per_s
+                    link = link if page_cache_reason(mount.kind) else direct
                 latency_s = link.latency_s
-                direct_bandwidth = link.bandwidth_bytes_per_s if all(alignments) else None
     except StorageError:
         raise
     except OSError as error:
@@ -89,12 +106,14 @@ def probe_directory(directory: str | os.PathLike[str], *, size_bytes: int = 256 
         file_system=mount.kind,
         mount_point=mount.mount_point,
         free_bytes=free_bytes,
+        page_cache_reason=page_cache_reason(mount.kind),
         direct=all(alignments),
         offset_alignment_bytes=alignments[0],
         address_alignment_bytes=alignments[1],
         length_alignment_bytes=alignments[2],
         direct_bandwidth_bytes_per_s=direct_bandwidth,
         buffered_bandwidth_bytes_per_s=buffered_bandwidth,
+        cached_bandwidth_bytes_per_s=cached_bandwidth,
         latency_s=latency_s,
         measured_bytes=measured_bytes if latency_s is not None else 0,
     )
@@ -103,11 +122,11 @@ def probe_directory(directory: str | os.PathLike[str], *, size_bytes: int = 256 
 def measure_link(
     files: FileTable,
     *names: str,
-    num_threads: int = DEFAULT_NUM_THREADS,
+    choice: ReaderChoice | None = None,
     size_limit_bytes: int = 256 * MIB,
     time_limit_s: float = 0.1,
 ) -> Link:
-    """Returns the speed at which a `ThreadedReader` brings files of the table, `names` or all of them, to memory.
+    """Returns the speed at which the reader of `choice` brings files of the table, `names` or all of them, to memory.
 
     Reads at most about `size_limit_bytes`, and stops after `time_limit_s`. Bandwidth is that of 8 MiB blocks, four at
     a time; latency is what a block that is read alone takes longer than that. Takes 32 MiB of memory meanwhile.
@@ -120,7 +139,7 @@ def measure_link(
     if not any(sizes.values()):
         raise StorageError(f"none of {len(sizes)} files has bytes to measure the link with; add a file first")
     buffer = huge_page_memory(_BLOCK_BYTES * _NUM_IN_FLIGHT)
-    reader = ThreadedReader(files, num_threads=num_threads)
+    reader = (choice or choose_reader()).open(files)
     try:
         small_s = _alone_s(reader, sizes, buffer, _SMALL_READ_BYTES)
         bandwidth = _bandwidth_bytes_per_s(reader, sizes, buffer, size_limit_bytes, time.perf_counter() + time_limit_s)
@@ -176,13 +195,16 @@ def _read(name: str, offset_bytes: int, size_bytes: int, destination: memoryview
     return Read(file=name, offset_bytes=offset_bytes, size_bytes=size_bytes, destination=destination)
 
 
-def _measure(descriptor: int, mode: DirectIO) -> Link:
-    """Reads the whole file cold, at most 10 s of it."""
+def _forget(descriptor: int) -> None:
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _measure(descriptor: int, mode: DirectIO, choice: ReaderChoice) -> Link:
+    """Reads the whole file, at most 10 s of it."""
     files = FileTable(direct=mode)
     try:
         files.add_descriptor("probe", descriptor)
-        return measure_link(files, size_limit_bytes=GIB, time_limit_s=10.0)
+        return measure_link(files, choice=choice, size_limit_bytes=GIB, time_limit_s=10.0)
     finally:
         files.close()
 
@@ -193,11 +215,11 @@ def _direct_alignments(descriptor: int) -> tuple[int | None, int | None, int | N
         direct = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError:
         return None, None, None
-    memory = huge_page_memory(2 * _SMALL_READ_BYTES)
+    memory = huge_page_memory(2 * _MOST_ALIGNMENT_BYTES)
     try:
         return (
-            _smallest(lambda n: os.preadv(direct, [memory[:_SMALL_READ_BYTES]], n)),
-            _smallest(lambda n: os.preadv(direct, [memory[n : n + _SMALL_READ_BYTES]], 0)),
+            _smallest(lambda n: os.preadv(direct, [memory[:_MOST_ALIGNMENT_BYTES]], n)),
+            _smallest(lambda n: os.preadv(direct, [memory[n : n + _MOST_ALIGNMENT_BYTES]], 0)),
             _smallest(lambda n: os.preadv(direct, [memory[:n]], 0)),
         )
     finally:

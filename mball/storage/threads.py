@@ -12,23 +12,28 @@ state that only worker threads change.
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import numpy
-
-from mball.errors import DeviceError, StorageError
-from mball.storage.files import DIRECT_ALIGNMENT_BYTES, DirectIO, FileTable, OpenFile
+from mball.errors import StorageError
+from mball.storage.chunks import (
+    CLOSED,
+    DEFAULT_CHUNK_BYTES,
+    DEFAULT_NUM_THREADS,
+    Chunk,
+    ChunkedReader,
+    file_ended,
+    reader_is_closed,
+    refuse_fork,
+    refuse_waiting,
+)
+from mball.storage.files import FileTable
+from mball.storage.page_cache import is_cached
 from mball.storage.reader import Read, ReadStatistics
-from mball.units import MIB, format_bytes, round_down, round_up
-
-DEFAULT_NUM_THREADS = 8
-DEFAULT_CHUNK_BYTES = 2 * MIB
 
 
 class PendingReads:
@@ -56,11 +61,8 @@ class PendingReads:
         return self._remaining == 0
 
     def wait(self) -> None:
-        if self._remaining and os.getpid() != self._pid:
-            raise DeviceError(
-                f"a read of {format_bytes(self._size_bytes)} was under way when the process forked; its threads live "
-                f"in process {self._pid} only. Wrap the model in the child, or start the child with 'spawn'"
-            )
+        if self._remaining:
+            refuse_waiting(self._pid, self._size_bytes)
         with self._gate:
             pass
         if self._failure is not None:
@@ -81,42 +83,31 @@ class PendingReads:
             self._gate.release()
 
 
-class _Chunk:
-    """One request: fill `view` from `offset_bytes` on; at least `required_bytes` of it."""
-
-    __slots__ = ("direct", "file", "handle", "offset_bytes", "required_bytes", "view")
-
-    def __init__(self, file: OpenFile, offset_bytes: int, view: memoryview, required_bytes: int, direct: bool) -> None:
-        self.file = file
-        self.offset_bytes = offset_bytes
-        self.view = view
-        self.required_bytes = required_bytes
-        self.direct = direct
-        self.handle: PendingReads
-
-    def run(self) -> tuple[int, int]:
-        """Reads, and returns (bytes past the page cache, requests made)."""
-        done = direct_bytes = num_requests = 0
-        while done < self.required_bytes:
-            # After a short read at an odd place only the page cache can go on.
-            fd = self.file.direct() if self.direct and done % DIRECT_ALIGNMENT_BYTES == 0 else None
-            with self.view[done:] as rest:
-                num_requests += 1
-                try:
-                    got = os.preadv(self.file.buffered if fd is None else fd, [rest], self.offset_bytes + done)
-                except OSError as error:
-                    if fd is None or error.errno != errno.EINVAL:
-                        raise
-                    self.file.fall_back(error)
-                    continue
-            if not got:
-                raise OSError(
-                    errno.EIO,
-                    f"the file ends at {self.offset_bytes + done} B, so it was truncated while in use",
-                )
-            direct_bytes += 0 if fd is None else got
-            done += got
-        return direct_bytes, num_requests
+def _read(chunk: Chunk) -> tuple[int, int]:
+    """Reads a chunk, and returns (bytes past the page cache, requests made)."""
+    done = direct_bytes = num_requests = 0
+    buffered = False
+    if chunk.alignment_bytes is not None and chunk.may_be_cached:
+        buffered = is_cached(chunk.file.buffered, chunk.offset_bytes, chunk.required_bytes)
+    while done < chunk.required_bytes:
+        # After a short read at an odd place only the page cache can go on.
+        alignment_bytes = None if buffered else chunk.alignment_bytes
+        fd = chunk.file.direct() if alignment_bytes is not None and done % alignment_bytes == 0 else None
+        with chunk.view[done:] as rest:
+            num_requests += 1
+            try:
+                got = os.preadv(chunk.file.buffered if fd is None else fd, [rest], chunk.offset_bytes + done)
+            except OSError as error:
+                if fd is None or alignment_bytes is None or error.errno != errno.EINVAL:
+                    raise
+                buffered = True
+                chunk.file.fall_back(error, alignment_bytes)
+                continue
+        if not got:
+            raise file_ended(chunk.offset_bytes + done)
+        direct_bytes += 0 if fd is None else got
+        done += got
+    return direct_bytes, num_requests
 
 
 class _Pool:
@@ -127,7 +118,7 @@ class _Pool:
         self.lock = threading.RLock()
         self.ready = threading.Condition(self.lock)
         self.idle = threading.Condition(self.lock)
-        self.pending: deque[_Chunk] = deque()
+        self.pending: deque[tuple[Chunk, PendingReads]] = deque()
         self.stopping = False
         self.pid: int | None = None
         self.num_active = 0
@@ -137,7 +128,7 @@ class _Pool:
         self.direct_bytes = 0
         self.num_requests = 0
 
-    def take(self) -> _Chunk | None:
+    def take(self) -> tuple[Chunk, PendingReads] | None:
         with self.lock:
             while not self.pending and not self.stopping:
                 self.ready.wait()
@@ -147,24 +138,24 @@ class _Pool:
             if not self.num_active:
                 self.busy_since_s = now_s
             self.num_active += 1
-            chunk = self.pending.popleft()
-            if chunk.handle.began_s is None:
-                chunk.handle.began_s = now_s
-            return chunk
+            chunk, handle = self.pending.popleft()
+            if handle.began_s is None:
+                handle.began_s = now_s
+            return chunk, handle
 
-    def run(self, chunk: _Chunk) -> None:
+    def run(self, chunk: Chunk, handle: PendingReads) -> None:
         size_bytes = direct_bytes = num_requests = 0
         cause: BaseException | None = RuntimeError("the reading thread died; its traceback is on stderr")
         try:
             # One failed chunk fails the handle: reading its other chunks would be wasted.
-            if not chunk.handle.failed:
-                direct_bytes, num_requests = chunk.run()
+            if not handle.failed:
+                direct_bytes, num_requests = _read(chunk)
                 size_bytes = chunk.required_bytes
             cause = None
         except (OSError, ValueError, MemoryError) as error:
             cause = error
         finally:
-            failure = None if cause is None else (_failure_message(chunk, cause), cause)
+            failure = None if cause is None else (chunk.failure_message(cause), cause)
             chunk.view.release()
             with self.lock:
                 self.num_active -= 1
@@ -175,20 +166,13 @@ class _Pool:
                     self.busy_s += time.perf_counter() - self.busy_since_s
                     if not self.pending:
                         self.idle.notify_all()
-                chunk.handle.finish(failure)
-
-
-def _failure_message(chunk: _Chunk, cause: BaseException) -> str:
-    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    return (
-        f"reading {chunk.required_bytes} B at offset {chunk.offset_bytes} B of {chunk.file.label} failed: {reason}. "
-        "Check the disk and the file; the next pass reads anew"
-    )
+                handle.finish(failure)
 
 
 def _work(pool: _Pool) -> None:
-    while (chunk := pool.take()) is not None:
-        pool.run(chunk)
+    while (taken := pool.take()) is not None:
+        pool.run(*taken)
+        del taken
 
 
 def _stop(pool: _Pool, threads: list[threading.Thread]) -> None:
@@ -199,9 +183,9 @@ def _stop(pool: _Pool, threads: list[threading.Thread]) -> None:
         pool.stopping = True
         pool.ready.notify_all()
         while pool.pending:
-            chunk = pool.pending.popleft()
-            cause = RuntimeError("the reader was closed")
-            chunk.handle.finish((_failure_message(chunk, cause), cause))
+            chunk, handle = pool.pending.popleft()
+            cause = RuntimeError(CLOSED)
+            handle.finish((chunk.failure_message(cause), cause))
             chunk.view.release()
         pool.idle.notify_all()
     for thread in threads:
@@ -210,12 +194,12 @@ def _stop(pool: _Pool, threads: list[threading.Thread]) -> None:
             thread.join()
 
 
-class ThreadedReader:
+class ThreadedReader(ChunkedReader):
     """A `Reader` of `num_threads` daemon threads, started by the first submit.
 
-    Each read is cut at multiples of `chunk_bytes`. What is aligned to 4096 B (file offset, and the destination's
-    address with the same remainder) goes past the page cache, ragged ends through it. The table stays the
-    caller's, to be closed after the reader.
+    Each read is cut at multiples of `chunk_bytes`. What is aligned (file offset, and the destination's address with the
+    same remainder by 4096) goes past the page cache, ragged ends through it. The table stays the caller's, to be closed
+    after the reader.
     """
 
     def __init__(
@@ -225,32 +209,10 @@ class ThreadedReader:
         num_threads: int = DEFAULT_NUM_THREADS,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     ) -> None:
-        assert num_threads > 0
-        assert chunk_bytes > 0
-        assert chunk_bytes % DIRECT_ALIGNMENT_BYTES == 0
-        self._files = files
-        self._num_threads = num_threads
-        self._chunk_bytes = chunk_bytes
+        super().__init__(files, num_threads=num_threads, chunk_bytes=chunk_bytes)
         self._pool = _Pool()
         self._threads: list[threading.Thread] = []
         self._finalizer = weakref.finalize(self, _stop, self._pool, self._threads)
-
-    @property
-    def window_bytes(self) -> int:
-        """The bytes that are read at one time when many are asked for."""
-        return self._num_threads * self._chunk_bytes
-
-    @property
-    def path(self) -> str:
-        reasons = ", ".join(self._files.buffered_reasons)
-        if not self._files.any_direct and reasons:
-            return f"buffered ({reasons})"
-        statistics = self.statistics
-        odd_bytes = statistics.size_bytes - statistics.direct_bytes
-        parts = ["O_DIRECT"]
-        if odd_bytes:
-            parts.append(f"{format_bytes(odd_bytes)} buffered ({reasons or 'not aligned'})")
-        return ", ".join(parts)
 
     @property
     def statistics(self) -> ReadStatistics:
@@ -268,20 +230,18 @@ class ThreadedReader:
 
     def submit(self, reads: Sequence[Read]) -> PendingReads:
         self._start()
-        chunks = [chunk for read in reads for chunk in self._chunks(read)]
+        chunks = self._cut(reads)
         handle = PendingReads(len(chunks), sum(chunk.required_bytes for chunk in chunks))
-        for chunk in chunks:
-            chunk.handle = handle
         pool = self._pool
         with pool.lock:
             if pool.stopping:
-                raise StorageError("the reader is closed; make another")
-            pool.pending.extend(chunks)
+                raise reader_is_closed()
+            pool.pending.extend([(chunk, handle) for chunk in chunks])
             pool.ready.notify(len(chunks))
         return handle
 
     def drain(self) -> None:
-        self._check_process()
+        refuse_fork(self._pool.pid)
         pool = self._pool
         with pool.lock:
             # An interrupt may have come between queueing and waking the threads.
@@ -296,12 +256,12 @@ class ThreadedReader:
         self._finalizer.detach()
 
     def _start(self) -> None:
-        self._check_process()
+        refuse_fork(self._pool.pid)
         pool = self._pool
         if len(self._threads) == self._num_threads:
             return
         if pool.stopping:
-            raise StorageError("the reader is closed; make another")
+            raise reader_is_closed()
         pool.pid = os.getpid()
         with pool.lock:
             while len(self._threads) < self._num_threads:
@@ -309,52 +269,3 @@ class ThreadedReader:
                 thread = threading.Thread(target=_work, args=(pool,), name=name, daemon=True)
                 thread.start()
                 self._threads.append(thread)
-
-    def _check_process(self) -> None:
-        if self._pool.pid not in (None, os.getpid()):
-            raise DeviceError(
-                f"the reader belongs to process {self._pool.pid}, and this is its forked child {os.getpid()}, which "
-                "has no reading threads. Wrap the model in the child, or start the child with 'spawn'"
-            )
-
-    def _chunks(self, read: Read) -> Iterator[_Chunk]:
-        """Cuts `read` into a ragged head, aligned chunks, and a ragged tail."""
-        file = self._files[read.file]
-        view = read.destination
-        if view.readonly or not view.c_contiguous or view.itemsize != 1:
-            raise StorageError(f"read of {read.file}: the destination must be writable, contiguous bytes")
-        begin, end = read.offset_bytes, read.offset_bytes + read.size_bytes
-        if begin < 0 or read.size_bytes < 0 or read.size_bytes > view.nbytes:
-            raise StorageError(
-                f"read of {read.size_bytes} B at offset {begin} B of {read.file} does not fit its destination of "
-                f"{view.nbytes} B"
-            )
-        if not read.size_bytes:
-            return
-        file_bytes = file.size_bytes()
-        if begin >= file_bytes:
-            raise StorageError(f"read at offset {begin} B of {read.file} begins past its end, {file_bytes} B")
-        view = view.cast("B")
-        aligned_begin = round_up(begin, DIRECT_ALIGNMENT_BYTES)
-        aligned_end = round_down(end, DIRECT_ALIGNMENT_BYTES)
-        address = int(numpy.frombuffer(view, dtype=numpy.uint8).__array_interface__["data"][0])
-        if (
-            self._files.mode is DirectIO.OFF
-            or aligned_begin >= aligned_end
-            or (address - begin) % DIRECT_ALIGNMENT_BYTES
-            or file.direct() is None
-        ):
-            step = self._chunk_bytes
-            cuts = [begin, *range(round_down(begin, step) + step, end, step), end]
-            spans = [(first, last, False) for first, last in itertools.pairwise(cuts)]
-        else:
-            spans = [(begin, aligned_begin, False)]
-            spans += [
-                (first, min(first + self._chunk_bytes, aligned_end), True)
-                for first in range(aligned_begin, aligned_end, self._chunk_bytes)
-            ]
-            spans.append((aligned_end, end, False))
-        for first, last, direct in spans:
-            required_bytes = min(last, file_bytes) - first
-            if first < last and required_bytes > 0:
-                yield _Chunk(file, first, view[first - begin : last - begin], required_bytes, direct)

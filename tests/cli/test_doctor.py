@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mball.cli import calibrate, doctor, findings, main
+from mball.cli import calibrate, disk_findings, doctor, findings, main
 from mball.cli.findings import Need, State
 from mball.schema import Calibration, Link
 from mball.storage import Effort, file_system_of
@@ -19,8 +19,8 @@ from tests.calibrations import keep_calibration, roomy_directory
 
 @pytest.fixture
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = findings.probe_directory
-    monkeypatch.setattr(findings, "probe_directory", lambda directory: real(directory, size_bytes=1 << 20))
+    real = disk_findings.probe_directory
+    monkeypatch.setattr(disk_findings, "probe_directory", functools.partial(real, size_bytes=1 << 20))
 
 
 @pytest.mark.usefixtures("quick_disk")
@@ -61,17 +61,24 @@ def test_too_old_is_fatal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_slow_disk_and_no_direct_reads_are_only_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = findings.DirectoryFacts(
+    facts = disk_findings.DirectoryFacts(
         directory="/d", file_system="nfs", mount_point="/", free_bytes=1 << 30, direct=False,
+        page_cache_reason="nfs is a network's",
         offset_alignment_bytes=None, address_alignment_bytes=None, length_alignment_bytes=None,
-        direct_bandwidth_bytes_per_s=None, buffered_bandwidth_bytes_per_s=5e7, latency_s=1e-3, measured_bytes=1 << 28,
+        direct_bandwidth_bytes_per_s=None, buffered_bandwidth_bytes_per_s=5e7,
+        cached_bandwidth_bytes_per_s=5e9, latency_s=1e-3, measured_bytes=1 << 28,
     )  # fmt: skip
-    monkeypatch.setattr(findings, "probe_directory", lambda directory: facts)
-    found, raw = findings.disk("/d")
+    monkeypatch.setattr(disk_findings, "probe_directory", lambda directory, choice: facts)
+    found, raw = disk_findings.disk("/d", has_gpu=True)
     assert raw is facts
     states = {finding.name: finding.state for finding in found}
     assert states["O_DIRECT"] is State.MISSING
     assert states["read through it, cold"] is State.LIMITED
+    assert states["read out of it"] is State.FOUND
+    assert states["files are read"] is states["GPUDirect Storage"] is State.LIMITED
+    values = {finding.name: finding.value for finding in found}
+    assert values["files are read"] == "through the page cache: nfs is a network's"
+    assert values["GPUDirect Storage"].startswith("could not work here: ")
     assert not doctor._fatal(found)
 
 
@@ -107,7 +114,7 @@ def test_a_calibration_is_shown_kept_and_told_of_later(
     assert document["calibration"] == json.loads(again.to_json())
     assert kept != again
 
-    found, _ = findings.disk(where)
+    found, _ = disk_findings.disk(where, has_gpu=False)
     (finding,) = [each for each in found if each.name == "calibration"]
     assert finding.state is State.FOUND
     assert finding.value == f"{again.day}: {calibrate.figures(again.links[0])}"
@@ -116,7 +123,7 @@ def test_a_calibration_is_shown_kept_and_told_of_later(
 @pytest.mark.usefixtures("quick_disk")
 def test_the_doctor_says_how_to_calibrate_and_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def finding() -> findings.Finding:
-        found, _ = findings.disk(tmp_path)
+        found, _ = disk_findings.disk(tmp_path, has_gpu=False)
         return next(each for each in found if each.name == "calibration")
 
     assert finding().state is State.MISSING

@@ -98,7 +98,7 @@ def test_a_calibration_of_the_disk_spares_measuring_it(
     assert main(["plan", str(checkpoint), "--budget", "2MiB"]) == 0
     assert "(measured on model.safetensors)" in capsys.readouterr().out
     calibration = keep_calibration(tmp_path, Link(bandwidth_bytes_per_s=3.5e9, latency_s=2e-4), monkeypatch)
-    monkeypatch.setattr("mball.cli.plan.measure_link", lambda *_: pytest.fail("the link is known"))
+    monkeypatch.setattr("mball.cli.plan.measure_link", lambda *_, **__: pytest.fail("the link is known"))
     assert main(["plan", str(checkpoint), "--budget", "2MiB"]) == 0
     assert f"3.50 GB/s (calibrated on {calibration.day})" in capsys.readouterr().out
     assert main(["plan", str(checkpoint), "--budget", "2MiB", "--bandwidth", "1GB"]) == 0

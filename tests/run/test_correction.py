@@ -17,6 +17,7 @@ import mball
 from mball.run.correction import FIRST_PASSES, Correction, Measured, Verdict, busy_s
 from mball.schema import Link, Machine, Prediction
 from tests.calibrations import keep_calibration
+from tests.preads import SetPreadv
 from tests.run.harness import assert_same, engine_of, make, run, weight_bytes
 from tests.run.zoo import noise
 
@@ -148,7 +149,7 @@ def test_busy_time_counts_each_moment_once() -> None:
 
 @pytest.mark.alone
 def test_a_disk_that_became_slow_is_planned_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_preadv: SetPreadv, caplog: pytest.LogCaptureFixture
 ) -> None:
     def layers() -> nn.Module:
         return nn.Sequential(*(nn.Linear(512, 512) for _ in range(12)))
@@ -165,7 +166,7 @@ def test_a_disk_that_became_slow_is_planned_for(
         time.sleep(0.025)
         return preadv(descriptor, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", slow)
+    set_preadv(slow)
     engine = engine_of(model)
     with caplog.at_level(logging.INFO, logger="mball"):
         for _ in range(4):
@@ -190,7 +191,9 @@ def test_a_disk_that_became_slow_is_planned_for(
 
 
 @pytest.mark.alone
-def test_a_plan_that_stays_is_predicted_as_the_disk_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_stays_is_predicted_as_the_disk_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_preadv: SetPreadv
+) -> None:
     monkeypatch.setattr("mball.run.correction.LARGEST_ERROR", 1e9)
     keep_calibration(tmp_path, Link(bandwidth_bytes_per_s=1.5e9, latency_s=1e-4), monkeypatch)
     model = make(lambda: nn.Sequential(*(nn.Linear(512, 512) for _ in range(12))))
@@ -202,7 +205,7 @@ def test_a_plan_that_stays_is_predicted_as_the_disk_is_now(tmp_path: Path, monke
         time.sleep(0.025)
         return preadv(descriptor, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", slow)
+    set_preadv(slow)
     for _ in range(4):
         run(model, lambda m: m(x))
     plan, first_s = engine_of(model).plan, mball.report(model).predicted_s

@@ -28,6 +28,7 @@ from mball.api import _wrap
 from mball.config import Config
 from mball.errors import StorageError
 from tests.adaptors import DelayedDevice, PoisonedDevice, adapted
+from tests.preads import preadv_is
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
 from tests.run.zoo import generate, llama, noise, tied_sequential
 
@@ -131,9 +132,7 @@ def assert_consistent(model: nn.Module, expected: torch.Tensor, patience_s: floa
 
 
 @pytest.mark.parametrize("capture", ["graphs", "operators"])
-def test_ctrl_c_while_a_pass_waits_for_a_slow_read(
-    capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_while_a_pass_waits_for_a_slow_read(capture: str, tmp_path: Path) -> None:
     model = make(tied_sequential)
     expected = run(model, call)
     wrap(model, 0.6, tmp_path, capture)
@@ -148,8 +147,7 @@ def test_ctrl_c_while_a_pass_waits_for_a_slow_read(
 
     waited = 0
     for count in (1, *(delays.randint(1, 15) for _ in range(7))):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "preadv", slow)
+        with preadv_is(slow):
             where = interrupted_at(count, lambda: run(model, call))
         waited += any(frame.name == "wait" and "storage" in frame.filename for frame in where)
         assert_consistent(model, expected)
@@ -186,7 +184,7 @@ def test_ctrl_c_during_generate(capture: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capture", ["graphs", "operators"])
-def test_a_disk_error_in_the_middle_of_a_pass(capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_error_in_the_middle_of_a_pass(capture: str, tmp_path: Path) -> None:
     """Of the operating system itself: the error names file, offset and cause, and the next pass reads anew."""
     model = make(tied_sequential)
     expected = run(model, call)
@@ -202,10 +200,9 @@ def test_a_disk_error_in_the_middle_of_a_pass(capture: str, tmp_path: Path, monk
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return preadv(descriptor, buffers, offset)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "preadv", broken)
-            with pytest.raises(StorageError, match=r"\d+ B at offset \d+ B of swap-.* failed: Input/output error"):
-                _ = [run(model, call) for _ in range(3)]
+        refused = pytest.raises(StorageError, match=r"\d+ B at offset \d+ B of swap-.* failed: Input/output error")
+        with preadv_is(broken), refused:
+            _ = [run(model, call) for _ in range(3)]
         assert_consistent(model, expected)
 
 

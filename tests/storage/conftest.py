@@ -1,4 +1,4 @@
-"""A file of random bytes and readers of it, with O_DIRECT and without."""
+"""A file of random bytes and readers of it, with O_DIRECT and without, in Python and in C."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import random
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
-from mball.storage import DirectIO, FileTable, ThreadedReader
-from tests.storage.reads import FILE_BYTES
+from mball.storage import DirectIO, FileTable, NativeReader, ThreadedReader
+from tests.preads import preadv_is, read_pool
+from tests.storage.reads import FILE_BYTES, MakeReader
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,19 @@ def path(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> str:
     return str(file)
 
 
-@pytest.fixture(params=[DirectIO.AUTO, DirectIO.OFF])
+@pytest.fixture(params=["threads", "native"])
+def make_reader(request: pytest.FixtureRequest) -> MakeReader:
+    """Every kind of reader in turn: what it promises is the same."""
+    if request.param == "threads":
+        return ThreadedReader
+    library = read_pool()
+    if library is None:
+        pytest.skip("needs a C compiler, cc")
+    return lambda files, **settings: NativeReader(files, library, **settings)
+
+
+# Always: where these tests run the temporary files may be in memory.
+@pytest.fixture(params=[DirectIO.ALWAYS, DirectIO.OFF])
 def files(request: pytest.FixtureRequest, path: str) -> Iterator[FileTable]:
     table = FileTable(direct=request.param)
     table.add_path(path)
@@ -35,8 +49,8 @@ def files(request: pytest.FixtureRequest, path: str) -> Iterator[FileTable]:
 
 
 @pytest.fixture
-def reader(files: FileTable) -> Iterator[ThreadedReader]:
-    result = ThreadedReader(files, num_threads=3, chunk_bytes=8192)
+def reader(files: FileTable, make_reader: MakeReader) -> Iterator[Any]:
+    result = make_reader(files, num_threads=3, chunk_bytes=8192)
     yield result
     result.close()
 
@@ -50,7 +64,7 @@ class HeldReads:
 
 
 @pytest.fixture
-def held_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldReads]:
+def held_reads() -> Iterator[HeldReads]:
     held = HeldReads()
     real = os.preadv
 
@@ -59,6 +73,6 @@ def held_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldReads]:
         held.let_go.wait()
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", slow)
-    yield held
-    held.let_go.set()
+    with preadv_is(slow):
+        yield held
+        held.let_go.set()

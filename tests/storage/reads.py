@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Callable
+from typing import Any
 
-from mball.storage import FileTable, Read, ThreadedReader
+from mball.storage import DirectIO, FileTable, Read
 
+# Takes a table and the settings of a reader.
+MakeReader = Callable[..., Any]
 FILE_BYTES = 3 * 65536 + 777
 
 
@@ -30,10 +34,29 @@ def num_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def with_one(path: str, act: Callable[[ThreadedReader], object]) -> None:
-    files = FileTable()
-    files.add_path(path)
-    reader = ThreadedReader(files, num_threads=1)
+def num_threads() -> int:
+    """Those of C too; one that was joined may take a moment to go."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def soon(is_so: Callable[[], bool]) -> bool:
+    deadline_s = time.monotonic() + 10
+    while not is_so() and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+    return is_so()
+
+
+def opened(*paths: Any) -> FileTable:
+    """Files that are read past the page cache wherever that works, also in memory."""
+    files = FileTable(direct=DirectIO.ALWAYS)
+    for path in paths:
+        files.add_path(path)
+    return files
+
+
+def with_one(path: str, make_reader: MakeReader, act: Callable[[Any], object]) -> None:
+    files = opened(path)
+    reader = make_reader(files, num_threads=1)
     act(reader)
     reader.drain()
     reader.close()

@@ -24,6 +24,7 @@ from mball.storage import (
     Effort,
     FileTable,
     calibrate,
+    choose_reader,
     file_system_of,
     find_calibrated_link,
     load_calibration,
@@ -34,6 +35,7 @@ from mball.storage.calibration import _Cell, _choose, _derive, _Run
 from mball.storage.calibration_cache import calibration_path
 from mball.units import KIB, MIB
 from tests.calibrations import roomy_directory
+from tests.preads import SetPreadv
 from tests.storage.reads import num_descriptors
 
 QUICK = Effort(
@@ -78,7 +80,9 @@ def test_every_combination_is_measured_in_each_round_and_nothing_is_left(in_memo
     assert num_descriptors() == descriptors
 
 
-def test_a_disk_past_the_page_cache_or_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_past_the_page_cache_or_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_preadv: SetPreadv
+) -> None:
     path = tmp_path / "weights"
     path.write_bytes(random.Random(0).randbytes(64 * MIB))
     effort = replace(QUICK, blocks_bytes=(MIB, 8 * MIB), depths=(1, 4))
@@ -90,7 +94,7 @@ def test_a_disk_past_the_page_cache_or_through_it(tmp_path: Path, monkeypatch: p
         reads.append((offset_bytes, done))
         return done
 
-    monkeypatch.setattr(os, "preadv", counting)
+    set_preadv(counting)
     with_cache = calibrate(path, effort=effort).links[0]
     assert {offset_bytes for offset_bytes, _ in reads} <= set(range(0, 64 * MIB, MIB)), "the file itself was read"
     assert max(done for _, done in reads) == 2 * MIB, "by the reader's requests"
@@ -126,12 +130,12 @@ def test_what_cannot_be_measured_says_why(in_memory: Path, monkeypatch: pytest.M
         calibrate(in_memory)
 
 
-def test_a_failing_disk_is_an_error_and_leaves_no_thread(in_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_is_an_error_and_leaves_no_thread(in_memory: Path, set_preadv: SetPreadv) -> None:
     def broken(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
     descriptors = num_descriptors()
-    monkeypatch.setattr(os, "preadv", broken)
+    set_preadv(broken)
     with pytest.raises(StorageError, match="Input/output error"):
         calibrate(in_memory, effort=QUICK)
     assert num_descriptors() == descriptors
@@ -205,19 +209,19 @@ def test_only_files_of_that_file_system_and_that_reader_have_the_link(
     with tempfile.TemporaryFile(dir=in_memory) as unlinked:
         swap = files.add_descriptor("swap", unlinked.fileno())
     link = calibration.links[0].link
-    assert find_calibrated_link(tmp_path, files, here) == (link, calibration.measured_at[:10])
-    assert find_calibrated_link(tmp_path, files, swap) is not None, "though it has no path any more"
-    assert find_calibrated_link(tmp_path, files, elsewhere) is None
-    assert find_calibrated_link(None, files, here) is None
+    assert find_calibrated_link(tmp_path, files, here, choose_reader()) == (link, calibration.measured_at[:10])
+    assert find_calibrated_link(tmp_path, files, swap, choose_reader()) is not None, "though it has no path any more"
+    assert find_calibrated_link(tmp_path, files, elsewhere, choose_reader()) is None
+    assert find_calibrated_link(None, files, here, choose_reader()) is None
     assert not caplog.records
     caplog.set_level(logging.INFO)
-    assert find_calibrated_link(tmp_path, files, here, num_threads=3) is None
+    assert find_calibrated_link(tmp_path, files, here, choose_reader(num_threads=3)) is None
     assert "3 threads" in caplog.text
     was_direct = files.is_direct(here)
     files.close()
 
     buffered = FileTable(direct=DirectIO.OFF)
-    found = find_calibrated_link(tmp_path, buffered, buffered.add_path(in_memory / "weights"))
+    found = find_calibrated_link(tmp_path, buffered, buffered.add_path(in_memory / "weights"), choose_reader())
     assert (found is None) == was_direct
     buffered.close()
 
@@ -278,9 +282,9 @@ def test_another_way_of_reading_has_another_calibration(
     (in_memory / "weights").write_bytes(bytes(8192))
     files = FileTable()
     name = files.add_path(in_memory / "weights")
-    assert find_calibrated_link(tmp_path, files, name) is not None
+    assert find_calibrated_link(tmp_path, files, name, choose_reader()) is not None
     monkeypatch.setattr(module, "READER_VERSION", module.READER_VERSION + 1)
-    assert find_calibrated_link(tmp_path, files, name) is None
+    assert find_calibrated_link(tmp_path, files, name, choose_reader()) is None
     files.close()
 
 

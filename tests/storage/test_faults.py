@@ -6,12 +6,12 @@ import numpy
 import pytest
 
 from mball.errors import StorageError
-from mball.storage import ThreadedReader
+from mball.storage import Reader
 from tests.storage.faults import POISON, DelayedReader, FailingReader, LastMomentReader, PoisonedReader
 from tests.storage.reads import memory, read
 
 
-def test_faults(reader: ThreadedReader, path: str, content: bytes) -> None:
+def test_faults(reader: Reader, path: str, content: bytes) -> None:
     late = LastMomentReader(PoisonedReader(reader))
     destination = memory(4096)
     handle = late.submit([read(path, 0, 4096, destination)])

@@ -22,13 +22,15 @@ def test_facts_of_a_directory(tmp_path: Path) -> None:
     assert facts.latency_s is not None
     assert 0 < facts.latency_s < 1
     if facts.direct:
-        assert facts.offset_alignment_bytes in (512, 1024, 2048, 4096)
-        assert facts.address_alignment_bytes in (512, 1024, 2048, 4096)
-        assert facts.length_alignment_bytes in (512, 1024, 2048, 4096)
+        assert facts.offset_alignment_bytes in [512 << power for power in range(8)]
+        assert facts.address_alignment_bytes in [512 << power for power in range(8)]
+        assert facts.length_alignment_bytes in [512 << power for power in range(8)]
         assert facts.direct_bandwidth_bytes_per_s is not None
         assert facts.direct_bandwidth_bytes_per_s > 1e6
     else:
         assert facts.direct_bandwidth_bytes_per_s is None
+    assert facts.cached_bandwidth_bytes_per_s is not None
+    assert facts.cached_bandwidth_bytes_per_s > 1e6
     assert str(tmp_path).startswith(facts.mount_point)
     assert list(tmp_path.iterdir()) == []
     assert len(os.listdir("/proc/self/fd")) == before
@@ -37,6 +39,7 @@ def test_facts_of_a_directory(tmp_path: Path) -> None:
 def test_known_file_systems() -> None:
     shm = probe_directory("/dev/shm", size_bytes=MIB)
     assert (shm.mount_point, shm.file_system) == ("/dev/shm", "tmpfs")
+    assert shm.page_cache_reason == "tmpfs is memory"
 
 
 def test_a_file_system_is_known_by_path_and_by_an_open_file_without_one(tmp_path: Path) -> None:

@@ -6,19 +6,19 @@ import os
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mball.storage import CheckpointIndex, DirectIO, FileTable, SwapFile, ThreadedReader
+from mball.storage import CheckpointIndex, DirectIO, FileTable, Reader, SwapFile
+from tests.preads import SetPreadv
 from tests.storage.conftest import HeldReads
-from tests.storage.reads import FILE_BYTES, aligned, memory, read, with_one
+from tests.storage.reads import FILE_BYTES, MakeReader, aligned, memory, opened, read, with_one
 from tests.storage.test_checkpoint import tensors_of_all_dtypes
 
 
-def test_a_whole_file_past_its_end(files: FileTable, reader: ThreadedReader, path: str, content: bytes) -> None:
+def test_a_whole_file_past_its_end(files: FileTable, reader: Reader, path: str, content: bytes) -> None:
     destination = memory(aligned(FILE_BYTES))
     handle = reader.submit([read(path, 0, aligned(FILE_BYTES), destination)])
     handle.wait()
@@ -37,7 +37,7 @@ def test_a_whole_file_past_its_end(files: FileTable, reader: ThreadedReader, pat
         assert statistics.direct_bytes == FILE_BYTES
 
 
-def test_a_handle_knows_when_it_began_and_ended(reader: ThreadedReader, path: str, held_reads: HeldReads) -> None:
+def test_a_handle_knows_when_it_began_and_ended(reader: Reader, path: str, held_reads: HeldReads) -> None:
     asked_s = time.perf_counter()
     handle = reader.submit([read(path, 0, FILE_BYTES, memory(FILE_BYTES))])
     assert held_reads.begun.wait(60)
@@ -67,7 +67,7 @@ def test_a_handle_knows_when_it_began_and_ended(reader: ThreadedReader, path: st
         max_size=6,
     )
 )
-def test_any_extents(reader: ThreadedReader, path: str, content: bytes, extents: list[tuple[int, int, int]]) -> None:
+def test_any_extents(reader: Reader, path: str, content: bytes, extents: list[tuple[int, int, int]]) -> None:
     reads, buffers = [], []
     for offset, size, lead in extents:
         buffer = memory(lead + size + 64)
@@ -81,7 +81,7 @@ def test_any_extents(reader: ThreadedReader, path: str, content: bytes, extents:
         assert set(buffer[lead + size :]) == {0xEE}, "bytes after the destination were overwritten"
 
 
-def test_tensors_of_a_checkpoint(tmp_path: Path) -> None:
+def test_tensors_of_a_checkpoint(tmp_path: Path, make_reader: MakeReader) -> None:
     many = {f"small.{i}": torch.full((i % 7 + 1,), float(i)) for i in range(500)}
     save_file(tensors_of_all_dtypes() | many, tmp_path / "model.safetensors")
     expected = load_file(tmp_path / "model.safetensors")
@@ -90,7 +90,7 @@ def test_tensors_of_a_checkpoint(tmp_path: Path) -> None:
         files = FileTable(direct=mode)
         for file in index.files:
             files.add_path(file.path)
-        reader = ThreadedReader(files)
+        reader = make_reader(files)
         out = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
         reads = [
             read(entry.file, entry.offset_bytes, entry.size_bytes, flat.data)
@@ -108,11 +108,11 @@ def test_tensors_of_a_checkpoint(tmp_path: Path) -> None:
         files.close()
 
 
-def test_a_swap_file_that_grows(tmp_path: Path) -> None:
-    files = FileTable()
+def test_a_swap_file_that_grows(tmp_path: Path, make_reader: MakeReader) -> None:
+    files = opened()
     with SwapFile.create(tmp_path) as swap:
         files.add_descriptor(swap.name, swap.fd)
-        reader = ThreadedReader(files)
+        reader = make_reader(files)
         for round_ in range(3):
             offset = swap.allocate(10_000)
             swap.write(offset, bytes([round_]) * 10_000)
@@ -126,7 +126,7 @@ def test_a_swap_file_that_grows(tmp_path: Path) -> None:
     files.close()
 
 
-def test_many_submits_in_flight(reader: ThreadedReader, path: str, content: bytes) -> None:
+def test_many_submits_in_flight(reader: Reader, path: str, content: bytes) -> None:
     destination = memory(aligned(FILE_BYTES))
     handles = [
         reader.submit([read(path, page * 4096, 4096, destination[page * 4096 : (page + 1) * 4096])])
@@ -138,7 +138,7 @@ def test_many_submits_in_flight(reader: ThreadedReader, path: str, content: byte
     reader.submit([]).wait()
 
 
-def test_requests_begin_in_order(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_begin_in_order(path: str, set_preadv: SetPreadv, make_reader: MakeReader) -> None:
     begun = []
     real = os.preadv
 
@@ -146,6 +146,10 @@ def test_requests_begin_in_order(path: str, monkeypatch: pytest.MonkeyPatch) -> 
         begun.append(offset)
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", note)
-    with_one(path, lambda reader: [reader.submit([read(path, o, 4096, memory(4096))]) for o in range(0, 65536, 4096)])
+    set_preadv(note)
+    with_one(
+        path,
+        make_reader,
+        lambda reader: [reader.submit([read(path, o, 4096, memory(4096))]) for o in range(0, 65536, 4096)],
+    )
     assert begun == list(range(0, 65536, 4096))

@@ -11,15 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from mball.storage import FileTable, ThreadedReader
-from tests.storage.reads import FILE_BYTES, aligned, memory, read
+from tests.preads import SetPreadv
+from tests.storage.reads import FILE_BYTES, MakeReader, aligned, memory, opened, read
+
+
+def is_direct(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 512, 4095])
-def test_ragged_ends_are_buffered_and_the_middle_is_direct(path: str, content: bytes, shift: int) -> None:
-    files = FileTable()
-    files.add_path(path)
-    reader = ThreadedReader(files, chunk_bytes=16384)
+def test_ragged_ends_are_buffered_and_the_middle_is_direct(
+    path: str, content: bytes, shift: int, make_reader: MakeReader
+) -> None:
+    files = opened(path)
+    reader = make_reader(files, chunk_bytes=16384)
     destination = memory(200_000)
     reader.submit([read(path, shift, 100_000, destination[shift : shift + 100_000])]).wait()
     assert bytes(destination[shift : shift + 100_000]) == content[shift : shift + 100_000]
@@ -29,11 +34,12 @@ def test_ragged_ends_are_buffered_and_the_middle_is_direct(path: str, content: b
     files.close()
 
 
-def test_an_odd_address_is_buffered_and_not_blamed_on_the_file_system(path: str, content: bytes) -> None:
+def test_an_odd_address_is_buffered_and_not_blamed_on_the_file_system(
+    path: str, content: bytes, make_reader: MakeReader
+) -> None:
     """This kernel may allow it; others answer EINVAL, which would switch the whole file system to buffered reads."""
-    files = FileTable()
-    files.add_path(path)
-    reader = ThreadedReader(files)
+    files = opened(path)
+    reader = make_reader(files)
     destination = memory(65537)
     reader.submit([read(path, 0, 65536, destination[1:])]).wait()
     assert bytes(destination[1:]) == content[:65536]
@@ -45,21 +51,22 @@ def test_an_odd_address_is_buffered_and_not_blamed_on_the_file_system(path: str,
     files.close()
 
 
-def test_short_direct_reads_are_finished(path: str, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_direct_reads_are_finished(
+    path: str, content: bytes, set_preadv: SetPreadv, make_reader: MakeReader
+) -> None:
     """A device that brings odd pieces and, as most do, refuses to go on from them with O_DIRECT."""
     real = os.preadv
 
     def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+        if is_direct(descriptor):
             if offset % 512:
                 raise OSError(errno.EINVAL, "Invalid argument")
             return min(real(descriptor, buffers, offset), 4096 if offset % 32768 else 1000)
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", short)
-    files = FileTable()
-    files.add_path(path)
-    reader = ThreadedReader(files, chunk_bytes=16384)
+    set_preadv(short)
+    files = opened(path)
+    reader = make_reader(files, chunk_bytes=16384)
     destination = memory(65536)
     reader.submit([read(path, 0, 65536, destination)]).wait()
     assert bytes(destination) == content[:65536]
@@ -70,7 +77,13 @@ def test_short_direct_reads_are_finished(path: str, content: bytes, monkeypatch:
 
 @pytest.mark.parametrize("where", ["open", "read"])
 def test_falls_back_to_buffered_with_one_line(
-    tmp_path: Path, content: bytes, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    content: bytes,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+    set_preadv: SetPreadv,
+    caplog: pytest.LogCaptureFixture,
+    make_reader: MakeReader,
 ) -> None:
     direct: set[int] = set()
     real_open, real_preadv = os.open, os.preadv
@@ -89,13 +102,13 @@ def test_falls_back_to_buffered_with_one_line(
         return real_preadv(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "open", open_)
-    monkeypatch.setattr(os, "preadv", preadv)
+    set_preadv(preadv)
     caplog.set_level(logging.INFO)
-    files = FileTable()
+    files = opened()
     for name in "ab":
         (tmp_path / name).write_bytes(content)
         files.add_path(tmp_path / name)
-    reader = ThreadedReader(files, chunk_bytes=4096)
+    reader = make_reader(files, chunk_bytes=4096)
     for name in files.names:
         destination = memory(aligned(FILE_BYTES))
         reader.submit([read(name, 0, len(destination), destination)]).wait()
@@ -103,14 +116,16 @@ def test_falls_back_to_buffered_with_one_line(
     assert reader.path == "buffered (O_DIRECT refused: Invalid argument)"
     assert reader.statistics.direct_bytes == 0
     # Several threads may meet the refusal at once.
-    files[files.names[1]].fall_back(OSError(errno.EINVAL, "Invalid argument"))
+    files[files.names[1]].fall_back(OSError(errno.EINVAL, "Invalid argument"), 4096)
     assert len([record for record in caplog.records if "refuses O_DIRECT" in record.getMessage()]) == 1
     assert bool(direct) == (where == "read")
     reader.close()
     files.close()
 
 
-def test_file_systems_without_o_direct(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_file_systems_without_o_direct(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture, make_reader: MakeReader
+) -> None:
     """ramfs refuses it; tmpfs refuses it on older kernels: either way the bytes are right and the path says so."""
     point = tmp_path / "ram"
     point.mkdir()
@@ -118,11 +133,11 @@ def test_file_systems_without_o_direct(tmp_path: Path, content: bytes, caplog: p
     mounted = not os.geteuid() and not subprocess.run(mount, capture_output=True, check=False).returncode
     shm = Path("/dev/shm") / f"mball-test-{os.getpid()}"
     try:
-        files = FileTable()
+        files = opened()
         for file in [shm, point / "data"] if mounted else [shm]:
             file.write_bytes(content)
             files.add_path(file)
-        reader = ThreadedReader(files)
+        reader = make_reader(files)
         for name in files.names:
             destination = memory(aligned(FILE_BYTES))
             reader.submit([read(name, 0, len(destination), destination)]).wait()

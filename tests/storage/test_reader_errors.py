@@ -13,8 +13,9 @@ import numpy
 import pytest
 
 from mball.errors import StorageError
-from mball.storage import DirectIO, FileTable, ThreadedReader
-from tests.storage.reads import FILE_BYTES, memory, read, with_one
+from mball.storage import DirectIO, FileTable, Reader
+from tests.preads import SetPreadv, preadv_is
+from tests.storage.reads import FILE_BYTES, MakeReader, memory, opened, read, with_one
 
 
 @pytest.mark.parametrize(
@@ -26,14 +27,14 @@ from tests.storage.reads import FILE_BYTES, memory, read, with_one
         (FILE_BYTES, 1, f"begins past its end, {FILE_BYTES} B"),
     ],
 )
-def test_reads_that_do_not_fit(reader: ThreadedReader, path: str, offset: int, size: int, message: str) -> None:
+def test_reads_that_do_not_fit(reader: Reader, path: str, offset: int, size: int, message: str) -> None:
     with pytest.raises(StorageError, match=message):
         reader.submit([read(path, 0, 8192, memory(8192)), read(path, offset, size, memory(8192))])
     reader.drain()
     assert reader.statistics.num_requests == 0, "a read was started although another of the same submit is wrong"
 
 
-def test_unknown_and_missing_files(reader: ThreadedReader, files: FileTable, path: str) -> None:
+def test_unknown_and_missing_files(reader: Reader, files: FileTable, path: str) -> None:
     with pytest.raises(StorageError, match="'other' is not among the 1 open files"):
         reader.submit([read("other", 0, 1, memory(1))])
     with pytest.raises(StorageError, match=r"/no/such cannot be opened \(No such file"):
@@ -44,13 +45,13 @@ def test_unknown_and_missing_files(reader: ThreadedReader, files: FileTable, pat
         reader.submit([read(path, 0, 1, memoryview(b"x"))])
 
 
-def test_a_file_that_shrinks_while_in_use(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_while_in_use(tmp_path: Path, make_reader: MakeReader) -> None:
     file = tmp_path / "data"
-    for mode, left in ((DirectIO.AUTO, 8192), (DirectIO.AUTO, 8200), (DirectIO.OFF, 8200)):
+    for mode, left in ((DirectIO.ALWAYS, 8192), (DirectIO.ALWAYS, 8200), (DirectIO.OFF, 8200)):
         file.write_bytes(b"a" * 65536)
         files = FileTable(direct=mode)
         files.add_path(file)
-        reader = ThreadedReader(files)
+        reader = make_reader(files)
         os.truncate(file, left)
         handle = reader.submit([read(str(file), 0, 65536, memory(65536))])
         for _ in range(2):
@@ -59,14 +60,12 @@ def test_a_file_that_shrinks_while_in_use(tmp_path: Path) -> None:
             ):
                 handle.wait()
         # Going on at an odd offset with O_DIRECT would be refused, and blamed on the file system.
-        assert files.any_direct == (mode is DirectIO.AUTO)
+        assert files.any_direct == (mode is DirectIO.ALWAYS)
         reader.close()
         files.close()
 
 
-def test_a_read_error_in_the_middle(
-    reader: ThreadedReader, path: str, content: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_error_in_the_middle(reader: Reader, path: str, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
 
     def broken(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -75,8 +74,7 @@ def test_a_read_error_in_the_middle(
         return real(descriptor, buffers, offset)
 
     destination = memory(65536)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", broken)
+    with preadv_is(broken):
         handle = reader.submit([read(path, 0, 65536, destination)])
         with pytest.raises(
             StorageError, match=r"8192 B at offset 16384 B of .*data failed: Input/output error"
@@ -88,32 +86,33 @@ def test_a_read_error_in_the_middle(
     assert bytes(destination) == content[:65536]
 
 
-def test_a_failed_submit_reads_no_further(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_submit_reads_no_further(path: str, set_preadv: SetPreadv, make_reader: MakeReader) -> None:
     begun = []
 
     def broken(_: int, __: list[memoryview], offset: int) -> int:
         begun.append(offset)
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(os, "preadv", broken)
-    with_one(path, lambda reader: [reader.submit([read(path, o, 4096, memory(4096)) for o in (0, 4096, 8192)])])
+    set_preadv(broken)
+    with_one(
+        path, make_reader, lambda reader: [reader.submit([read(path, o, 4096, memory(4096)) for o in (0, 4096, 8192)])]
+    )
     assert begun == [0]
 
 
-def test_a_failed_handle_waits_for_its_other_chunks(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_handle_waits_for_its_other_chunks(path: str, set_preadv: SetPreadv, make_reader: MakeReader) -> None:
     gate = threading.Event()
 
     def broken(_: int, buffers: list[memoryview], offset: int) -> int:
         if not offset:
-            raise OSError(errno.EIO, "broken")
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         gate.wait()
         buffers[0][:] = b"z" * len(buffers[0])
         return len(buffers[0])
 
-    monkeypatch.setattr(os, "preadv", broken)
-    files = FileTable()
-    files.add_path(path)
-    reader = ThreadedReader(files, num_threads=2, chunk_bytes=4096)
+    set_preadv(broken)
+    files = opened(path)
+    reader = make_reader(files, num_threads=2, chunk_bytes=4096)
     # The second thread is inside its request before the first fails.
     slow = reader.submit([read(path, 4096, 4096, memory(4096))])
     both = reader.submit([read(path, 8192, 4096, memory(4096)), read(path, 0, 4096, memory(4096))])
@@ -121,19 +120,17 @@ def test_a_failed_handle_waits_for_its_other_chunks(path: str, monkeypatch: pyte
     assert not both.done()
     gate.set()
     slow.wait()
-    with pytest.raises(StorageError, match="broken"):
+    with pytest.raises(StorageError, match="Input/output error"):
         both.wait()
     reader.close()
     files.close()
 
 
-def test_a_failed_handle_holds_no_destination(
-    reader: ThreadedReader, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_handle_holds_no_destination(reader: Reader, path: str, set_preadv: SetPreadv) -> None:
     def broken(*_: object) -> int:
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(os, "preadv", broken)
+    set_preadv(broken)
     array = numpy.empty(65536, dtype=numpy.uint8)
     gone = weakref.ref(array)
     handle = reader.submit([read(path, 0, 65536, array.data)])

@@ -14,48 +14,47 @@ import numpy
 import pytest
 
 from mball.errors import DeviceError, StorageError
-from mball.storage import FileTable, ThreadedReader
+from mball.storage import FileTable, Reader
+from tests.preads import read_pool
 from tests.storage.conftest import HeldReads
-from tests.storage.reads import memory, num_descriptors, read
+from tests.storage.reads import MakeReader, memory, num_descriptors, num_threads, opened, read, soon
 
 
-def test_no_thread_before_the_first_submit_and_nothing_left_after(path: str) -> None:
+def test_no_thread_before_the_first_submit_and_nothing_left_after(path: str, make_reader: MakeReader) -> None:
     gc.collect()  # what tests before this one dropped
-    threads, descriptors = threading.active_count(), num_descriptors()
+    threads, descriptors = num_threads(), num_descriptors()
     for _ in range(5):
-        files = FileTable()
-        files.add_path(path)
-        reader = ThreadedReader(files)
-        assert threading.active_count() == threads
+        files = opened(path)
+        reader = make_reader(files)
+        assert num_threads() == threads
         reader.submit([read(path, 0, 65536, memory(65536))]).wait()
-        assert threading.active_count() == threads + 8
+        assert num_threads() == threads + 8
         reader.close()
         reader.close()
         with pytest.raises(StorageError, match="closed"):
             reader.submit([])
         files.close()
         files.close()
-        assert threading.active_count() == threads
+        assert soon(lambda: num_threads() == threads)
         assert num_descriptors() == descriptors
 
 
-def test_dropping_a_reader_gives_everything_back(path: str) -> None:
+def test_dropping_a_reader_gives_everything_back(path: str, make_reader: MakeReader) -> None:
     gc.collect()  # what tests before this one dropped
-    threads, descriptors = threading.active_count(), num_descriptors()
-    files = FileTable()
-    files.add_path(path)
-    reader = ThreadedReader(files)
+    threads, descriptors = num_threads(), num_descriptors()
+    files = opened(path)
+    reader = make_reader(files)
     handle = reader.submit([read(path, 0, 65536, memory(65536))])
     handle.wait()
     gone = weakref.ref(reader)
     del reader, files
     gc.collect()
     assert gone() is None
-    assert threading.active_count() == threads
+    assert soon(lambda: num_threads() == threads)
     assert num_descriptors() == descriptors
 
 
-def test_idle_threads_hold_no_destination(reader: ThreadedReader, path: str) -> None:
+def test_idle_threads_hold_no_destination(reader: Reader, path: str) -> None:
     array = numpy.empty(65536, dtype=numpy.uint8)
     gone = weakref.ref(array)
     good = reader.submit([read(path, 0, 65536, array.data)])
@@ -65,17 +64,16 @@ def test_idle_threads_hold_no_destination(reader: ThreadedReader, path: str) -> 
     assert gone() is None
 
 
-def test_a_reader_closed_before_its_first_submit_stays_closed(files: FileTable) -> None:
-    reader = ThreadedReader(files)
+def test_a_reader_closed_before_its_first_submit_stays_closed(files: FileTable, make_reader: MakeReader) -> None:
+    reader = make_reader(files)
     reader.close()
     with pytest.raises(StorageError, match="closed"):
         reader.submit([])
 
 
-def test_close_fails_what_has_not_begun(path: str, held_reads: HeldReads) -> None:
-    files = FileTable()
-    files.add_path(path)
-    reader = ThreadedReader(files, num_threads=1)
+def test_close_fails_what_has_not_begun(path: str, held_reads: HeldReads, make_reader: MakeReader) -> None:
+    files = opened(path)
+    reader = make_reader(files, num_threads=1)
     first = reader.submit([read(path, 0, 4096, memory(4096))])
     second = reader.submit([read(path, 0, 4096, memory(4096))])
     held_reads.begun.wait()
@@ -87,10 +85,11 @@ def test_close_fails_what_has_not_begun(path: str, held_reads: HeldReads) -> Non
     files.close()
 
 
-def test_an_interrupted_wait_can_be_waited_again(path: str, content: bytes, held_reads: HeldReads) -> None:
-    files = FileTable()
-    files.add_path(path)
-    reader = ThreadedReader(files)
+def test_an_interrupted_wait_can_be_waited_again(
+    path: str, content: bytes, held_reads: HeldReads, make_reader: MakeReader
+) -> None:
+    files = opened(path)
+    reader = make_reader(files)
     destination = memory(65536)
     handle = reader.submit([read(path, 0, 65536, destination)])
     for blocked in (handle.wait, reader.drain, handle.wait):
@@ -108,7 +107,7 @@ def test_an_interrupted_wait_can_be_waited_again(path: str, content: bytes, held
     files.close()
 
 
-def test_a_forked_child_is_refused(reader: ThreadedReader, path: str, held_reads: HeldReads) -> None:
+def test_a_forked_child_is_refused(reader: Reader, path: str, held_reads: HeldReads) -> None:
     handle = reader.submit([read(path, 0, 4096, memory(4096))])
     child = os.fork()
     if not child:
@@ -130,7 +129,7 @@ def test_a_forked_child_is_refused(reader: ThreadedReader, path: str, held_reads
     handle.wait()
 
 
-def test_closing_in_a_child_does_not_hang_on_a_lock_held_at_the_fork(reader: ThreadedReader, path: str) -> None:
+def test_closing_in_a_child_does_not_hang_on_a_lock_held_at_the_fork(reader: Reader, path: str) -> None:
     reader.submit([read(path, 0, 4096, memory(4096))]).wait()
     held, over = threading.Event(), threading.Event()
 
@@ -158,10 +157,9 @@ def test_closing_in_a_child_does_not_hang_on_a_lock_held_at_the_fork(reader: Thr
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_a_reader_not_started_yet_works_in_a_child(path: str) -> None:
-    files = FileTable()
-    files.add_path(path)
-    reader = ThreadedReader(files)
+def test_a_reader_not_started_yet_works_in_a_child(path: str, make_reader: MakeReader) -> None:
+    files = opened(path)
+    reader = make_reader(files)
     child = os.fork()
     if not child:
         code = 1
@@ -177,11 +175,17 @@ def test_a_reader_not_started_yet_works_in_a_child(path: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ["", "reader.close()", "sys.exit(0)", "del reader"])
-def test_the_interpreter_exits_cleanly_with_reads_under_way(path: str, ending: str) -> None:
+@pytest.mark.parametrize("kind", ["threads", "native"])
+def test_the_interpreter_exits_cleanly_with_reads_under_way(path: str, ending: str, kind: str) -> None:
+    if kind == "native" and read_pool() is None:
+        pytest.skip("needs a C compiler, cc")
+    made = "ThreadedReader(files, " if kind == "threads" else "NativeReader(files, load_read_pool(cache_directory()), "
     code = (
         "import mmap, sys\n"
-        "from mball.storage import FileTable, Read, ThreadedReader\n"
-        "files = FileTable(); files.add_path(sys.argv[1]); reader = ThreadedReader(files, chunk_bytes=4096)\n"
+        "from mball.config import cache_directory\n"
+        "from mball.storage import FileTable, NativeReader, Read, ThreadedReader, load_read_pool\n"
+        "files = FileTable(); files.add_path(sys.argv[1])\n"
+        f"reader = {made}chunk_bytes=4096)\n"
         "buffer = memoryview(mmap.mmap(-1, 65536))\n"
         "for _ in range(200):\n"
         "    reader.submit([Read(file=sys.argv[1], offset_bytes=0, size_bytes=65536, destination=buffer)])\n" + ending
