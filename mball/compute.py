@@ -21,7 +21,7 @@ from mball.memory.page_pool import PagePool
 from mball.memory.region import Region
 from mball.run.homes import PAGE_BYTES
 from mball.schema import Link, Tier
-from mball.storage import FileTable, ThreadedReader
+from mball.storage import CheckedReader, FileTable, Reader, ThreadedReader
 from mball.trace.graph import ASSUMED_MEMORY_BYTES_PER_S
 from mball.units import MIB
 
@@ -51,7 +51,7 @@ class Compute:
     """
 
     device: Device
-    reader: ThreadedReader
+    reader: Reader
     page_bytes: int = PAGE_BYTES
     memory_bytes_per_s: float = ASSUMED_MEMORY_BYTES_PER_S
     link: Link | None = None
@@ -79,7 +79,7 @@ def open_compute(config: Config, files: FileTable) -> Compute:
         DeviceError: there is none, or it lacks something that is needed.
     """
     kind, _, number = config.device.partition(":")
-    reader = ThreadedReader(files, num_threads=config.io_threads)
+    reader = CheckedReader(ThreadedReader(files, num_threads=config.io_threads), files)
     try:
         if kind == "cpu":
             return Compute(device=CpuDevice(reader), reader=reader)
@@ -89,7 +89,7 @@ def open_compute(config: Config, files: FileTable) -> Compute:
         raise
 
 
-def _open_cuda(reader: ThreadedReader, ordinal: int | None) -> Compute:
+def _open_cuda(reader: Reader, ordinal: int | None) -> Compute:
     if not torch.backends.cuda.is_built():
         raise ConfigError(f"device is 'cuda', and this torch ({torch.__version__}) is built without CUDA: install one")
     if not torch.cuda.is_available():
@@ -106,7 +106,7 @@ def _open_cuda(reader: ThreadedReader, ordinal: int | None) -> Compute:
 
 
 def cuda_compute(
-    reader: ThreadedReader,
+    reader: Reader,
     ordinal: int,
     current_stream: Callable[[], int],
     *,

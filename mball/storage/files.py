@@ -7,8 +7,12 @@ import os
 import threading
 import weakref
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from mball.errors import StorageError
+
+if TYPE_CHECKING:
+    from mball.storage.swapfile import SwapFile
 
 # Enough for every disk in use; `probe_directory` measures what a disk really asks for.
 DIRECT_ALIGNMENT_BYTES = 4096
@@ -116,6 +120,7 @@ class FileTable:
         self.mode = direct
         self._state = _State()
         self._files: dict[str, OpenFile] = {}
+        self.swaps: dict[str, SwapFile] = {}
 
     def add_path(self, path: str | os.PathLike[str]) -> str:
         """Opens a file for reading and returns the name to use in a `Read`: `path` as text.
@@ -151,6 +156,15 @@ class FileTable:
         self._add(name, own, None)
         return name
 
+    def add_swap(self, swap: SwapFile) -> str:
+        """Adds a swap file under its own name; the caller keeps owning it.
+
+        Raises:
+            StorageError: it is closed, or was added before.
+        """
+        self.swaps[self.add_descriptor(swap.name, swap.fd)] = swap
+        return swap.name
+
     def __getitem__(self, name: str) -> OpenFile:
         """Raises StorageError when `name` was never added, or the table is closed."""
         try:
@@ -184,6 +198,7 @@ class FileTable:
     def close(self) -> None:
         """Closes every descriptor; the readers on it must be closed before. May be called again."""
         self._files.clear()
+        self.swaps.clear()
         with self._state.lock:
             for key in list(self._state.descriptors):
                 self._state.close(key)
