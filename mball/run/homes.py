@@ -306,6 +306,16 @@ class Homes:
         extent = Extent(file=home.file, offset_bytes=home.offset_bytes, size_bytes=home.span_bytes, slot_offset_bytes=0)
         return self._file_of[home.file].resolve(extent)
 
+    def verify(self, weight: int) -> None:
+        """Holds what the swap file has of a home against its checksums, for who reads it in place.
+
+        Raises:
+            StorageError: something else was written there.
+        """
+        for piece in self.pieces(weight):
+            if piece.file == self.swap.name:
+                self.swap.verify(piece.offset_bytes, piece.size_bytes)
+
     def close(self) -> None:
         """Closes the swap file. Homes that somebody still holds stay readable. Idempotent."""
         self.swap.close()

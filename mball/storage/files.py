@@ -172,6 +172,11 @@ class FileTable:
         except KeyError:
             raise StorageError(f"{name!r} is not among the {len(self._files)} open files; add it first") from None
 
+    def stat(self, name: str) -> os.stat_result:
+        """Returns the facts of the file that is open under this name, or of the path if none is. Raises OSError."""
+        file = self._files.get(name)
+        return os.stat(name) if file is None else os.fstat(file.buffered)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names added, in order."""

@@ -92,6 +92,23 @@ class SwapContent:
                 if on_disk:
                     extent.states[block] = BlockState.READ_BACK
 
+    def verify(self, first: int, end: int) -> None:
+        """Reads the blocks of `[first, end)` and holds them against their sums, for who reads them by a mapping.
+
+        Raises:
+            StorageError: as `check`.
+        """
+        with self._queue.lock:
+            extents = list(self._extents.overlapping(first, end))
+        for extent in extents:
+            for block in extent.blocks(max(first, extent.start), min(end, extent.end)):
+                block_first, block_end = extent.bounds(block)
+                with self._queue.lock:
+                    known = extent.states[block] != BlockState.UNKNOWN and self._mode is not SwapCheck.OFF
+                    value, content = extent.sums[block], self._bytes(block_first, block_end) if known else None
+                if content is not None and checksum(content) != value:
+                    raise self._damage(block_first, block_end, checksum(content), value)
+
     def sums_of(self, writes: Sequence[Write]) -> tuple[list[BlockSum], Parts]:
         """Returns the sums of blocks that one write fills, and the parts of other blocks. Needs no lock."""
         sums: list[BlockSum] = []

@@ -330,6 +330,14 @@ class SwapFile:
         """
         self._content.check(read, sums)
 
+    def verify(self, offset_bytes: int, size_bytes: int) -> None:
+        """Reads these bytes and holds them against their sums, for who reads them by a mapping of the file.
+
+        Raises:
+            StorageError: as `check`.
+        """
+        self._content.verify(offset_bytes, offset_bytes + size_bytes)
+
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _settle(self, writes: Sequence[Write]) -> None:
