@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mball.errors import BudgetError as BudgetError
     from mball.errors import MballError as MballError
     from mball.observe.report import Report as Report
+    from mball.saving import save_file as save_file
     from mball.torch_private.capture import capturing as capturing
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _HOMES = {
     "unwrap": "mball.api",
     "balloon": "mball.api",
     "report": "mball.api",
+    "save_file": "mball.saving",
     "save_trace": "mball.api",
     "set_budget": "mball.api",
     "timeline": "mball.api",
@@ -51,6 +53,7 @@ __all__ = [
     "capturing",
     "guarded",
     "report",
+    "save_file",
     "save_trace",
     "set_budget",
     "timeline",

@@ -156,7 +156,10 @@ def _wrap(
             lambda: machine,
             fixed_bytes=fixed_bytes,
             expected=expected,
-            verify_files=index.verify_unchanged if index is not None else _nothing_to_verify,
+            # A file that another one replaced is still the one that is mapped and read.
+            verify_files=_nothing_to_verify
+            if index is None
+            else functools.partial(index.verify_unchanged, storage.files.stat),
         )
         undo.pop_all()
 
@@ -390,13 +393,18 @@ def trace_and_plan(model: torch.nn.Module) -> tuple[Trace, Plan]:
 # -- the parts of wrap ---------------------------------------------------------------------------------------------
 
 
-def _state_of(model: torch.nn.Module) -> _State | Door:
+def find_state(model: torch.nn.Module) -> _State | Door | None:
+    """Returns what runs a model, None if it is not wrapped."""
     inner = inner_module(model)
-    state = _states.get(inner) or find_door(inner)
+    return _states.get(inner) or find_door(inner)
+
+
+def _state_of(model: torch.nn.Module) -> _State | Door:
+    state = find_state(model)
     if state is None:
         raise WrapError(
-            f"this {type(inner).__name__} is not wrapped by mball; call mball.wrap(model, budget=...) first (or, after "
-            "torch.compile(model, backend='mball', ...), call the compiled model once)"
+            f"this {type(inner_module(model)).__name__} is not wrapped by mball; call mball.wrap(model, budget=...) "
+            "first (or, after torch.compile(model, backend='mball', ...), call the compiled model once)"
         )
     return state
 

@@ -21,7 +21,7 @@ from mball.run.execution import Execution
 from mball.run.homes import PAGE_BYTES, Homes
 from mball.run.segments import OperatorReads
 from mball.schema import Machine, Plan, Trace
-from mball.storage import DirectIO, FileTable, SwapFile
+from mball.storage import DirectIO, FileTable, QueueLimits, SwapFile, SwapSettings
 from mball.torch_private.inductor import inductor_settings
 from mball.units import round_up
 
@@ -38,8 +38,8 @@ class Storage:
         """Makes an empty swap file. Raises StorageError when that cannot be done."""
         modes = {Io.BUFFERED: DirectIO.OFF, Io.DIRECT: DirectIO.ALWAYS, Io.CACHED: DirectIO.UNCACHED}
         files = FileTable(direct=modes.get(config.io, DirectIO.AUTO))
-        swap = SwapFile.create(config.swap_dir)
-        files.add_descriptor(swap.name, swap.fd)
+        swap = SwapFile.create(config.swap_dir, _swap_settings(config, files.mode))
+        files.add_swap(swap)
         return cls(files=files, swap=swap)
 
     def close(self) -> None:
@@ -128,6 +128,17 @@ class Machinery:
             parts.callback(self.compute.reader.close)
             parts.callback(self.engine.close)
             parts.callback(self.page.close)
+
+
+def _swap_settings(config: Config, direct: DirectIO) -> SwapSettings:
+    queue = QueueLimits(
+        num_threads=config.swap_writers,
+        depth=config.swap_depth,
+        high_bytes=config.swap_high,
+        low_bytes=config.swap_low,
+        share=config.swap_share,
+    )
+    return SwapSettings(limit_bytes=config.swap_limit, check=config.swap_check, queue=queue, direct=direct)
 
 
 def inductor_options(config: Config) -> dict[str, Any]:

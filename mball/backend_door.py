@@ -277,13 +277,13 @@ class Door:
         homes: list[Home] = []
         file = None
         if owned:
-            size_before = self._storage.swap.size_bytes
             file, homes = write_homes(owned, self._storage.swap)
             try:
                 machine = measure_machine(homes, self._storage.files, self.machinery.compute.choice, None)
                 check_budget(self.engine.budget_bytes, None, [*known.homes, *homes], machine, 0, expected)
             except BaseException:
-                self._storage.swap.shrink(size_before)
+                self._storage.swap.free(file.mapped_from)
+                self._storage.swap.trim()
                 raise
             self._machine.learn(machine, sum(home.span_bytes for home in homes))
             logger.info(

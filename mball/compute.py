@@ -21,7 +21,7 @@ from mball.memory.page_pool import PagePool
 from mball.memory.region import Region
 from mball.run.homes import PAGE_BYTES
 from mball.schema import Link, Tier
-from mball.storage import FileReader, FileTable, ReaderChoice, Threads, choose_reader
+from mball.storage import CheckedReader, FileTable, Reader, ReaderChoice, Threads, choose_reader
 from mball.trace.graph import ASSUMED_MEMORY_BYTES_PER_S
 from mball.units import MIB
 
@@ -52,7 +52,7 @@ class Compute:
     """
 
     device: Device
-    reader: FileReader
+    reader: Reader
     choice: ReaderChoice = field(default_factory=ReaderChoice)
     page_bytes: int = PAGE_BYTES
     memory_bytes_per_s: float = ASSUMED_MEMORY_BYTES_PER_S
@@ -93,7 +93,7 @@ def open_compute(config: Config, files: FileTable) -> Compute:
     """
     kind, _, number = config.device.partition(":")
     choice = _choice(config)
-    reader = choice.open(files)
+    reader = CheckedReader(choice.open(files), files)
     try:
         if kind == "cpu":
             return Compute(device=CpuDevice(reader), reader=reader, choice=choice)
@@ -104,7 +104,7 @@ def open_compute(config: Config, files: FileTable) -> Compute:
         raise
 
 
-def _open_cuda(reader: FileReader, ordinal: int | None, *, has_level: bool) -> Compute:
+def _open_cuda(reader: Reader, ordinal: int | None, *, has_level: bool) -> Compute:
     if not torch.backends.cuda.is_built():
         raise ConfigError(f"device is 'cuda', and this torch ({torch.__version__}) is built without CUDA: install one")
     if not torch.cuda.is_available():
@@ -121,7 +121,7 @@ def _open_cuda(reader: FileReader, ordinal: int | None, *, has_level: bool) -> C
 
 
 def cuda_compute(
-    reader: FileReader,
+    reader: Reader,
     ordinal: int,
     current_stream: Callable[[], int],
     *,

@@ -12,13 +12,14 @@ from mball.errors import WrapError
 from mball.memory.mapping import PrivateMapping
 from mball.run.census import Census, OwnedWeight, span_bytes
 from mball.run.homes import PAGE_BYTES, Home, HomeFile, Homes
-from mball.storage import FileTable, SwapFile, TensorEntry
+from mball.storage import FileTable, SwapFile, TensorEntry, Write
 from mball.units import format_bytes, round_down, round_up
 
 logger = logging.getLogger(__name__)
 
 # Where vector instructions like their operands to begin.
 WEIGHT_ALIGNMENT_BYTES = 64
+_ZEROS = bytes(PAGE_BYTES)
 
 
 def write_homes(weights: Sequence[OwnedWeight], swap: SwapFile) -> tuple[HomeFile, list[Home]]:
@@ -33,18 +34,26 @@ def write_homes(weights: Sequence[OwnedWeight], swap: SwapFile) -> tuple[HomeFil
     for weight in weights:
         offsets.append(end)
         end = round_up(end + span_bytes(weight.parameter), WEIGHT_ALIGNMENT_BYTES)
+    # Whole pages, and what lies between weights is written too: long runs of whole pages are written fastest.
+    end = round_up(end, PAGE_BYTES)
     start = swap.allocate(end)
     try:
-        placed = []
-        for weight, offset in zip(weights, offsets, strict=True):
+        placed, writes = [], []
+        for weight, offset, next_offset in zip(weights, offsets, [*offsets[1:], end], strict=True):
             data = weight.parameter.detach()
             flat = data.as_strided((span_bytes(data) // data.element_size(),), (1,))
-            swap.write(start + offset, flat.view(torch.uint8).numpy())
+            content = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type] # numpy says so from Python 3.12 on
+            writes.append(Write(offset_bytes=start + offset, source=content))
+            if padding := next_offset - offset - len(content):
+                source = memoryview(_ZEROS)[:padding]
+                writes.append(Write(offset_bytes=start + offset + len(content), source=source))
             placed.append((weight.name, start + offset, data))
+        swap.write_all(writes)
         swap.flush()
         return map_homes(swap.name, swap.fd, swap, placed)
     except BaseException:
-        swap.shrink(start)
+        swap.free(start)
+        swap.trim()
         raise
 
 

@@ -21,7 +21,7 @@ import torch
 from mball.errors import CheckpointError
 from mball.memory.mapping import PrivateMapping
 from mball.schema import Extent, Tensor, Treatment
-from mball.storage.swapfile import SwapFile
+from mball.storage import SwapFile, Write
 from mball.torch_private.tensors import storage_key
 from mball.units import round_down, round_up
 
@@ -118,28 +118,41 @@ class HomeFile:
         Raises:
             StorageError: the swap file cannot take them.
         """
-        settled = []
-        for first, end in self.mapping.written():
-            # A list, since settling changes what the pieces are made from.
-            pieces = list(self._pieces(first + self.mapped_from, end + self.mapped_from))
-            for piece_first, piece_end, swap_offset in pieces:
-                self._settle_piece(piece_first, piece_end, swap_offset)
-                settled.append((piece_first, piece_end))
-        return settled
+        # A list, since settling changes what the pieces are made from.
+        pieces = [
+            piece
+            for first, end in self.mapping.written()
+            for piece in self._pieces(first + self.mapped_from, end + self.mapped_from)
+        ]
+        if pieces:
+            self._settle(pieces)
+        return [(first, end) for first, end, _ in pieces]
 
-    def _settle_piece(self, first: int, end: int, swap_offset: int | None) -> None:
+    def _settle(self, pieces: Sequence[tuple[int, int, int | None]]) -> None:
+        new_bytes = sum(end - first for first, end, offset in pieces if offset is None)
+        start = self.swap.allocate(new_bytes)
+        try:
+            placed, offset = [], start
+            for first, end, swap_offset in pieces:
+                placed.append((first, end, offset if swap_offset is None else swap_offset))
+                offset += end - first if swap_offset is None else 0
+            self.swap.write_all([Write(offset_bytes=place, source=self._content(f, e)) for f, e, place in placed])
+        except BaseException:
+            if new_bytes:
+                self.swap.free(start)
+            raise
         # In this order an interrupt loses nothing: until the mapping is replaced the pages count as written.
-        start, stop = first - self.mapped_from, end - self.mapped_from
-        content = (ctypes.c_char * (end - first)).from_address(self.mapping.address + start)
-        is_new = swap_offset is None
-        offset = self.swap.allocate(end - first) if swap_offset is None else swap_offset
-        self.swap.write(offset, memoryview(content).cast("B"))
-        if is_new:
-            insort(self._moved, _Moved(first=first, end=end, swap_offset=offset), key=lambda moved: moved.first)
-        if self.is_swap:  # the very place that is mapped
-            self.mapping.drop_written(start, stop)
-        else:
-            self.mapping.replace(start, stop, self.swap.fd, offset)
+        for (first, end, known), (_, _, place) in zip(pieces, placed, strict=True):
+            if known is None:
+                insort(self._moved, _Moved(first=first, end=end, swap_offset=place), key=lambda moved: moved.first)
+            if self.is_swap:  # the very place that is mapped
+                self.mapping.drop_written(first - self.mapped_from, end - self.mapped_from)
+            else:
+                self.mapping.replace(first - self.mapped_from, end - self.mapped_from, self.swap.fd, place)
+
+    def _content(self, first: int, end: int) -> memoryview:
+        address = self.mapping.address + first - self.mapped_from
+        return memoryview((ctypes.c_char * (end - first)).from_address(address)).cast("B")
 
     def _pieces(self, first: int, end: int) -> Iterator[tuple[int, int, int | None]]:
         """Yields `[first, end)` split by where its current bytes are: a swap offset, or None for this file."""
@@ -292,6 +305,16 @@ class Homes:
         home = self.homes[weight]
         extent = Extent(file=home.file, offset_bytes=home.offset_bytes, size_bytes=home.span_bytes, slot_offset_bytes=0)
         return self._file_of[home.file].resolve(extent)
+
+    def verify(self, weight: int) -> None:
+        """Holds what the swap file has of a home against its checksums, for who reads it in place.
+
+        Raises:
+            StorageError: something else was written there.
+        """
+        for piece in self.pieces(weight):
+            if piece.file == self.swap.name:
+                self.swap.verify(piece.offset_bytes, piece.size_bytes)
 
     def close(self) -> None:
         """Closes the swap file. Homes that somebody still holds stay readable. Idempotent."""

@@ -3,6 +3,7 @@
 from mball.storage.alignment import DIRECT_ALIGNMENT_BYTES
 from mball.storage.calibration import Effort, calibrate
 from mball.storage.calibration_cache import find_calibrated_link, load_calibration, save_calibration
+from mball.storage.checked import CheckedReader
 from mball.storage.checkpoint import CheckpointIndex, TensorEntry
 from mball.storage.choice import FileReader, ReaderChoice, Threads, choose_reader
 from mball.storage.files import DirectIO, FileTable
@@ -10,11 +11,13 @@ from mball.storage.mounts import FileSystem, file_system_of
 from mball.storage.native import NativeReader, ReadPoolLibrary, load_read_pool
 from mball.storage.probe import DirectoryFacts, measure_link, probe_directory
 from mball.storage.reader import Read, Reader, ReadHandle, ReadStatistics
-from mball.storage.swapfile import SwapFile
+from mball.storage.swapfile import SwapFile, SwapSettings, SwapStatistics
 from mball.storage.threads import ThreadedReader
+from mball.storage.write_queue import PendingWrites, QueueLimits, Write
 
 __all__ = [
     "DIRECT_ALIGNMENT_BYTES",
+    "CheckedReader",
     "CheckpointIndex",
     "DirectIO",
     "DirectoryFacts",
@@ -23,6 +26,8 @@ __all__ = [
     "FileSystem",
     "FileTable",
     "NativeReader",
+    "PendingWrites",
+    "QueueLimits",
     "Read",
     "ReadHandle",
     "ReadPoolLibrary",
@@ -30,9 +35,12 @@ __all__ = [
     "Reader",
     "ReaderChoice",
     "SwapFile",
+    "SwapSettings",
+    "SwapStatistics",
     "TensorEntry",
     "ThreadedReader",
     "Threads",
+    "Write",
     "calibrate",
     "choose_reader",
     "file_system_of",

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +27,7 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _AGAIN = "download or save the checkpoint again"
 
 # safetensors name: (torch name, bytes an element)
-_DTYPES = {
+DTYPES = {
     "BOOL": ("bool", 1),
     "U8": ("uint8", 1),
     "I8": ("int8", 1),
@@ -122,15 +122,18 @@ class CheckpointIndex:
             files = (identity,)
         return cls(path=root, entries=MappingProxyType(entries), files=files)
 
-    def verify_unchanged(self) -> None:
+    def verify_unchanged(self, look: Callable[[str], os.stat_result] = os.stat) -> None:
         """Costs one `stat` a file.
 
+        Args:
+            look: tells of a file; `FileTable.stat` of the one that is open, whatever has its name now.
+
         Raises:
-            CheckpointError: a file was written to, replaced or deleted since `open`.
+            CheckpointError: a file was written to since `open`; also if it was replaced or deleted, if `look` says so.
         """
         for file in self.files:
             try:
-                changes = file.changes(os.stat(file.path))
+                changes = file.changes(look(file.path))
             except OSError as error:
                 changes = [f"it cannot be found any more ({error.strerror})"]
             if changes:
@@ -291,16 +294,16 @@ def _entry(path: Path, data_start: int, name: str, facts: Any) -> TensorEntry:
     if not isinstance(facts, dict) or facts.keys() != {"dtype", "shape", "data_offsets"}:
         raise corrupt("it must have exactly 'dtype', 'shape' and 'data_offsets'")
     dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
             f"checkpoint {path}: tensor {name!r} has dtype {dtype!r}, which is not supported (known: "
-            f"{', '.join(_DTYPES)}); convert the checkpoint to one of those"
+            f"{', '.join(DTYPES)}); convert the checkpoint to one of those"
         )
     if not _are_counts(shape):
         raise corrupt(f"shape {shape!r} is no list of sizes")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise corrupt(f"offsets {offsets!r} are no pair [begin, end)")
-    torch_name, item_bytes = _DTYPES[dtype]
+    torch_name, item_bytes = DTYPES[dtype]
     begin, end = offsets
     if end - begin != math.prod(shape) * item_bytes:
         raise corrupt(

@@ -7,10 +7,14 @@ import os
 import threading
 import weakref
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from mball.errors import StorageError
 from mball.storage.alignment import COARSE_ALIGNMENT_BYTES, Alignment, alignment_of
 from mball.storage.mounts import file_system_of, page_cache_reason
+
+if TYPE_CHECKING:
+    from mball.storage.swapfile import SwapFile
 
 _logger = logging.getLogger(__name__)
 
@@ -149,6 +153,7 @@ class FileTable:
         self.mode = direct
         self._state = _State()
         self._files: dict[str, OpenFile] = {}
+        self.swaps: dict[str, SwapFile] = {}
 
     def add_path(self, path: str | os.PathLike[str]) -> str:
         """Opens a file for reading and returns the name to use in a `Read`: `path` as text.
@@ -184,12 +189,26 @@ class FileTable:
         self._add(name, own, None)
         return name
 
+    def add_swap(self, swap: SwapFile) -> str:
+        """Adds a swap file under its own name; the caller keeps owning it.
+
+        Raises:
+            StorageError: it is closed, or was added before.
+        """
+        self.swaps[self.add_descriptor(swap.name, swap.fd)] = swap
+        return swap.name
+
     def __getitem__(self, name: str) -> OpenFile:
         """Raises StorageError when `name` was never added, or the table is closed."""
         try:
             return self._files[name]
         except KeyError:
             raise StorageError(f"{name!r} is not among the {len(self._files)} open files; add it first") from None
+
+    def stat(self, name: str) -> os.stat_result:
+        """Returns the facts of the file that is open under this name, or of the path if none is. Raises OSError."""
+        file = self._files.get(name)
+        return os.stat(name) if file is None else os.fstat(file.buffered)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -221,6 +240,7 @@ class FileTable:
     def close(self) -> None:
         """Closes every descriptor; the readers on it must be closed before. May be called again."""
         self._files.clear()
+        self.swaps.clear()
         with self._state.lock:
             for key in list(self._state.descriptors):
                 self._state.close(key)

@@ -2,44 +2,112 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import logging
 import os
 import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from mball.errors import StorageError
-from mball.units import format_bytes, round_up
+from mball.config import SwapCheck
+from mball.errors import DeviceError, StorageError
+from mball.storage.extents import PAGE_BYTES, ExtentMap, whole_pages
+from mball.storage.files import DirectIO
+from mball.storage.reader import Read, ReadHandle
+from mball.storage.swap_content import BlockSum, SwapContent
+from mball.storage.write_queue import PendingWrites, QueueLimits, Target, Write, WriteQueue
+from mball.units import MIB, format_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Buffer
 
-PAGE_BYTES = 4096
+# What `write_all` hands over at one time: its sums are made while what went before is written.
+_PORTION_BYTES = 32 * MIB
 
 _logger = logging.getLogger(__name__)
 _numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapSettings:
+    """How much is swapped, and how. What each means to a user: `mball.Config`.
+
+    Attributes:
+        limit_bytes: the largest size of the file; None for as much as the disk takes.
+        check: when what is read is held against its checksum.
+        queue: how much may wait to be written, and how much of the disk that gets.
+        direct: whether to write past the page cache.
+    """
+
+    limit_bytes: int | None = None
+    check: SwapCheck = SwapCheck.FIRST
+    queue: QueueLimits = field(default_factory=QueueLimits)
+    direct: DirectIO = DirectIO.AUTO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapStatistics:
+    """Totals since the file was made.
+
+    Attributes:
+        used_bytes: in extents now; `size_bytes` is the file, holes included.
+        written_bytes: written to the file, `direct_bytes` of them past the page cache, by `num_writes` requests.
+        read_bytes: asked of the file by `num_reads` reads, `hit_bytes` of them still in memory, waiting to be written.
+        checked_bytes: held against their checksums.
+        queue_s: seconds that requests waited to be written, together.
+        busy_s: seconds in which at least one was under way.
+    """
+
+    size_bytes: int
+    used_bytes: int
+    written_bytes: int
+    direct_bytes: int
+    num_writes: int
+    read_bytes: int
+    num_reads: int
+    hit_bytes: int
+    checked_bytes: int
+    queue_s: float
+    busy_s: float
 
 
 class SwapFile:
     """An unlinked file (mode 0600) of preallocated extents.
 
     The descriptor is the only thing that keeps the bytes: `close`, or the end of the process however it
-    comes, gives the disk space back. Not thread-safe for writers; readers may read extents already written.
+    comes, gives the disk space back. May be used by several threads; not in a forked child, which shares the file.
+
+    What is written has a checksum for each 64 KiB of its extent, made when it is handed over. Reads through a
+    `CheckedReader` are held against it; mappings of the file are not.
     """
 
-    def __init__(self, descriptor: int, directory: str) -> None:
+    def __init__(self, descriptor: int, directory: str, settings: SwapSettings) -> None:
         """Takes over `descriptor`; use `create`."""
-        self._descriptor = descriptor
         self._directory = directory
-        self._size_bytes = 0
+        self._settings = settings
         self._preallocates = True
         self._name = f"swap-{next(_numbers)}"
+        self._extents = ExtentMap()
+        self._descriptors = [descriptor]
+        if settings.direct is DirectIO.AUTO:
+            # Where the file system has no direct writes, its files are written through the page cache.
+            with contextlib.suppress(OSError):
+                flags = os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC
+                self._descriptors.append(os.open(f"/proc/self/fd/{descriptor}", flags))
+        direct = self._descriptors[1] if len(self._descriptors) > 1 else None
+        target = Target(f"{self._name} in {directory}", descriptor, direct, self._extents.fail)
+        self._queue = WriteQueue(target, settings.queue)
+        self._content = SwapContent(self._extents, self._queue, settings.check)
+        self._closer = weakref.finalize(self, _close, self._queue, self._descriptors)
 
     @classmethod
-    def create(cls, directory: str | os.PathLike[str]) -> Self:
+    def create(cls, directory: str | os.PathLike[str], settings: SwapSettings | None = None) -> Self:
         """Creates an empty swap file on the file system of `directory`, which must exist.
 
         Raises:
@@ -47,12 +115,17 @@ class SwapFile:
         """
         where = os.path.abspath(directory)
         try:
-            return cls(_open_unlinked(where), where)
+            descriptor = _open_unlinked(where)
         except OSError as error:
             raise StorageError(
                 f"no swap file can be made in {where} ({error.strerror}); choose a directory that exists and can be "
                 "written to"
             ) from error
+        try:
+            return cls(descriptor, where, settings or SwapSettings())
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     @property
     def name(self) -> str:
@@ -66,70 +139,147 @@ class SwapFile:
         Raises:
             StorageError: the file is closed.
         """
-        if self._descriptor < 0:
+        if not self._descriptors:
             raise StorageError(f"{self._name} in {self._directory} is closed")
-        return self._descriptor
+        return self._descriptors[0]
 
     @property
     def size_bytes(self) -> int:
-        """Bytes allocated, a multiple of 4096."""
-        return self._size_bytes
+        """Bytes of the file, holes included: a multiple of 4096."""
+        return self._extents.end
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits to be written that `submit` would block."""
+        return self._queue.full
+
+    @property
+    def statistics(self) -> SwapStatistics:
+        """What the file holds, and what was done so far."""
+        queue = self._queue
+        return SwapStatistics(
+            size_bytes=self._extents.end,
+            used_bytes=self._extents.used_bytes,
+            written_bytes=queue.written_bytes,
+            direct_bytes=queue.direct_bytes,
+            num_writes=queue.num_requests,
+            read_bytes=self._content.read_bytes,
+            num_reads=self._content.num_reads,
+            hit_bytes=self._content.hit_bytes,
+            checked_bytes=self._content.checked_bytes,
+            queue_s=queue.queue_s,
+            busy_s=queue.busy_s,
+        )
+
+    # -- extents -------------------------------------------------------------------------------------------------
 
     def allocate(self, size_bytes: int, *, congruent_to: int = 0) -> int:
         """Reserves an extent on disk and returns its file offset in bytes.
 
-        The offset has the same remainder by 4096 as `congruent_to`; no two extents share a page.
+        The offset has the same remainder by 4096 as `congruent_to`; no two extents share a page. The place of an
+        extent that was freed is taken again before the file grows; until it is written its content is anything.
 
         Raises:
-            StorageError: the disk has too little room; the file is then as it was.
+            StorageError: the limit, the quota or the disk has too little room; the file is then as it was.
+            DeviceError: called in a forked child.
         """
         if size_bytes < 0:
             raise StorageError(f"{self._name}: an extent of {size_bytes} B cannot be allocated; give 0 or more bytes")
+        self._check_process()
+        self.fd  # noqa: B018 - raises when closed
         lead = congruent_to % PAGE_BYTES
-        start, length = self._size_bytes, round_up(lead + size_bytes, PAGE_BYTES)
-        if length:
-            try:
-                self._preallocate(start, length)
-            except OSError as error:
-                # What was reserved before the failure goes back at once.
-                os.ftruncate(self.fd, start)
-                raise self._failure("allocating", size_bytes, error) from error
-            self._size_bytes = start + length
+        length = whole_pages(lead + size_bytes)
+        with self._queue.lock:
+            end, new_end = self._extents.end, self._extents.end_with(length)
+            self._check_limit(size_bytes, new_end)
+            if new_end > end:
+                try:
+                    self._preallocate(end, new_end - end)
+                except OSError as error:
+                    # What was reserved before the failure goes back at once.
+                    os.ftruncate(self.fd, end)
+                    raise self._failure("allocating", size_bytes, error) from error
+            start = self._extents.allocate(length).start if length else end
         return start + lead
 
+    def free(self, offset_bytes: int) -> None:
+        """Gives back the extent that `allocate` returned this offset of. Nothing may use it any more.
+
+        What is still to be written to it is waited for. Its place on disk is kept for the next extent; see `trim`.
+
+        Raises:
+            StorageError: there is no such extent.
+        """
+        self._check_process()
+        with self._queue.lock:
+            start = offset_bytes - offset_bytes % PAGE_BYTES
+            extent = self._extents.find(start)
+            if extent is None or extent.start != start:
+                if not self._extents.end and not start:
+                    return  # of no bytes
+                raise StorageError(f"{self._name}: no extent begins at {offset_bytes} B; give what allocate returned")
+            self._queue.settle(extent.start, extent.end)
+            self._extents.free(extent)
+
+    def trim(self) -> None:
+        """Gives the disk back what is free at the end of the file."""
+        self._check_process()
+        with self._queue.lock:
+            os.ftruncate(self.fd, self._extents.trim())
+
+    # -- writes --------------------------------------------------------------------------------------------------
+
+    def submit(self, writes: Sequence[Write]) -> PendingWrites:
+        """Starts writing, within extents; blocks only while too much waits already (`is_full` tells before).
+
+        The sources must stay as they are until the handle is done, and ranges do not overlap. From now on reads bring
+        what is written here.
+
+        Raises:
+            StorageError: a range was never allocated, a block of it that is written in part is damaged, or the file
+                is closed. Nothing is written then.
+            DeviceError: called in a forked child.
+        """
+        self._check_process()
+        self.fd  # noqa: B018 - raises when closed
+        writes = [self._checked(write) for write in writes]
+        sums, parts = self._content.sums_of(writes)
+        queue = self._queue
+        with queue.lock:
+            queue.wait_for_room()
+            self._settle(writes)
+            sums += [self._content.sum_with(*block, views) for block, views in parts.items()]
+            # An interrupt from here on leaves blocks of which nobody knows what they hold.
+            self._content.forget(sums)
+            handle = queue.put(writes)
+            self._content.set(sums)
+        return handle
+
     def write(self, offset_bytes: int, buffer: Buffer | NDArray[Any]) -> None:
-        """Writes all of `buffer` (C-contiguous) at `offset_bytes` of the file, within what is allocated.
+        """Writes all of `buffer` (C-contiguous) at `offset_bytes` of the file, within an extent.
 
         Raises:
             StorageError: the disk is full or fails, or the range was never allocated.
         """
-        descriptor = self.fd
         # numpy says that its arrays are buffers only from Python 3.12 on.
         with memoryview(buffer).cast("B") as view:  # type: ignore[arg-type]
-            if offset_bytes < 0 or offset_bytes + len(view) > self._size_bytes:
-                raise StorageError(
-                    f"{self._name}: write to [{offset_bytes}, {offset_bytes + len(view)}) B is outside the "
-                    f"{self._size_bytes} B allocated; allocate the extent first"
-                )
-            done = 0
-            while done < len(view):
-                try:
-                    with view[done:] as rest:
-                        written = os.pwrite(descriptor, rest, offset_bytes + done)
-                    if not written:
-                        raise OSError(errno.EIO, "the file system wrote nothing")
-                except OSError as error:
-                    raise self._failure(f"writing at offset {offset_bytes}:", len(view), error) from error
-                done += written
+            self.write_all([Write(offset_bytes=offset_bytes, source=view)])
 
-    def shrink(self, size_bytes: int) -> None:
-        """Gives back every extent from file offset `size_bytes` (a multiple of 4096) on. Nothing may use them any more.
+    def write_all(self, writes: Sequence[Write]) -> None:
+        """Writes all of this, and returns when it is written. Raises as `submit` and `PendingWrites.wait`.
 
-        Raises:
-            StorageError: the file is closed.
+        After an error or an interrupt nothing of it is under way any more.
         """
-        os.ftruncate(self.fd, size_bytes)
-        self._size_bytes = size_bytes
+        self.fd  # noqa: B018 - raises when closed
+        handles: list[PendingWrites] = []
+        try:
+            for portion in _portions(writes):
+                handles.append(self.submit(portion))
+            for handle in handles:
+                handle.wait()
+        except BaseException:
+            self._settle(writes)
+            raise
 
     def flush(self) -> None:
         """Writes everything to the disk and drops it from the page cache, so that no byte is held twice.
@@ -143,13 +293,16 @@ class SwapFile:
         except StorageError:
             raise
         except OSError as error:
-            raise self._failure("flushing", self._size_bytes, error) from error
+            raise self._failure("flushing", self.size_bytes, error) from error
 
     def close(self) -> None:
-        """Gives the disk space back, unless a reader still holds the file open. May be called again."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        """Gives the disk space back, unless a reader still holds the file open. May be called again.
+
+        What waits to be written is not written any more.
+        """
+        # Not through the finaliser, which runs only once: an interrupted close can be called again.
+        _close(self._queue, self._descriptors)
+        self._closer.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -159,10 +312,71 @@ class SwapFile:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        # The constructor may have failed before the descriptor was taken over.
-        if getattr(self, "_descriptor", -1) >= 0:
-            self.close()
+    # -- reads ---------------------------------------------------------------------------------------------------
+
+    def give_way_to(self, handle: ReadHandle) -> None:
+        """Has writes give way to these reads, of whatever file, until they are over."""
+        self._queue.give_way_to(handle)
+
+    def begin(self, read: Read) -> tuple[list[Read], list[BlockSum]]:
+        """Brings what still waits to be written from memory; returns what is left to read, and what to check then."""
+        return self._content.begin(read)
+
+    def check(self, read: Read, sums: Sequence[BlockSum]) -> None:
+        """Holds what a read brought against the sums of when it began. What was written since is not looked at.
+
+        Raises:
+            StorageError: something else was written; it names file, offset and both sums.
+        """
+        self._content.check(read, sums)
+
+    def verify(self, offset_bytes: int, size_bytes: int) -> None:
+        """Reads these bytes and holds them against their sums, for who reads them by a mapping of the file.
+
+        Raises:
+            StorageError: as `check`.
+        """
+        self._content.verify(offset_bytes, offset_bytes + size_bytes)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _settle(self, writes: Sequence[Write]) -> None:
+        """Blocks until nothing that was queued before is to be written where these are."""
+        spans = [(write.offset_bytes, write.offset_bytes + write.source.nbytes) for write in writes]
+        with self._queue.lock:
+            if spans and self._queue.overlapping(min(first for first, _ in spans), max(end for _, end in spans)):
+                for first, end in spans:
+                    self._queue.settle(first, end)
+
+    def _checked(self, write: Write) -> Write:
+        view = write.source.cast("B") if write.source.c_contiguous else None
+        if view is None:
+            raise StorageError(f"{self._name}: what is written must be C-contiguous bytes")
+        first, end = write.offset_bytes, write.offset_bytes + len(view)
+        extent = self._extents.find(first) if first >= 0 else None
+        if view.nbytes and (extent is None or end > extent.end):
+            raise StorageError(
+                f"{self._name}: write to [{first}, {end}) B is outside the {self._extents.used_bytes} B allocated; "
+                "allocate the extent first"
+            )
+        return Write(offset_bytes=first, source=view)
+
+    def _check_process(self) -> None:
+        if self._queue.pid != os.getpid():
+            raise DeviceError(
+                f"{self._name} belongs to process {self._queue.pid}, and this is its forked child {os.getpid()}: what "
+                "one writes the other would read. Wrap the model in the child, or start the child with 'spawn'"
+            )
+
+    def _check_limit(self, size_bytes: int, new_end: int) -> None:
+        limit = self._settings.limit_bytes
+        if limit is not None and new_end > limit and new_end > self._extents.end:
+            raise StorageError(
+                f"allocating {format_bytes(size_bytes)} ({size_bytes} B) of swap would make it {format_bytes(new_end)} "
+                f"({new_end} B), and swap_limit is {format_bytes(limit)} ({limit} B), of which "
+                f"{format_bytes(self._extents.used_bytes)} are in use. Raise swap_limit, or read weights "
+                "from a checkpoint in place (weights=)"
+            )
 
     def _preallocate(self, start: int, length: int) -> None:
         if self._preallocates:
@@ -183,11 +397,38 @@ class SwapFile:
     def _failure(self, doing: str, size_bytes: int, error: OSError) -> StorageError:
         facts = os.fstatvfs(self.fd)
         free_bytes = facts.f_bavail * facts.f_frsize
+        free = f"{format_bytes(free_bytes)} ({free_bytes} B) are free there"
+        advice = {
+            errno.EDQUOT: "raise the quota of this user, or choose another swap directory",
+            errno.EFBIG: "raise `ulimit -f`, or choose another swap directory",
+        }.get(error.errno or 0, "free disk space, or choose another swap directory")
         return StorageError(
             f"{doing} {format_bytes(size_bytes)} ({size_bytes} B) of swap in {self._directory} failed "
-            f"({error.strerror}); {format_bytes(free_bytes)} ({free_bytes} B) are free there. Free disk space, or "
-            "choose another swap directory"
+            f"({error.strerror}); {free}: {advice}"
         )
+
+
+def _portions(writes: Sequence[Write]) -> Iterator[list[Write]]:
+    """Cuts writes into portions, so that a queue has room for them."""
+    portion: list[Write] = []
+    size = 0
+    for write in writes:
+        with write.source.cast("B") as source:
+            for first in range(0, len(source), _PORTION_BYTES):
+                part = source[first : first + _PORTION_BYTES]
+                portion.append(Write(offset_bytes=write.offset_bytes + first, source=part))
+                size += len(part)
+                if size >= _PORTION_BYTES:
+                    yield portion
+                    portion, size = [], 0
+    if portion:
+        yield portion
+
+
+def _close(queue: WriteQueue, descriptors: list[int]) -> None:
+    queue.stop()
+    while descriptors:
+        os.close(descriptors.pop())
 
 
 def _open_unlinked(directory: str) -> int:

@@ -63,7 +63,7 @@ def test_the_link_of_files(tmp_path: Path) -> None:
     names = [files.add_path(tmp_path / name) for name in ("small", "empty", "large")]
     with SwapFile.create(tmp_path) as swap:
         swap.write(swap.allocate(MIB), bytes(MIB))
-        names.append(files.add_descriptor(swap.name, swap.fd))
+        names.append(files.add_swap(swap))
         for link in (measure_link(files), measure_link(files, names[2]), measure_link(files, swap.name)):
             assert link.bandwidth_bytes_per_s > 1e6
             assert 0 < link.latency_s < 1

@@ -111,7 +111,7 @@ def test_tensors_of_a_checkpoint(tmp_path: Path, make_reader: MakeReader) -> Non
 def test_a_swap_file_that_grows(tmp_path: Path, make_reader: MakeReader) -> None:
     files = opened()
     with SwapFile.create(tmp_path) as swap:
-        files.add_descriptor(swap.name, swap.fd)
+        files.add_swap(swap)
         reader = make_reader(files)
         for round_ in range(3):
             offset = swap.allocate(10_000)

@@ -93,7 +93,7 @@ def test_write_takes_arrays_and_checks_bounds(tmp_path: Path) -> None:
 
 def test_short_writes_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, view, offset: real(fd, view[:1000], offset))
+    monkeypatch.setattr(os, "pwritev", lambda fd, views, offset: real(fd, views[0][:1000], offset))
     with SwapFile.create(tmp_path) as swap:
         offset = swap.allocate(4096)
         swap.write(offset, bytes(range(256)) * 16)
@@ -147,7 +147,7 @@ def test_full_disk_while_writing(
         offset = swap.allocate(2 * MIB)
         swap.allocate(1)
         assert len([record for record in caplog.records if "cannot preallocate" in record.message]) == 1
-        with pytest.raises(StorageError, match=r"writing at offset 0: 2\.00 MiB .*\(No space left"):
+        with pytest.raises(StorageError, match=r"writing 1\.00 MiB .* at offset \d+ B .*\(No space left"):
             swap.write(offset, bytes(2 * MIB))
     assert free_bytes(small_disk) == before
 
