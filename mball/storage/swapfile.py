@@ -149,6 +149,11 @@ class SwapFile:
         return self._extents.end
 
     @property
+    def limit_bytes(self) -> int | None:
+        """How large the file may become; None for as much as the disk takes."""
+        return self._settings.limit_bytes
+
+    @property
     def is_full(self) -> bool:
         """Whether so much waits to be written that `submit` would block."""
         return self._queue.full
