@@ -52,6 +52,7 @@ class Topic(Enum):
     PLANS = "plans"
     PEERS = "peers"
     START = "start"
+    SWAP = "swap"
     DEMO = "demo"
 
 

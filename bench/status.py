@@ -23,6 +23,7 @@ _ROWS = {
     Topic.PLANS: "plans, predicted and executed",
     Topic.PEERS: "speed against peers",
     Topic.START: "cold start",
+    Topic.SWAP: "swap against the disk",
     Topic.DEMO: "the demo",
 }
 _COLUMNS = {Device.CPU: "CPU", Device.CUDA: "CUDA"}

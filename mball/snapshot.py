@@ -43,7 +43,7 @@ def take_report(
         weights_owned: the weights that the modules hold now.
         graphs: the graphs that were captured.
     """
-    plan, last, place = engine.plan, engine.meter.last, engine.place
+    plan, last, place, swap = engine.plan, engine.meter.last, engine.place, engine.homes.swap.statistics
     on_gpu = place.type == "cuda"
     resident = streamed = arena = activations = 0
     if plan is not None:
@@ -87,8 +87,15 @@ def take_report(
         steps=engine.num_steps,
         unplanned_fetches=last.unplanned_fetches,
         in_place_bytes=last.in_place_bytes,
-        swap_bytes=engine.homes.swap.size_bytes,
         host=host,
+        swap_bytes=swap.size_bytes,
+        swap_limit_bytes=engine.homes.swap.limit_bytes,
+        swap_written_bytes=swap.written_bytes,
+        swap_writes=swap.num_writes,
+        swap_queue_s=swap.queue_s,
+        swap_read_bytes=swap.read_bytes,
+        swap_hit_bytes=swap.hit_bytes,
+        swap_checked_bytes=swap.checked_bytes,
         held=take_gpu_memory(engine.ledger, ordinal=place.index or 0) if on_gpu else take_host_memory(engine.ledger),
         not_counted=NOT_COUNTED_ON_GPU if on_gpu else NOT_COUNTED,
     )

@@ -35,22 +35,42 @@ def read(path: Path, size_bytes: int, job: Job) -> float:
 
     Raises subprocess.CalledProcessError when fio fails.
     """
+    return float(size_bytes / _run(path, size_bytes, job, "read", "--readonly")["read"]["bw_bytes"])
+
+
+def write(path: Path, size_bytes: int, job: Job) -> float:
+    """Writes `size_bytes` of `path` once; returns and raises as `read`."""
+    return float(size_bytes / _run(path, size_bytes, job, "write")["write"]["bw_bytes"])
+
+
+def mixed(path: Path, size_bytes: int, job: Job) -> float:
+    """Reads and writes `size_bytes` each, in turns by chance, of twice as large a job; returns and raises as `read`."""
+    done = _run(path, size_bytes, job, "readwrite", "--rwmixread=50", "--loops=2")
+    return float(2 * size_bytes / (done["read"]["bw_bytes"] + done["write"]["bw_bytes"]))
+
+
+def _run(path: Path, size_bytes: int, job: Job, rw: str, *more: str) -> dict[str, Any]:
     share = -(-size_bytes // job.num_jobs)
     command = [
-        "fio", "--name=yardstick", f"--filename={path}", "--rw=read", "--readonly", "--direct=1", "--thread",
+        "fio", "--name=yardstick", f"--filename={path}", f"--rw={rw}", "--direct=1", "--thread",
         f"--ioengine={job.engine}", f"--bs={job.block}", f"--iodepth={job.depth}", f"--numjobs={job.num_jobs}",
         f"--size={share}", f"--offset_increment={share if job.num_jobs > 1 else 0}", "--group_reporting",
-        "--invalidate=0", "--output-format=json",
+        "--invalidate=0", "--output-format=json", *more,
     ]  # fmt: skip
     # Buffers on huge pages, as the other yardstick has: scattered pages read at a fraction of the speed.
     environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     ended = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
     # A version that has a note to make makes it before the JSON begins.
     report: dict[str, Any] = json.loads(ended.stdout[ended.stdout.index("{") :])
-    done = report["jobs"][0]["read"]
-    return float(size_bytes / done["bw_bytes"])
+    done: dict[str, Any] = report["jobs"][0]
+    return done
 
 
 def best_job(path: Path, size_bytes: int, jobs: list[Job] = JOBS) -> Job:
     """Returns the job that read fastest, of two tries each."""
     return min(jobs, key=lambda job: min(read(path, size_bytes, job) for _ in range(2)))
+
+
+def best_write_job(path: Path, size_bytes: int, jobs: list[Job] = JOBS) -> Job:
+    """Returns the job that wrote fastest, of two tries each."""
+    return min(jobs, key=lambda job: min(write(path, size_bytes, job) for _ in range(2)))

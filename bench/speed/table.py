@@ -64,6 +64,7 @@ class Figures:
 def table(results: Sequence[Result]) -> str:
     """Returns the page."""
     parts = [_HEAD, *_roofline(results), *_fits(results), *_plans(results), *_peers(results), *_start(results)]
+    parts += _swap(results)
     return "\n\n".join(parts) + "\n"
 
 
@@ -168,6 +169,23 @@ def _start(results: Sequence[Result]) -> list[str]:
             f"Second process, compiled code on disk: first token after {figures.show('warm_compile_s')}, "
             f"{figures.interval('warm_compile')} of eager mode's on graphs; {figures.verdict('warm_compile')}. Eager "
             f"mode by default: {figures.show('eager_default_first_s')}."
+        )
+    return parts
+
+
+def _swap(results: Sequence[Result]) -> list[str]:
+    figures = Figures(results, "speed-swap")
+    rows = [
+        [what, *(figures.show(f"swap_{who}_{act}_s") for who in ("mball", "bare", "fio")),
+         figures.interval(f"swap_{act}"), figures.verdict(f"swap_{act}")]
+        for act, what in (("write", "writes"), ("both", "writes, and as many reads"))
+        if figures.has(f"swap_{act}")
+    ]  # fmt: skip
+    head = ["", "mball, with checksums", "bare loop", "fio", "over the faster of these", "target"]
+    parts = ["## Swap", figures.source(), markdown_table(head, rows)]
+    if figures.has("swap_reads_beside"):
+        parts.append(
+            f"Reads beside writes that nobody waits for take {figures.interval('swap_reads_beside')} of alone."
         )
     return parts
 

@@ -51,6 +51,10 @@ class Report:
         measured_over_roofline: the last pass over the roofline; None before the first.
         in_place_bytes: weights read in place, outside the budget, in the last pass; 0 unless something passed mball by.
         host: what host memory holds, if it has a budget of its own.
+        swap_bytes: what the swap file takes on disk, of `swap_limit_bytes` at most.
+        swap_written_bytes: written to it so far, in `swap_writes` requests that waited `swap_queue_s` together.
+        swap_read_bytes: read from it so far; `swap_hit_bytes` of them were still in memory, waiting to be written, and
+            `swap_checked_bytes` were held against their checksums.
         held: what the process holds of the device's memory in all, and what of it is mball's.
         not_counted: what the budget does not cover.
     """
@@ -87,6 +91,13 @@ class Report:
     in_place_bytes: int
     swap_bytes: int
     host: HostMemory | None
+    swap_limit_bytes: int | None
+    swap_written_bytes: int
+    swap_writes: int
+    swap_queue_s: float
+    swap_read_bytes: int
+    swap_hit_bytes: int
+    swap_checked_bytes: int
     held: Reconciliation
     not_counted: tuple[str, ...]
 
@@ -136,7 +147,7 @@ class Report:
                 f"{'' if not self.capture_bytes else ', in the budget' if self.capture_is_counted else ', on top'}"
                 f"{'' if self.workspace_is_counted else '; workspace inside operators is on top of the budget'}",
             ),
-            ("swap file", format_bytes(self.swap_bytes)),
+            ("swap file", self._swap()),
             ("process", str(self.held)),
             (
                 "outside",
@@ -144,3 +155,16 @@ class Report:
             ),
         )
         return "\n".join(f"{name:>10}  {text}" for name, text in rows)
+
+    def _swap(self) -> str:
+        limit = "" if self.swap_limit_bytes is None else f" of at most {format_bytes(self.swap_limit_bytes)}"
+        if not self.swap_writes:
+            return f"{format_bytes(self.swap_bytes)}{limit}"
+        hits = (
+            f", {self.swap_hit_bytes / self.swap_read_bytes:.0%} of it still in memory" if self.swap_hit_bytes else ""
+        )
+        return (
+            f"{format_bytes(self.swap_bytes)}{limit}; {format_bytes(self.swap_written_bytes)} written in "
+            f"{self.swap_writes} requests that waited {self.swap_queue_s / self.swap_writes * 1e3:.1f} ms each, "
+            f"{format_bytes(self.swap_read_bytes)} read{hits}, {format_bytes(self.swap_checked_bytes)} checked"
+        )

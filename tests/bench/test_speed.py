@@ -20,6 +20,7 @@ from bench.speed.ratios import Target, ratio, ratio_measurements
 from bench.speed.roofline import fits, roofline
 from bench.speed.rounds import interleave
 from bench.speed.scale import smoke
+from bench.speed.swap import SMOKE, swap
 from bench.speed.table import PAGE, table
 from bench.speed.ways import Mode
 from bench.speed.workload import Kind
@@ -295,3 +296,18 @@ def test_plans_of_a_small_model(tmp_path: Path) -> None:
 
 def test_page_says_what_the_files_say() -> None:
     assert PAGE.read_text(encoding="utf-8") == table(read_results()), "run `make status`; it is not written by hand"
+
+
+# -- swap ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_session_of_swap(tmp_path: Path) -> None:
+    found = swap(tmp_path, SMOKE, quiet)
+    assert {"swap_write", "swap_both", "swap_reads_beside"} <= {each.name for each in found}
+    record(
+        name="speed-swap", topic=Topic.SWAP, device=Device.CPU, headline="{swap_write}", measurements=found,
+        directory=tmp_path,
+    )  # fmt: skip
+    page = table(read_results(tmp_path))
+    assert "| writes, and as many reads |" in page
+    assert not list(tmp_path.glob("written"))

@@ -1,0 +1,166 @@
+"""Swap against the yardsticks: writes alone, and writes beside reads as a pass makes them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.results import Measurement
+from bench.speed import fio
+from bench.speed.preadv import huge_pages
+from bench.speed.pwritev import SETTINGS, WriteYardstick
+from bench.speed.ratios import Target, ratio, ratio_measurements
+from bench.speed.rounds import Sample, Say, interleave, smaller
+from mball.storage import CheckedReader, FileTable, Read, SwapFile, ThreadedReader, Write
+from mball.storage.checksum import NAME as CHECKSUM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapScale:
+    """How much is written, and read beside it, in how many rounds; `with_fio` whether fio is asked as well."""
+
+    size_bytes: int
+    num_rounds: int
+    with_fio: bool
+
+
+FULL = SwapScale(size_bytes=1 << 30, num_rounds=9, with_fio=True)
+SMOKE = SwapScale(size_bytes=8 << 20, num_rounds=2, with_fio=False)
+
+
+class _Swap:
+    """mball's side: an extent that is written again and again, and reads of another file through the same seam."""
+
+    def __init__(self, swap: SwapFile, reader: CheckedReader, source: memoryview, file: str, destination: memoryview):
+        self._swap = swap
+        self._reader = reader
+        self._start = swap.allocate(len(source))
+        self._writes = [Write(offset_bytes=self._start, source=source)]
+        self._read = Read(file=file, offset_bytes=0, size_bytes=len(destination), destination=destination)
+
+    def write(self) -> float:
+        """Writes everything; returns the seconds that took, checksums included."""
+        began_s = time.perf_counter()
+        self._swap.write_all(self._writes)
+        return time.perf_counter() - began_s
+
+    def both(self) -> float:
+        """Reads and writes at one time; returns the seconds until both were done. Reads go first."""
+        began_s = time.perf_counter()
+        handle = self._reader.submit([self._read])
+        self._swap.write_all(self._writes)
+        handle.wait()
+        return time.perf_counter() - began_s
+
+    def read(self) -> float:
+        """Reads everything, and nobody writes; returns the seconds that took."""
+        began_s = time.perf_counter()
+        self._reader.submit([self._read]).wait()
+        return time.perf_counter() - began_s
+
+    def both_unhurried(self) -> float:
+        """As `both`, but nobody waits for the writes before the reads are done; returns the seconds of the reads."""
+        portion = 32 << 20
+        (write,) = self._writes
+        began_s = time.perf_counter()
+        handle = self._reader.submit([self._read])
+        writing = []
+        for first in range(0, len(write.source), portion):
+            if handle.done():
+                break
+            part = write.source[first : first + portion]
+            writing.append(self._swap.submit([Write(offset_bytes=self._start + first, source=part)]))
+        handle.wait()
+        took_s = time.perf_counter() - began_s
+        for each in writing:
+            each.wait()
+        return took_s
+
+
+def swap(directory: Path, scale: SwapScale, say: Say) -> list[Measurement]:
+    """Returns the seconds of each contender and their ratios. Raises OSError when the disk fails.
+
+    The yardstick of each figure is the faster of a bare loop and fio, by its median.
+    """
+    with _contenders(directory, scale, say) as sources:
+        found = interleave(sources, scale.num_rounds, say, "swap")
+    measurements = []
+    for act, bound, what in (
+        ("write", Target(limit=1 / 0.9), "written to swap"),
+        ("both", Target(limit=1.0), "written to swap and as much read beside"),
+    ):
+        yardstick = smaller(
+            found, [name for name in found if name.endswith(f"_{act}") and not name.startswith("mball")]
+        )
+        times = ratio(found[f"mball_{act}"], found[yardstick])
+        size = f"{scale.size_bytes / 1e9:.2f} GB {what}"
+        compared = f"{'fio' if yardstick.startswith('fio') else 'a bare loop'}, the faster yardstick"
+        measurements += ratio_measurements(f"swap_{act}", times, f"{size}, with {CHECKSUM}", compared, bound)
+        for name in sorted(found):
+            if name.endswith(f"_{act}"):
+                measurements.append(Measurement.of(f"swap_{name}_s", found[name], unit="s", description=size))
+        say(f"{act}: {times.median:.3g}× {compared}; {bound.verdict(times.median)}")
+    beside = ratio(found["mball_unhurried"], found["mball_read"])
+    measurements += ratio_measurements(
+        "swap_reads_beside", beside, "reads while swap writes that nobody waits for", "the same reads alone"
+    )
+    measurements += [
+        Measurement.of(
+            f"swap_{name}_s", found[f"mball_{name}"], unit="s", description=f"{scale.size_bytes / 1e9:.2f} GB"
+        )
+        for name in ("read", "unhurried")
+    ]
+    rates = [scale.size_bytes / seconds / 1e9 for seconds in found["mball_write"]]
+    measurements.append(Measurement.of("swap_rate", rates, unit="GB/s", description="written by mball"))
+    return measurements
+
+
+@contextlib.contextmanager
+def _contenders(directory: Path, scale: SwapScale, say: Say) -> Iterator[dict[str, Sample]]:
+    with contextlib.ExitStack() as stack:
+        source, destination = huge_pages(scale.size_bytes), huge_pages(scale.size_bytes)
+        for first in range(0, scale.size_bytes, 1 << 20):
+            source[first : first + (1 << 20)] = os.urandom(1 << 20)
+        read_path, write_path = directory / "read", directory / "written"
+        for path in (read_path, write_path):
+            with path.open("wb") as file:
+                for first in range(0, scale.size_bytes, 1 << 20):
+                    file.write(source[first : first + (1 << 20)])
+                os.fsync(file.fileno())
+            stack.callback(path.unlink)
+        flags = {read_path: os.O_RDONLY | os.O_DIRECT, write_path: os.O_WRONLY | os.O_DIRECT}
+        opened = {path: os.open(path, flag) for path, flag in flags.items()}
+        for descriptor in opened.values():
+            stack.callback(os.close, descriptor)
+        bare = WriteYardstick(opened[write_path], source, opened[read_path], destination)
+        best = {"write": bare.best(bare.write), "both": bare.best(bare.both, SETTINGS[3:])}
+        say(f"bare loop: writes by {best['write']}, both by {best['both']}")
+
+        files = FileTable()
+        stack.callback(files.close)
+        file_swap = stack.enter_context(SwapFile.create(directory))
+        files.add_swap(file_swap)
+        reader = CheckedReader(ThreadedReader(files), files)
+        stack.callback(reader.close)
+        mball = _Swap(file_swap, reader, source, files.add_path(read_path), destination)
+        mball.write()  # blocks of a file that were never written take longer
+        sources: dict[str, Sample] = {
+            "mball_write": mball.write,
+            "bare_write": lambda: bare.write(best["write"]),
+            "mball_both": mball.both,
+            "bare_both": lambda: bare.both(best["both"]),
+            "mball_read": mball.read,
+            "mball_unhurried": mball.both_unhurried,
+        }
+        if scale.with_fio and not fio.is_there():
+            say("fio is not installed: the bare loop alone is the yardstick")
+        elif scale.with_fio:
+            write_job = fio.best_write_job(write_path, scale.size_bytes)
+            say(f"fio writes by {write_job}")
+            sources["fio_write"] = lambda: fio.write(write_path, scale.size_bytes, write_job)
+            sources["fio_both"] = lambda: fio.mixed(write_path, scale.size_bytes, write_job)
+        yield sources
