@@ -2,8 +2,9 @@
 
 from mball.storage.calibration import Effort, calibrate
 from mball.storage.calibration_cache import find_calibrated_link, load_calibration, save_calibration
-from mball.storage.checkpoint import CheckpointIndex, TensorEntry
+from mball.storage.checkpoint import CheckpointIndex
 from mball.storage.files import DIRECT_ALIGNMENT_BYTES, DirectIO, FileTable
+from mball.storage.header import FileIdentity, TensorEntry
 from mball.storage.mounts import FileSystem, file_system_of
 from mball.storage.probe import DirectoryFacts, measure_link, probe_directory
 from mball.storage.reader import Read, Reader, ReadHandle, ReadStatistics
@@ -16,6 +17,7 @@ __all__ = [
     "DirectIO",
     "DirectoryFacts",
     "Effort",
+    "FileIdentity",
     "FileSystem",
     "FileTable",
     "Read",
