@@ -180,12 +180,12 @@ def parse_object(text: bytes, *, only_counts: bool = False) -> dict[str, Any]:
         return result
 
     def refuse(number: str) -> Any:
-        raise ValueError(f"the number {number} is no size or offset")
+        raise ValueError(f"the number {_brief(number)[1:-1]} is no size or offset")
 
     def count(number: str) -> int:
         # Python would read "-0" as a count, and digits for minutes.
         if number.startswith("-") or len(number) > len(str(_MAX_COUNT)) or int(number) > _MAX_COUNT:
-            refuse(number[:24])
+            refuse(number)
         return int(number)
 
     numbers: dict[str, Any] = {"parse_int": count, "parse_float": refuse} if only_counts else {}

@@ -54,6 +54,17 @@ def list_names(path: Path) -> list[str] | None:
         ) from error
 
 
+def check_regular(path: Path) -> os.stat_result:
+    """Returns what the system says of a file. Raises CheckpointError unless it is a regular one."""
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read ({error.strerror}); check the path") from error
+    if not stat.S_ISREG(facts.st_mode):
+        raise CheckpointError(f"checkpoint {path} is not a regular file; give the path of one")
+    return facts
+
+
 def choose(directory: Path, names: Collection[str], layout: Layout) -> Path | None:
     """Returns the file or index of a layout to read among `names`; None where there is none.
 
