@@ -51,6 +51,7 @@ class Topic(Enum):
     PLANS = "plans"
     PEERS = "peers"
     START = "start"
+    LOAD = "load"
     DEMO = "demo"
 
 

@@ -22,6 +22,7 @@ _ROWS = {
     Topic.PLANS: "plans, predicted and executed",
     Topic.PEERS: "speed against peers",
     Topic.START: "cold start",
+    Topic.LOAD: "loading a checkpoint",
     Topic.DEMO: "the demo",
 }
 _COLUMNS = {Device.CPU: "CPU", Device.CUDA: "CUDA"}
