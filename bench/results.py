@@ -53,6 +53,7 @@ class Topic(Enum):
     PEERS = "peers"
     START = "start"
     SWAP = "swap"
+    LOAD = "load"
     DEMO = "demo"
 
 

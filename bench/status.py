@@ -24,6 +24,7 @@ _ROWS = {
     Topic.PEERS: "speed against peers",
     Topic.START: "cold start",
     Topic.SWAP: "swap against the disk",
+    Topic.LOAD: "loading a checkpoint",
     Topic.DEMO: "the demo",
 }
 _COLUMNS = {Device.CPU: "CPU", Device.CUDA: "CUDA"}

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mball.decisions import guarded as guarded
     from mball.errors import BudgetError as BudgetError
     from mball.errors import MballError as MballError
+    from mball.load import load_file as load_file
+    from mball.load import open as open
     from mball.observe.report import Report as Report
     from mball.saving import save_file as save_file
     from mball.torch_private.capture import capturing as capturing
@@ -40,6 +42,8 @@ _HOMES = {
     "BudgetError": "mball.errors",
     "MballError": "mball.errors",
     "Report": "mball.observe.report",
+    "load_file": "mball.load",
+    "open": "mball.load",
     "capturing": "mball.torch_private.capture",
     "guarded": "mball.decisions",
 }
@@ -52,6 +56,8 @@ __all__ = [
     "balloon",
     "capturing",
     "guarded",
+    "load_file",
+    "open",
     "report",
     "save_file",
     "save_trace",

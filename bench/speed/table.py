@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.load.loaders import TITLES
 from bench.pages import markdown_table, rewrite, run_update
 from bench.results import RESULTS, Result, read_results, show
 from bench.speed.plans import BEFORE
@@ -63,8 +64,16 @@ class Figures:
 
 def table(results: Sequence[Result]) -> str:
     """Returns the page."""
-    parts = [_HEAD, *_roofline(results), *_fits(results), *_plans(results), *_peers(results), *_start(results)]
-    parts += _swap(results)
+    parts = [
+        _HEAD,
+        *_roofline(results),
+        *_fits(results),
+        *_plans(results),
+        *_peers(results),
+        *_start(results),
+        *_swap(results),
+        *_load(results),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -146,6 +155,29 @@ def _peers(results: Sequence[Result]) -> list[str]:
                     ])  # fmt: skip
     head = ["mode of mball, step", "way", "time", "cap", "times mball's", "target"]
     return ["## Peers in half the memory", figures.source(), markdown_table(head, rows)]
+
+
+def _load(results: Sequence[Result]) -> list[str]:
+    figures = Figures(results, "load")
+    rows = []
+    for way, title in TITLES.items():
+        name, row = way.value, [title]
+        for state in ("cold", "warm"):
+            prefix = f"{state}_{name}"
+            row += [figures.show(f"{prefix}_s"), figures.show(f"{prefix}_cpu_s"), figures.interval(prefix)]
+            row.append(figures.verdict(prefix))
+        if figures.has(f"cold_{name}") or figures.has(f"warm_{name}"):
+            rows.append(row)
+    head = ["way"]
+    for state in ("cold", "warm"):
+        head += [state, f"{state}, processor", f"{state}, ÷ mball.load_file", f"{state}, target"]
+    bare = (
+        f"{figures.show('size')} until every page of every tensor is in memory. Cold: a bare read of the file takes "
+        f"{figures.show('cold_yardstick_s')}; into memory that is there mball reads at "
+        f"{figures.interval('cold_disk_prefaulted')} of its speed, {figures.verdict('cold_disk_prefaulted')}, and "
+        f"with the faults at {figures.interval('cold_disk_mball')}. Warm: what maps the page cache copies nothing."
+    )
+    return ["## Loading a checkpoint", figures.source(), bare, markdown_table(head, rows)]
 
 
 def _start(results: Sequence[Result]) -> list[str]:

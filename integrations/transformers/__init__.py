@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def from_pretrained(
     The weights stay in the checkpoint and are read from there in place: the model is built on the meta device. Where
     that cannot be, transformers loads the model whole and mball writes it to swap, with one log line: for a
     `dtype` other than the checkpoint's, for a layout that transformers converts, and without safetensors files.
+    `path` may be a GGUF file too, or a directory with one and no config.json: transformers dequantises it.
 
     `model_class` is a model class of transformers or one of its Auto classes; default the first of the config's
     `architectures`, else AutoModelForCausalLM. `budget` and `settings` are those of `mball.wrap`.
@@ -46,6 +48,8 @@ def from_pretrained(
         BudgetError: the budget is too small.
     """
     directory = Path(path)
+    if (gguf := _find_gguf(directory)) is not None:
+        return _from_gguf(gguf, budget, dtype, model_class, settings)
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} is no directory with a config.json; give a local directory of a model")
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -72,6 +76,40 @@ def from_pretrained(
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     mball.wrap(model, budget=budget, weights=directory, rename=rename, **settings)
     return model
+
+
+def _find_gguf(path: Path) -> Path | None:
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{path} has no config.json and {len(found)} GGUF files ({names}); give the path of one")
+    return found[0] if found else None
+
+
+def _from_gguf(
+    file: Path, budget: int | str, dtype: torch.dtype | str | None, model_class: Any, settings: dict[str, Any]
+) -> PreTrainedModel:
+    where = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(file.parent, **where)
+        model_class = model_class or _default_class(config)
+        _log.info("%s: a GGUF file; transformers dequantises it whole and it goes to swap", file)
+        whole: PreTrainedModel = model_class.from_pretrained(
+            file.parent, dtype=_resolve_dtype(dtype, config, {}),
+            quantization_config=transformers.GgufConfig(dequantize=True), **where,
+        )  # fmt: skip
+    except ImportError as error:
+        raise ConfigError(f"{file} is a GGUF file, which the package gguf reads: pip install gguf") from error
+    except ConfigError:
+        raise
+    except (ValueError, LookupError, ArithmeticError, OSError, struct.error) as error:
+        raise CheckpointError(f"{file} cannot be loaded: {error}; convert it, or fetch it again") from error
+    mball.wrap(whole.eval(), budget=budget, **settings)
+    return whole
 
 
 def _default_class(config: PretrainedConfig) -> Any:

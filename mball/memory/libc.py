@@ -24,7 +24,8 @@ RANDOM = mmap.MADV_RANDOM
 WILLNEED = mmap.MADV_WILLNEED
 HUGEPAGE = mmap.MADV_HUGEPAGE
 NOHUGEPAGE = mmap.MADV_NOHUGEPAGE
-POPULATE_WRITE = 23  # Linux 5.14; not in every supported Python's mmap module
+POPULATE_READ = 22
+POPULATE_WRITE = 23  # both Linux 5.14; not in every supported Python's mmap module
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p

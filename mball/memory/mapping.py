@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -112,6 +113,21 @@ class PrivateMapping:
         for first, end in ranges:
             self._check_pages(first, end)
             libc.advise(self.address + first, end - first, libc.WILLNEED)
+
+    def populate(self, first: int, end: int) -> None:
+        """Blocks until the range of whole pages is in memory and mapped; does nothing where the kernel cannot.
+
+        Raises DeviceError when the file cannot be read there, be it that it was truncated.
+        """
+        self._check_pages(first, end)
+        try:
+            libc.advise(self.address + first, end - first, libc.POPULATE_READ)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # before Linux 5.14 pages come as they are touched
+                raise DeviceError(
+                    f"bytes [{first}, {end}) of a mapping of {self._mapped_bytes} bytes cannot be read: "
+                    f"{error.strerror} (errno {error.errno}); if the file was truncated, copy or download it again"
+                ) from error
 
     def drop_written(self, first: int, end: int) -> None:
         """Forgets what was written in the range: it reads from the file again.

@@ -4,9 +4,10 @@ from mball.storage.alignment import DIRECT_ALIGNMENT_BYTES
 from mball.storage.calibration import Effort, calibrate
 from mball.storage.calibration_cache import find_calibrated_link, load_calibration, save_calibration
 from mball.storage.checked import CheckedReader
-from mball.storage.checkpoint import CheckpointIndex, TensorEntry
+from mball.storage.checkpoint import CheckpointIndex
 from mball.storage.choice import FileReader, ReaderChoice, Threads, choose_reader
 from mball.storage.files import DirectIO, FileTable
+from mball.storage.header import FileIdentity, TensorEntry
 from mball.storage.mounts import FileSystem, file_system_of
 from mball.storage.native import NativeReader, ReadPoolLibrary, load_read_pool
 from mball.storage.probe import DirectoryFacts, measure_link, probe_directory
@@ -22,6 +23,7 @@ __all__ = [
     "DirectIO",
     "DirectoryFacts",
     "Effort",
+    "FileIdentity",
     "FileReader",
     "FileSystem",
     "FileTable",

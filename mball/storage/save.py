@@ -12,12 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mball.errors import StorageError
-from mball.storage.checkpoint import DTYPES
+from mball.storage.header import SAFETENSORS_NAMES
 from mball.units import round_up
 from mball.whole_files import whole_file, write_all
 
 _ALIGNMENT_BYTES = 8
-_NAME_OF_DTYPE = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 
 
 def save_tensors(
@@ -66,7 +65,7 @@ def _check(name: object, tensor: object) -> None:
         raise StorageError(
             f"tensor {name!r} is {tensor.layout}, and safetensors files hold dense tensors: call to_dense()"
         )
-    if str(tensor.dtype).removeprefix("torch.") not in _NAME_OF_DTYPE:
+    if str(tensor.dtype).removeprefix("torch.") not in SAFETENSORS_NAMES:
         raise StorageError(f"tensor {name!r} is {tensor.dtype}, which safetensors does not know; convert it")
 
 
@@ -83,7 +82,7 @@ def _header(
     for name in names:
         tensor = tensors[name]
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        dtype = _NAME_OF_DTYPE[str(tensor.dtype).removeprefix("torch.")]
+        dtype = SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(round_up(len(text), _ALIGNMENT_BYTES))

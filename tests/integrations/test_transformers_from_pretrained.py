@@ -225,6 +225,58 @@ def test_only_the_alias_of_a_tie_in_the_checkpoint(tmp_path: Path, wrap: Wrap) -
     assert_same(found, transformers.LlamaForCausalLM.from_pretrained(tmp_path))
 
 
+def save_gguf(path: Path) -> None:
+    """Writes a llama of one layer, quantised to Q8_0 but for its norms."""
+    import gguf
+    import numpy
+
+    generator = numpy.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(96)
+    shapes = {
+        "token_embd": (96, 32), "output": (96, 32), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32),
+        "blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32),
+        "blk.0.ffn_down": (32, 64), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        values = generator.standard_normal(shape, dtype=numpy.float32)
+        if len(shape) == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{name}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_dequantised_and_goes_to_swap(tmp_path: Path, wrap: Wrap) -> None:
+    save_gguf(tmp_path / "model.gguf")
+    expected = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path,
+        gguf_file="model.gguf",
+        dtype=torch.bfloat16,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    )
+    for path in (tmp_path, tmp_path / "model.gguf"):
+        found = from_pretrained(path, budget="1MiB", dtype="bfloat16")
+        assert not wrap.in_place
+        assert_same(found, expected)
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"2 GGUF files \(model\.gguf, other\.gguf\)"):
+        from_pretrained(tmp_path, budget="1MiB")
+    with pytest.raises(CheckpointError, match=r"other\.gguf cannot be loaded"):
+        from_pretrained(tmp_path / "other.gguf", budget="1MiB")
+
+
 def test_bad_input_is_named(tmp_path: Path, wrap: Wrap) -> None:
     with pytest.raises(CheckpointError, match=r"no directory with a config\.json"):
         from_pretrained(tmp_path / "nowhere", budget="1MiB")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +143,88 @@ def test_missing_shard_and_missing_tensor(tmp_path: Path) -> None:
         ('{"weight_map": {"a": 1}}', "no 'weight_map'"),
         ('{"weight_map": {"a": "../x.safetensors"}}', "outside its own directory"),
         ('{"weight_map": {"a": "/x.safetensors"}}', "outside its own directory"),
+        ('{"weight_map": {"a": "b/../../x.safetensors"}}', "outside its own directory"),
+        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' appears twice"),
+        ('{"weight_map": {"a": "x\\u0000"}}', "no file name"),
+        ('{"weight_map": {"a": ""}}', "no file name"),
+        ('{"weight_map": {"a": "."}}', "not a regular file"),
     ],
 )
 def test_corrupt_index(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
         CheckpointIndex.open(tmp_path)
+
+
+def test_a_shard_that_holds_more_than_the_index_says(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["w3"]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors holds 1 tensors .*'w3'"):
+        CheckpointIndex.open(tmp_path)
+    index["weight_map"]["w3"] = "model-00001-of-00002.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"'w3' is not in .*00001-of-00002\.safetensors \(3 tensors\)"):
+        CheckpointIndex.open(tmp_path)
+
+
+def test_links(tmp_path: Path) -> None:
+    """Caches of downloads hold links to files elsewhere; a loop of links is no file."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "model").mkdir()
+    expected = sharded(tmp_path / "blobs")
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "model" / file.name).symlink_to(Path("..") / "blobs" / file.name)
+    assert_same(CheckpointIndex.open(tmp_path / "model"), expected)
+    shard = tmp_path / "model" / "model-00001-of-00002.safetensors"
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.* cannot be opened \(Too many levels of symbolic links"):
+        CheckpointIndex.open(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="Too many levels of symbolic links"):
+        CheckpointIndex.open(shard)
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A folder that every user may enter, as pytest's own are not."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Root becomes nobody for a while, without rights beyond those that files give; other users have none anyway."""
+    effective = os.geteuid()
+    if effective == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(effective)
+
+
+def test_without_permission(shared_folder: Path) -> None:
+    sharded(shared_folder)
+    (shared_folder / "model-00001-of-00002.safetensors").chmod(0)
+    with (
+        ordinary_user(),
+        pytest.raises(CheckpointError, match=r"00001-of-00002\.safetensors cannot be read \(Permission denied"),
+    ):
+        CheckpointIndex.open(shared_folder)
+
+
+def test_a_directory_without_permission(shared_folder: Path) -> None:
+    model = shared_folder / "model"
+    model.mkdir()
+    sharded(model)
+    model.chmod(0)
+    for path in (model, model / "model-00001-of-00002.safetensors", model / "model.safetensors.index.json"):
+        with ordinary_user(), pytest.raises(CheckpointError, match=r"model.* cannot be opened \(Permission denied\)"):
+            CheckpointIndex.open(path)
+    model.chmod(0o755)
 
 
 def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
@@ -157,13 +235,29 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
     ("header", "data", "message"),
     [
         (b"not json", b"", "header of 8 B is corrupt"),
-        (b"[" * 100_000, b"", "nested too deeply"),
+        (b"[" * 100_000, b"", r"begins with b'\['"),
+        (b'{"a":' * 100_000, b"", "nested too deeply"),
+        (b' {"a": 1}', b"", "begins with b' '"),
+        (b'{"a": {"dtype": "F32", "dtype": "F16"}}', b"", "'dtype' appears twice"),
+        (b'{"\\ud800": 1}', b"", "surrogates not allowed"),
+        (b'{"a": -0}', b"", "the number -0 is no size"),
+        (b'{"a": ' + b"9" * 5000 + b"}", b"", r"the number 9+\.\.\.9+ is no size"),
+        ({"a": entry(shape=[2.0])}, b"\0" * 8, "the number 2.0 is no size"),
+        (b'{"a": 0.' + b"9" * 5000 + b"}", b"", r"the number 0\.9+\.\.\.9+ is no size"),
+        ({"a": float("nan")}, b"", "the number NaN is no size"),
+        ({"a": entry(shape=[1 << 64])}, b"\0" * 8, "the number 18446744073709551616 is no size"),
+        ({"a": entry(shape=[1 << 32, 1 << 32])}, b"", "more than 63 bits"),
+        ({"a": entry(shape=[1 << 32, 1 << 32, 0], offsets=[0, 0])}, b"", "more than 63 bits"),
+        ({"a": entry(shape=[2] * 1_000_000)}, b"", r"shape \[2, 2, .*\.\.\.\] of F32 is more than 63 bits"),
+        ({"a" * 1_000_000: 1}, b"", r"entry of tensor 'aa.*\.\.\.aa.*' is corrupt"),
+        ({"__metadata__": {"a": 1}}, b"", "no object of texts"),
+        ({"__metadata__": ["a"]}, b"", "no object of texts"),
         (b"\xff\xfe{}", b"", "is corrupt"),
         (b'{"a": 1, "a": 2}', b"", "'a' appears twice"),
         ({"a": 1}, b"", "entry of tensor 'a' is corrupt"),
         ({"a": entry(dtype="F4")}, b"\0" * 8, "tensor 'a' has dtype 'F4'.*convert"),
         ({"a": entry(dtype=["F32"])}, b"\0" * 8, "dtype"),
-        ({"a": entry(shape=[-2])}, b"\0" * 8, "no list of sizes"),
+        ({"a": entry(shape=[-2])}, b"\0" * 8, "the number -2 is no size"),
         ({"a": entry(shape=[True, 2])}, b"\0" * 8, "no list of sizes"),
         ({"a": entry(offsets=[8, 0])}, b"\0" * 8, "no pair"),
         ({"a": entry(offsets=[0, 8, 9])}, b"\0" * 8, "no pair"),
@@ -179,6 +273,7 @@ def test_damaged_header(tmp_path: Path, header: Any, data: bytes, message: str) 
     with pytest.raises(CheckpointError, match=message) as caught:
         CheckpointIndex.open(path)
     assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 2000
 
 
 def test_every_truncation_is_noticed(tmp_path: Path) -> None:

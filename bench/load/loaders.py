@@ -1,0 +1,103 @@
+"""Ways to bring a safetensors file into memory. Each returns what is timed, which returns tensors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mball
+from mball.load.file_memory import OwnMemory
+from mball.load.safetensors_source import stream
+from mball.storage import CheckpointIndex, FileTable, ThreadedReader
+from mball.units import MIB
+
+# Keeps alive what the tensors lie in.
+Held = tuple[dict[str, torch.Tensor], Any]
+
+
+class Way(Enum):
+    """Who loads."""
+
+    PREFAULTED = "prefaulted"  # mball's stream into memory that is there already, as the yardstick's is
+    MBALL = "mball"
+    COPY = "mball_copy"
+    MMAP = "safetensors_mmap"
+    PREAD = "safetensors_pread"
+    FASTSAFETENSORS = "fastsafetensors"
+    RUNAI = "runai"
+
+
+PEERS = (Way.MMAP, Way.PREAD, Way.FASTSAFETENSORS, Way.RUNAI)
+TITLES = {
+    Way.PREFAULTED: "mball, into memory that is there",
+    Way.MBALL: "mball.load_file",
+    Way.COPY: "mball.load_file, copy=True",
+    Way.MMAP: "safetensors load_file",
+    Way.PREAD: 'safetensors load_file, backend="pread"',
+    Way.FASTSAFETENSORS: "fastsafetensors, CPU",
+    Way.RUNAI: "Run:ai model streamer, CPU",
+}
+
+
+def prepare(way: Way, path: Path) -> Callable[[], Held]:
+    """Returns what loads `path` this way. Imports, and memory for PREFAULTED, are there then."""
+    if way in (Way.MBALL, Way.COPY):
+        copy = True if way is Way.COPY else None
+        return lambda: (mball.load_file(path, copy=copy), None)
+    if way is Way.PREFAULTED:
+        return _prefaulted(path)
+    if way in (Way.MMAP, Way.PREAD):
+        from safetensors.torch import load_file
+
+        backend = "mmap" if way is Way.MMAP else "pread"
+        return lambda: (load_file(path, backend=backend), None)
+    return _fastsafetensors(path) if way is Way.FASTSAFETENSORS else _runai(path)
+
+
+def _prefaulted(path: Path) -> Callable[[], Held]:
+    index = CheckpointIndex.open(path)
+    entries = sorted(index.entries.values(), key=lambda entry: entry.offset_bytes)
+    memory = OwnMemory(str(path), entries[0].offset_bytes, entries[-1].offset_bytes + entries[-1].size_bytes)
+    reads = list(memory.reads())  # faults all of it in
+
+    def load() -> Held:
+        files = FileTable()
+        files.add_path(path)
+        reader = ThreadedReader(files)
+        try:
+            stream(iter(reads), reader, 256 * MIB, lambda _: None)
+        finally:
+            reader.close()
+            files.close()
+        return {entry.name: memory.tensor(entry) for entry in entries}, None
+
+    return load
+
+
+def _fastsafetensors(path: Path) -> Callable[[], Held]:
+    from fastsafetensors import SafeTensorsFileLoader, SingleGroup
+
+    def load() -> Held:
+        # GPUDirect Storage is for GPUs.
+        loader = SafeTensorsFileLoader(SingleGroup(), device="cpu", nogds=True)
+        loader.add_filenames({0: [str(path)]})
+        buffer = loader.copy_files_to_device()
+        return {name: buffer.get_tensor(name) for name in buffer.key_to_rank_lidx}, (loader, buffer)
+
+    return load
+
+
+def _runai(path: Path) -> Callable[[], Held]:
+    from runai_model_streamer import SafetensorsStreamer
+
+    def load() -> Held:
+        streamer = SafetensorsStreamer()
+        with streamer:
+            streamer.stream_file(str(path))
+            return dict(streamer.get_tensors()), streamer
+
+    return load

@@ -1,0 +1,66 @@
+"""What every format of checkpoints offers to `mball.open`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+# Told how many more bytes are there.
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How tensors are loaded; see `mball.open`."""
+
+    device: torch.device
+    copy: bool | None
+    in_flight_bytes: int
+
+
+class Facts(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes in memory."""
+
+    @property
+    def dtype(self) -> str:
+        """torch's name, such as ``bfloat16``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+
+class Source(Protocol):
+    """An open checkpoint."""
+
+    @property
+    def metadata(self) -> Mapping[str, str] | None:
+        """Texts by name, None where the checkpoint has none."""
+
+    def entries(self) -> Mapping[str, Facts]:
+        """Returns the facts of each tensor, by name."""
+
+    def offset_keys(self) -> list[str]:
+        """Returns the names in the order of the files."""
+
+    def load(self, names: Iterable[str], advance: Advance) -> dict[str, torch.Tensor]:
+        """Returns tensors in the order of `names`, which are all there.
+
+        Raises:
+            CheckpointError: a file changed since it was opened.
+            StorageError: a read failed.
+            DeviceError: there is not enough memory.
+        """
+
+    def part(self, name: str, index: Any) -> torch.Tensor:
+        """Returns `tensor[index]` in memory of its own. Raises as `load`, and IndexError and the like as torch does."""
+
+    def close(self) -> None:
+        """Gives files and threads back; tensors stay. May be called again."""
