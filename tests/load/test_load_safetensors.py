@@ -18,6 +18,7 @@ import mball
 from mball.errors import CheckpointError, ConfigError, DeviceError, StorageError
 from mball.load import safetensors_source
 from mball.memory.facts import process_memory
+from mball.storage import ReaderChoice, ThreadedReader
 from mball.units import MIB
 from tests.load.checkpoints import assert_same, save_misaligned, save_shards, tensors_of_many_kinds
 
@@ -241,7 +242,8 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
 def test_no_more_is_in_flight_than_allowed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next piece is submitted only when those before it leave room."""
     monkeypatch.setattr(safetensors_source.OwnMemory.reads, "__defaults__", (65536,))
-    real = safetensors_source.ThreadedReader.submit
+    monkeypatch.setattr(safetensors_source, "choose_reader", lambda **_: ReaderChoice())  # threads of Python
+    real = ThreadedReader.submit
     open_handles: list[Any] = []
     most = 0
 
@@ -251,7 +253,7 @@ def test_no_more_is_in_flight_than_allowed(file: Path, monkeypatch: pytest.Monke
         most = max(most, sum(handle.size_bytes for handle in open_handles if not handle.done()))
         return open_handles[-1]
 
-    monkeypatch.setattr(safetensors_source.ThreadedReader, "submit", submit)
+    monkeypatch.setattr(ThreadedReader, "submit", submit)
     assert_same(mball.load_file(file, copy=True, in_flight_bytes=200_000), tensors_of_many_kinds())
     assert len(open_handles) > 40
     assert most <= 200_000
