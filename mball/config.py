@@ -101,7 +101,7 @@ class Config:
         swap_limit: the largest size of the swap file; default as much as the disk takes.
         swap_check: when what is read from the swap file is held against its checksum.
         swap_writers: threads that write to it.
-        swap_depth: requests (of up to 1 MiB) that may wait to be written.
+        swap_depth: requests (of up to 2 MiB) that may wait to be written.
         swap_high: bytes that wait to be written when who writes has to wait, until there are no more than `swap_low`.
         swap_share: the part of the time that writes get of the disk while somebody reads, unless they are waited for.
     """
@@ -122,7 +122,7 @@ class Config:
     swap_limit: int | None = None
     swap_check: SwapCheck = SwapCheck.FIRST
     swap_writers: int = 4
-    swap_depth: int = 1024
+    swap_depth: int = 256
     swap_high: int = 256 << 20
     swap_low: int = 128 << 20
     swap_share: float = 0.25

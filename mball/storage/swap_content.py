@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from mball.config import SwapCheck
 from mball.errors import StorageError
 from mball.storage.checksum import NAME, checksum
-from mball.storage.extents import BlockState, ExtentMap, SwapExtent
+from mball.storage.extents import BLOCK_BYTES, BlockState, ExtentMap, SwapExtent
 from mball.storage.reader import Read
 from mball.storage.write_queue import Write, WriteQueue
 
@@ -19,12 +20,20 @@ Parts = dict[tuple[SwapExtent, int], list[tuple[int, memoryview]]]
 
 
 class BlockSum(NamedTuple):
-    """What the checksum of a block is, or was when somebody asked; `on_disk` says whether nothing of it was queued."""
+    """What the checksum of a block was when a read began; `on_disk` says whether nothing of it was queued."""
 
     extent: SwapExtent
     block: int
     value: int
     on_disk: bool
+
+
+class Run(NamedTuple):
+    """The sums of blocks that are about to be written, from `first` on."""
+
+    extent: SwapExtent
+    first: int
+    values: array[int]
 
 
 class SwapContent:
@@ -109,28 +118,31 @@ class SwapContent:
                 if content is not None and checksum(content) != value:
                     raise self._damage(block_first, block_end, checksum(content), value)
 
-    def sums_of(self, writes: Sequence[Write]) -> tuple[list[BlockSum], Parts]:
+    def sums_of(self, writes: Sequence[Write]) -> tuple[list[Run], Parts]:
         """Returns the sums of blocks that one write fills, and the parts of other blocks. Needs no lock."""
-        sums: list[BlockSum] = []
+        runs: list[Run] = []
         parts: Parts = defaultdict(list)
         if self._mode is SwapCheck.OFF:
-            return sums, parts
+            return runs, parts
         for write in writes:
-            end = write.offset_bytes + len(write.source)
-            extent = self._extents.find(write.offset_bytes)
-            if extent is None or not len(write.source):
+            first, end = write.offset_bytes, write.offset_bytes + len(write.source)
+            extent = self._extents.find(first)
+            if extent is None or first == end:
                 continue
-            for block in extent.blocks(write.offset_bytes, end):
+            values = array("Q")
+            run = Run(extent, -(-(first - extent.start) // BLOCK_BYTES), values)
+            for block in extent.blocks(first, end):
                 block_first, block_end = extent.bounds(block)
-                first, stop = max(block_first, write.offset_bytes), min(block_end, end)
-                view = write.source[first - write.offset_bytes : stop - write.offset_bytes]
-                if (first, stop) == (block_first, block_end):
-                    sums.append(BlockSum(extent, block, checksum(view), False))
+                begin, stop = max(block_first, first), min(block_end, end)
+                view = write.source[begin - first : stop - first]
+                if stop - begin == block_end - block_first:
+                    values.append(checksum(view))
                 else:
-                    parts[extent, block].append((first - block_first, view))
-        return sums, parts
+                    parts[extent, block].append((begin - block_first, view))
+            runs.append(run)
+        return runs, parts
 
-    def sum_with(self, extent: SwapExtent, block: int, parts: Sequence[tuple[int, memoryview]]) -> BlockSum:
+    def sum_with(self, extent: SwapExtent, block: int, parts: Sequence[tuple[int, memoryview]]) -> Run:
         """Returns the sum of a block after these parts of it are written.
 
         Raises:
@@ -147,18 +159,18 @@ class SwapContent:
             content = bytearray(end - first)
         for offset, view in parts:
             content[offset : offset + len(view)] = view
-        return BlockSum(extent, block, checksum(content), False)
+        return Run(extent, block, array("Q", [checksum(content)]))
 
-    def forget(self, sums: Sequence[BlockSum]) -> None:
+    def forget(self, runs: Sequence[Run]) -> None:
         """Says that these blocks cannot be read until `set` says more."""
-        for extent, block, _, _ in sums:
-            extent.states[block] = BlockState.FAILED
+        for extent, first, values in runs:
+            extent.states[first : first + len(values)] = bytes([BlockState.FAILED]) * len(values)
 
-    def set(self, sums: Sequence[BlockSum]) -> None:
+    def set(self, runs: Sequence[Run]) -> None:
         """Says what the sums of blocks are from now on."""
-        for extent, block, value, _ in sums:
-            extent.sums[block] = value
-            extent.states[block] = BlockState.WRITTEN
+        for extent, first, values in runs:
+            extent.sums[first : first + len(values)] = values
+            extent.states[first : first + len(values)] = bytes([BlockState.WRITTEN]) * len(values)
 
     def _sums(self, first: int, end: int, *, queued: bool) -> Iterator[BlockSum]:
         """Yields the sums that a read is to be held against."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 # What `write_all` hands over at one time: its sums are made while what went before is written.
-_PORTION_BYTES = 32 * MIB
+_PORTION_BYTES = 8 * MIB
 
 _logger = logging.getLogger(__name__)
 _numbers = itertools.count()
@@ -248,16 +248,16 @@ class SwapFile:
         self._check_process()
         self.fd  # noqa: B018 - raises when closed
         writes = [self._checked(write) for write in writes]
-        sums, parts = self._content.sums_of(writes)
+        runs, parts = self._content.sums_of(writes)
         queue = self._queue
         with queue.lock:
             queue.wait_for_room()
             self._settle(writes)
-            sums += [self._content.sum_with(*block, views) for block, views in parts.items()]
+            runs += [self._content.sum_with(*block, views) for block, views in parts.items()]
             # An interrupt from here on leaves blocks of which nobody knows what they hold.
-            self._content.forget(sums)
+            self._content.forget(runs)
             handle = queue.put(writes)
-            self._content.set(sums)
+            self._content.set(runs)
         return handle
 
     def write(self, offset_bytes: int, buffer: Buffer | NDArray[Any]) -> None:

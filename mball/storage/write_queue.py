@@ -26,7 +26,7 @@ from mball.storage.reader import ReadHandle
 from mball.storage.watchdog import watched
 from mball.units import MIB, format_bytes
 
-CHUNK_BYTES = MIB
+CHUNK_BYTES = 2 * MIB
 # Of one `pwritev`; the kernel takes 1024.
 _MAX_VIEWS = 512
 # How often a writer that gives way looks whether reads are over.
@@ -209,7 +209,7 @@ class QueueLimits:
     """
 
     num_threads: int = 4
-    depth: int = 1024
+    depth: int = 256
     high_bytes: int = 256 * MIB
     low_bytes: int = 128 * MIB
     share: float = 0.25

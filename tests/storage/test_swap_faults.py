@@ -23,7 +23,7 @@ from mball.errors import DeviceError, StorageError
 from mball.storage import CheckedReader, Read, SwapFile, checksum, watchdog
 from mball.storage.extents import BLOCK_BYTES
 from mball.storage.reader import ReadHandle
-from mball.storage.write_queue import Write
+from mball.storage.write_queue import CHUNK_BYTES, Write
 from mball.units import MIB
 from tests.storage.interrupts import interrupted_at_each_call
 from tests.storage.reads import memory
@@ -145,18 +145,19 @@ def test_a_write_that_fails(number: int, at: int, tmp_path: Path, monkeypatch: p
         return real(*arguments)
 
     with opened(tmp_path, num_threads=1) as (swap, reader):
-        start = swap.allocate(4 * MIB)
-        swap.write(start, content(4 * MIB))
+        start = swap.allocate(4 * CHUNK_BYTES)
+        swap.write(start, content(4 * CHUNK_BYTES))
         monkeypatch.setattr(os, "pwritev", fail)
-        message = rf"(?i)writing 1\.00 MiB \(1048576 B\) at offset {at * MIB} B of {swap.name} in .*{ERRORS[number]}"
+        place = rf"\({CHUNK_BYTES} B\) at offset {at * CHUNK_BYTES} B of {swap.name} in "
+        message = rf"(?i)writing 2\.00 MiB {place}.*{ERRORS[number]}"
         with pytest.raises(StorageError, match=message) as caught:
-            swap.write(start, content(4 * MIB, seed=1))
+            swap.write(start, content(4 * CHUNK_BYTES, seed=1))
         assert isinstance(caught.value.__cause__, OSError)
         # Nobody knows what is there now, so nobody gets it.
         with pytest.raises(StorageError, match="writing them failed"):
-            read_back(swap, reader, start + at * MIB, MIB)
-        swap.write(start, content(4 * MIB, seed=1))
-        assert read_back(swap, reader, start, 4 * MIB) == content(4 * MIB, seed=1)
+            read_back(swap, reader, start + at * CHUNK_BYTES, CHUNK_BYTES)
+        swap.write(start, content(4 * CHUNK_BYTES, seed=1))
+        assert read_back(swap, reader, start, 4 * CHUNK_BYTES) == content(4 * CHUNK_BYTES, seed=1)
 
 
 def test_a_failed_write_of_part_of_a_block_can_be_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

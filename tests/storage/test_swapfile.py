@@ -147,7 +147,7 @@ def test_full_disk_while_writing(
         offset = swap.allocate(2 * MIB)
         swap.allocate(1)
         assert len([record for record in caplog.records if "cannot preallocate" in record.message]) == 1
-        with pytest.raises(StorageError, match=r"writing 1\.00 MiB .* at offset \d+ B .*\(No space left"):
+        with pytest.raises(StorageError, match=r"writing 2\.00 MiB .* at offset \d+ B .*\(No space left"):
             swap.write(offset, bytes(2 * MIB))
     assert free_bytes(small_disk) == before
 
