@@ -97,6 +97,13 @@ class FileIdentity:
             inode=facts.st_ino,
         )
 
+    def changes_on_disk(self) -> list[str]:
+        """Returns `changes` of the file that is at the path now."""
+        try:
+            return self.changes(os.stat(self.path))
+        except OSError as error:
+            return [f"it cannot be found any more ({error.strerror})"]
+
     def changes(self, now: os.stat_result) -> list[str]:
         """Returns for a person what differs between this identity and `now`; empty when nothing does."""
         changes = []
