@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from mmap import PAGESIZE
 
 from mball.storage.mounts import file_system_of
 
@@ -20,7 +21,7 @@ def is_cached(descriptor: int, first: int, end: int) -> bool:
     nothing. False where the file system cannot tell, or the file cannot be read: whoever reads it learns why.
     """
     byte = bytearray(1)
-    num_samples, num_misses = min(_NUM_SAMPLES, end - first), 0
+    num_samples, num_misses = min(_NUM_SAMPLES, -(-(end - first) // PAGESIZE)), 0
     for number in range(num_samples):
         try:
             os.preadv(descriptor, [byte], first + (end - first) * number // num_samples, os.RWF_NOWAIT)
