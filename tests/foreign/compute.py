@@ -11,7 +11,7 @@ from mball.compute import Compute
 from mball.config import Config
 from mball.memory import ArenaRead, CpuDevice, Event, Gauge
 from mball.memory.arena import Arena
-from mball.storage import FileTable, ThreadedReader
+from mball.storage import CheckedReader, FileTable, ThreadedReader
 from tests.foreign import device as foreign
 from tests.foreign.region import ForeignRegion
 
@@ -80,5 +80,5 @@ def _memory(address: int, size_bytes: int) -> memoryview:
 def open_foreign(config: Config, files: FileTable) -> Compute:
     """Opens the foreign device, whatever `config` names."""
     foreign.load()
-    reader = ThreadedReader(files, num_threads=config.io_threads)
+    reader = CheckedReader(ThreadedReader(files, num_threads=config.io_threads), files)
     return Compute(device=ForeignDevice(reader), reader=reader)

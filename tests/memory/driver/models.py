@@ -19,7 +19,7 @@ from mball.config import Config
 from mball.memory import Device, Event, Gauge
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_streams import CudaStreams
-from mball.storage import FileTable, ThreadedReader
+from mball.storage import CheckedReader, FileTable, ThreadedReader
 from mball.units import MIB
 from tests.adaptors import DeviceAdaptor
 from tests.foreign.compute import ForeignGauge
@@ -78,7 +78,7 @@ def wrapped_over_the_driver(
     stream = _Stream()
 
     def opened(config: Config, files: FileTable) -> Compute:
-        reader = ThreadedReader(files, num_threads=config.io_threads)
+        reader = CheckedReader(ThreadedReader(files, num_threads=config.io_threads), files)
         compute = cuda_compute(
             reader,
             0,
