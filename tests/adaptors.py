@@ -58,6 +58,9 @@ class DeviceAdaptor:
     def make_room(self) -> None:
         self.device.make_room()
 
+    def cap(self, left_bytes: int | None) -> int:
+        return self.device.cap(left_bytes)
+
     @property
     def computes_at_once(self) -> bool:
         return self.device.computes_at_once

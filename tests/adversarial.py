@@ -137,6 +137,9 @@ class AdversarialDevice(DeviceAdaptor):
     def make_room(self) -> None:
         self.device.make_room()
 
+    def cap(self, left_bytes: int | None) -> int:
+        return self.device.cap(left_bytes)
+
     @property
     def computes_at_once(self) -> bool:
         return self.device.computes_at_once

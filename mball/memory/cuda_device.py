@@ -18,6 +18,7 @@ import torch
 from mball.errors import DeviceError, MballError
 from mball.memory import facts
 from mball.memory.arena import Arena
+from mball.memory.cuda_cap import AllocatorCap
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_errors import GpuLostError
 from mball.memory.cuda_events import EventPool, StreamEvent
@@ -90,6 +91,7 @@ class CudaDevice:
         self._arena: Arena | None = None
         self._stream: int | None = None  # that passes computed on lately
         self._recorded: StreamEvent | None = None  # the end of all that was computed there
+        self._cap = AllocatorCap(driver.ordinal)
         self._closed = False
         self._own_streams: list[int] = []
         node = facts.numa_node(driver.pci_address())
@@ -167,6 +169,10 @@ class CudaDevice:
 
     def follow(self) -> None:
         """Has the caller's stream wait for the last event of another one. Raises DeviceError."""
+        self._follow()
+        self._cap.begin()
+
+    def _follow(self) -> None:
         stream = self._current_stream()
         if stream != self._stream:
             if self._recorded is not None:
@@ -178,13 +184,17 @@ class CudaDevice:
         """Has torch's allocator give back the blocks that no tensor is in, where there are any."""
         _empty_cache(self._driver.ordinal)
 
+    def cap(self, left_bytes: int | None) -> int:
+        """Binds torch's allocator, in all of this process; see `AllocatorCap`."""
+        return self._cap.set(left_bytes)
+
     def record(self) -> Event:
         """Raises DeviceError when closed, or when the driver refuses.
 
         Behind all that was computed before on another stream, whoever asks: memory may be given back after it.
         """
         self._check_open()
-        self.follow()
+        self._follow()
         event = StreamEvent(self._pool, 1)
         with self._driver.current():
             event.settle(self._pool.record(self._current_stream()))
@@ -194,7 +204,7 @@ class CudaDevice:
     def wait(self, event: Event) -> None:
         """The host blocks for reads from disk only, and raises their errors; and for events that are not the GPU's."""
         self._driver.refuse_fork()
-        self.follow()
+        self._follow()
         with self._driver.current():
             order(self._current_stream(), event)
 
@@ -245,6 +255,7 @@ class CudaDevice:
         self._closed = True
         if self._driver.is_forked:  # threads, streams and pinned memory are the parent's
             return
+        self._cap.set(None)  # an interrupt may have left it
         try:
             self._tier.stop()
             self._feed.close()
@@ -262,7 +273,7 @@ class CudaDevice:
 
     def _copied(self) -> Event:
         """Returns what is over once nothing is copied out of pinned homes any more that was asked for until now."""
-        self.follow()
+        self._follow()
         event = StreamEvent(self._pool, 2)
         with self._driver.current():
             event.settle(self._pool.record(self._home_stream))

@@ -124,6 +124,13 @@ class Device(Protocol):
     def make_room(self) -> None:
         """Has others give back what they keep of the device's memory and nobody uses: the arena is about to grow."""
 
+    def cap(self, left_bytes: int | None) -> int:
+        """Lets compute allocate `left_bytes` beside what was allocated when the pass began (`follow`); None: no cap.
+
+        Operators that need more raise torch.OutOfMemoryError. Returns what is held beside that now, with what the
+        allocator keeps and nobody uses; 0 on the CPU, whose allocator is the system's and has no cap.
+        """
+
     def record(self) -> Event:
         """Returns the event that completes when all compute issued so far has finished. Does not block."""
 
@@ -216,6 +223,10 @@ class CpuDevice:
 
     def make_room(self) -> None:
         """Does nothing: the kernel takes memory from whoever does not use it."""
+
+    def cap(self, left_bytes: int | None) -> int:
+        """Does nothing."""
+        return 0
 
     def record(self) -> Event:
         return COMPLETE

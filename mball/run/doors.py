@@ -73,6 +73,7 @@ class Gate:
         Raises:
             AutogradError: autograd would record through streamed weights.
             WrapError: a weight was exchanged, converted or added behind mball's back; or autocast cannot be followed.
+            DeviceError: an operator found no memory.
         """
         engine = self.engine
         with engine.lock:
@@ -93,6 +94,9 @@ class Gate:
             with no_autocast_cache(), self.mode:
                 result = call(*args, **kwargs)
             self.engine.end_pass()
+        except torch.OutOfMemoryError as error:
+            self.engine.recover()
+            raise self.engine.refused(error) from error
         except BaseException:
             self.engine.recover()
             raise

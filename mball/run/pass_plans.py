@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mball.errors import BudgetError
+from mball.run.allocator_room import AllocatorRoom
 from mball.run.capture_cost import CaptureCost
 from mball.run.correction import Correction
 from mball.run.operator_room import OperatorRoom, RoomState
@@ -74,16 +75,24 @@ class PassPlans:
         plan: makes plans.
         room: what operators outside graphs need.
         capture: what captured graphs hold.
+        allocator: what the allocator keeps beside tensors.
         correction: what is known of the time that passes take.
         budget_bytes: the budget; see `set_budget`.
     """
 
     def __init__(
-        self, plan: Planner, room: OperatorRoom, capture: CaptureCost, correction: Correction, budget_bytes: int
+        self,
+        plan: Planner,
+        room: OperatorRoom,
+        capture: CaptureCost,
+        allocator: AllocatorRoom,
+        correction: Correction,
+        budget_bytes: int,
     ) -> None:
         self._plan = plan
         self._room = room
         self._capture = capture
+        self._allocator = allocator
         self._correction = correction
         self._budget_bytes = budget_bytes
         self._known: _Known = OrderedDict()
@@ -192,10 +201,11 @@ class PassPlans:
     ) -> tuple[Tape, Plan, int, bool]:
         """Returns a tape of these segments, its plan, what that keeps for operators, and whether for workspace too.
 
-        What is only wished for, measured or guessed yields: room to grow first, then capture, then workspace.
+        What is only wished for, measured or guessed yields: room to grow first, then capture and what the allocator
+        keeps, then workspace.
         """
         name, budget = f"pass of {len(segments)} segments", self._budget_bytes
-        without_capture = budget - self._capture.share_of(budget)
+        without_capture = budget - self._capture.share_of(budget) - self._allocator.share_of(budget)
         needed, wished = (self._room.needed_bytes, self._room.wished_bytes) if operators else (0, 0)
         slower = self._correction.slower(tuple(segment.key for segment in segments))
         attempts = [(wished, without_capture, True), (needed, without_capture, True)]

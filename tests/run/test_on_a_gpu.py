@@ -153,6 +153,12 @@ def test_budgets_follow_each_other(place: Place, tmp_path: Path) -> None:
     play(lambda: scenes.budgets_follow_each_other(place, swap_dir=tmp_path))
 
 
+def test_residents_yield(place: Place, tmp_path: Path) -> None:
+    before = torch.cuda.get_per_process_memory_fraction(0)
+    play(lambda: scenes.residents_yield(place, swap_dir=tmp_path))
+    assert torch.cuda.get_per_process_memory_fraction(0) == before
+
+
 @pytest.mark.parametrize("capture", ["graphs", "operators"])
 def test_after_an_error(capture: str, place: Place, tmp_path: Path) -> None:
     play(lambda: scenes.after_an_error(place, capture=capture, swap_dir=tmp_path))

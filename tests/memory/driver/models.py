@@ -22,7 +22,8 @@ from mball.memory.cuda_streams import CudaStreams
 from mball.storage import FileTable, ThreadedReader
 from mball.units import MIB
 from tests.adaptors import DeviceAdaptor
-from tests.foreign.compute import ForeignGauge
+from tests.foreign import device as foreign
+from tests.foreign.compute import ForeignCap, ForeignGauge
 from tests.foreign.region import ForeignRegion
 from tests.memory.conftest import LOADED
 from tests.memory.driver.standin import EXTENT_BYTES
@@ -54,6 +55,18 @@ class _AtOnce(DeviceAdaptor):
     def __init__(self, device: Device, stream: _Stream) -> None:
         super().__init__(device)
         self._stream = stream
+        self._allocator = ForeignCap()
+
+    def follow(self) -> None:
+        self.device.follow()
+        self._allocator.begin()
+
+    def make_room(self) -> None:
+        self.device.make_room()
+        foreign.empty_cache()
+
+    def cap(self, left_bytes: int | None) -> int:
+        return self._allocator.set(left_bytes)
 
     def wait(self, event: Event) -> None:
         self.device.wait(event)

@@ -138,6 +138,10 @@ def test_budgets_follow_each_other(place: Place, tmp_path: Path) -> None:
     scenes.budgets_follow_each_other(place, swap_dir=tmp_path)
 
 
+def test_residents_yield(place: Place, tmp_path: Path) -> None:
+    scenes.residents_yield(place, swap_dir=tmp_path)
+
+
 @pytest.mark.parametrize("capture", ["graphs", "operators"])
 def test_after_an_error(capture: str, place: Place, tmp_path: Path) -> None:
     scenes.after_an_error(place, capture=capture, swap_dir=tmp_path)
