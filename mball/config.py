@@ -61,6 +61,18 @@ class Policy(Enum):
     FLEXGEN = "flexgen"
 
 
+class Allocator(Enum):
+    """Where passes on a GPU allocate what they compute.
+
+    TORCH is PyTorch's caching allocator, capped while a pass runs. MBALL gives it segments of the arena's own pages, so
+    that weights and activations trade memory without a call of the driver; it needs virtual memory of the GPU, and a C
+    compiler where mball was built without one. One model a GPU and process.
+    """
+
+    TORCH = "torch"
+    MBALL = "mball"
+
+
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -71,6 +83,7 @@ class Config:
     Attributes:
         budget_bytes: hard cap on weights, buffers and activations on the compute device.
         device: where steps run: "cpu", "cuda" (the current GPU) or "cuda:1".
+        allocator: where passes on a GPU allocate what they compute.
         swap_dir: directory of the swap file; default the variable MBALL_SWAP_DIR, else the system's directory for
             temporary files.
         capture: how mball learns what the model will read.
@@ -90,6 +103,7 @@ class Config:
     budget_bytes: int
     swap_dir: Path
     device: str = "cpu"
+    allocator: Allocator = Allocator.TORCH
     capture: Capture = Capture.AUTO
     compile: Compile = Compile.EAGER
     step_bytes: int | None = None
@@ -106,6 +120,8 @@ class Config:
             raise ConfigError(f"budget is {format_bytes(self.budget_bytes)}; it must be more than zero")
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device is {self.device!r}; give 'cpu', 'cuda' or 'cuda:' and a number")
+        if self.allocator is Allocator.MBALL and self.device == "cpu":
+            raise ConfigError("allocator='mball' gives out memory of a GPU: add device='cuda', or leave it out")
         if self.compile is not Compile.INDUCTOR and (self.mode or self.options or self.step_bytes):
             raise ConfigError(
                 "mode, options and step_bytes are for compiled steps; add compile='inductor', or drop them"
@@ -130,7 +146,8 @@ class Config:
         if unknown := settings.keys() - known:
             raise ConfigError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
         directory = settings.pop("swap_dir", None) or os.environ.get("MBALL_SWAP_DIR") or tempfile.gettempdir()
-        for name, kind in (("capture", Capture), ("compile", Compile), ("io", Io), ("policy", Policy)):
+        kinds = {"allocator": Allocator, "capture": Capture, "compile": Compile, "io": Io, "policy": Policy}
+        for name, kind in kinds.items():
             if name in settings:
                 settings[name] = _choice(kind, settings[name], name)
         if settings.get("step_bytes") is not None:

@@ -7,6 +7,7 @@ binds whoever allocates; so it holds while a pass runs and no longer: what the c
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass, field
 
@@ -31,15 +32,35 @@ class AllocatorCap:
     def __init__(self, ordinal: int) -> None:
         self._ordinal = ordinal
         self._base_bytes = 0
+        self._allocated_bytes = 0  # when the pass began
+
+    def routed(self) -> contextlib.AbstractContextManager[None]:
+        """Does nothing: torch's allocator is what is used anyway."""
+        return contextlib.nullcontext()
+
+    def make_room(self) -> None:
+        """Has the allocator give back the blocks that no tensor is in, where there are any; its peak begins anew."""
+        ordinal = self._ordinal
+        if not torch.cuda.is_initialized():
+            return
+        torch.cuda.reset_peak_memory_stats(ordinal)
+        if torch.cuda.memory_reserved(ordinal) > torch.cuda.memory_allocated(ordinal):
+            with torch.cuda.device(ordinal):
+                torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Lifts the cap, which an interrupt may have left."""
+        self.set(None)
 
     def begin(self) -> None:
         """Says that a pass begins: what tensors hold now, and what lies between them, is not the pass's."""
-        self._base_bytes = _kept_bytes(self._ordinal)
+        self._base_bytes = unreleasable_bytes(self._ordinal)
+        self._allocated_bytes = torch.cuda.memory_allocated(self._ordinal) if torch.cuda.is_initialized() else 0
 
     def set(self, left_bytes: int | None) -> int:
         """Lets the allocator hold so much beside what it held when the pass began; None lifts the cap.
 
-        Returns what it holds beside that now, free blocks included.
+        Returns what it holds beside that now and beside what tensors took at most.
         """
         if not torch.cuda.is_initialized():
             return 0
@@ -55,7 +76,8 @@ class AllocatorCap:
                 others = {cap: allowed for cap, allowed in shared.allowed.items() if cap is not self}
                 _apply(self._ordinal, _Shared(shared.before, others))
                 shared.allowed = others
-        return max(torch.cuda.memory_reserved(self._ordinal) - self._base_bytes, 0)
+        taken_bytes = torch.cuda.max_memory_allocated(self._ordinal) - self._allocated_bytes
+        return max(torch.cuda.memory_reserved(self._ordinal) - self._base_bytes - taken_bytes, 0)
 
 
 def _apply(ordinal: int, shared: _Shared) -> None:
@@ -69,7 +91,7 @@ def _apply(ordinal: int, shared: _Shared) -> None:
     torch.cuda.set_per_process_memory_fraction(fraction, ordinal)
 
 
-def _kept_bytes(ordinal: int) -> int:
+def unreleasable_bytes(ordinal: int) -> int:
     """Returns what the allocator cannot give back now: what tensors are in, and free blocks beside them."""
     if not torch.cuda.is_initialized():
         return 0

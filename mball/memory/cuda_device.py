@@ -25,6 +25,7 @@ from mball.memory.cuda_events import EventPool, StreamEvent
 from mball.memory.cuda_feed import DiskFeed, order
 from mball.memory.cuda_gauge import CudaGauge
 from mball.memory.cuda_region import CudaRegion
+from mball.memory.cuda_segments import SegmentRoom
 from mball.memory.cuda_streams import CudaStreams
 from mball.memory.device import ArenaRead, CopySource, Event, Gauge
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
@@ -61,6 +62,7 @@ class CudaDevice:
         num_buffers: int = NUM_BUFFERS,
         buffer_bytes: int = BUFFER_BYTES,
         region: Callable[..., Region] | None = None,
+        room: AllocatorCap | SegmentRoom | None = None,
     ) -> None:
         """Makes two streams; no thread starts and no host memory is pinned before the first copy from disk.
 
@@ -76,6 +78,7 @@ class CudaDevice:
             num_buffers: how many buffers the ring has.
             buffer_bytes: what each takes, a multiple of the page.
             region: makes tensors on the GPU's memory; for memory that is none of torch's.
+            room: what passes allocate in; torch's own allocator by default.
 
         Raises DeviceError.
         """
@@ -91,7 +94,7 @@ class CudaDevice:
         self._arena: Arena | None = None
         self._stream: int | None = None  # that passes computed on lately
         self._recorded: StreamEvent | None = None  # the end of all that was computed there
-        self._cap = AllocatorCap(driver.ordinal)
+        self._room = AllocatorCap(driver.ordinal) if room is None else room
         self._closed = False
         self._own_streams: list[int] = []
         node = facts.numa_node(driver.pci_address())
@@ -170,7 +173,7 @@ class CudaDevice:
     def follow(self) -> None:
         """Has the caller's stream wait for the last event of another one. Raises DeviceError."""
         self._follow()
-        self._cap.begin()
+        self._room.begin()
 
     def _follow(self) -> None:
         stream = self._current_stream()
@@ -181,12 +184,15 @@ class CudaDevice:
             self._stream = stream
 
     def make_room(self) -> None:
-        """Has torch's allocator give back the blocks that no tensor is in, where there are any."""
-        _empty_cache(self._driver.ordinal)
+        """Has torch's allocator give back what no tensor is in."""
+        self._room.make_room()
 
     def cap(self, left_bytes: int | None) -> int:
-        """Binds torch's allocator, in all of this process; see `AllocatorCap`."""
-        return self._cap.set(left_bytes)
+        """Binds torch's allocator, in all of this process, or segments; see `AllocatorCap` and `SegmentRoom`."""
+        return self._room.set(left_bytes)
+
+    def allocating(self) -> contextlib.AbstractContextManager[None]:
+        return self._room.routed()
 
     def record(self) -> Event:
         """Raises DeviceError when closed, or when the driver refuses.
@@ -255,8 +261,8 @@ class CudaDevice:
         self._closed = True
         if self._driver.is_forked:  # threads, streams and pinned memory are the parent's
             return
-        self._cap.set(None)  # an interrupt may have left it
         try:
+            self._room.close()
             self._tier.stop()
             self._feed.close()
             if self._own_streams:
@@ -308,12 +314,6 @@ class CudaDevice:
                     except DeviceError:
                         self._own_streams.append(stream)
                         raise
-
-
-def _empty_cache(ordinal: int) -> None:
-    if torch.cuda.is_initialized() and torch.cuda.memory_reserved(ordinal) > torch.cuda.memory_allocated(ordinal):
-        with torch.cuda.device(ordinal):
-            torch.cuda.empty_cache()
 
 
 def _nothing() -> None:

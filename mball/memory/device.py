@@ -127,9 +127,12 @@ class Device(Protocol):
     def cap(self, left_bytes: int | None) -> int:
         """Lets compute allocate `left_bytes` beside what was allocated when the pass began (`follow`); None: no cap.
 
-        Operators that need more raise torch.OutOfMemoryError. Returns what is held beside that now, with what the
-        allocator keeps and nobody uses; 0 on the CPU, whose allocator is the system's and has no cap.
+        Operators that need more raise torch.OutOfMemoryError. Returns what the allocator holds for the pass beside what
+        tensors took at most since `make_room` was called; 0 on the CPU, whose allocator is the system's and has no cap.
         """
+
+    def allocating(self) -> contextlib.AbstractContextManager[None]:
+        """What the calling thread computes within is allocated where the cap binds it. Around a pass."""
 
     def record(self) -> Event:
         """Returns the event that completes when all compute issued so far has finished. Does not block."""
@@ -227,6 +230,9 @@ class CpuDevice:
     def cap(self, left_bytes: int | None) -> int:
         """Does nothing."""
         return 0
+
+    def allocating(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def record(self) -> Event:
         return COMPLETE

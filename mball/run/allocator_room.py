@@ -3,7 +3,7 @@
 [Note: what an allocator keeps] An allocator takes more than tensors do: it rounds sizes up, and keeps blocks that lie
 between others. Nobody knows how much before it was seen, and a pass must not fail for that. So the first pass under a
 plan that knows all else runs without a cap, from an allocator that keeps nothing. What is held at its end is enough for
-passes like it. Does the plan leave that much, they run under the cap from then on; else plans leave more, and if no
+passes like it. Does the plan leave what is kept, they run under the cap from then on; else plans leave more, and if no
 plan can, what is kept comes on top of the budget. On the CPU, whose allocator is the system's, nothing of this is seen.
 """
 
@@ -28,15 +28,16 @@ class AllocatorRoom:
     """Caps passes of one engine; knows what the allocator keeps.
 
     Attributes:
-        kept_bytes: what it was seen to hold at most, beside what was planned.
+        kept_bytes: what plans leave for what it keeps beside tensors.
     """
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self.kept_bytes = 0
-        self._held: OrderedDict[Hashable, int] = OrderedDict()  # at the end of a pass of each kind that was not capped
+        self._kept: OrderedDict[Hashable, int] = OrderedDict()  # beside tensors, in passes of each kind
         self._kind: Hashable = None
         self._left_bytes: int | None = None  # by the plan that is active
+        self._planned_bytes = 0  # of that, for tensors
         self._is_affordable = True
         self._is_open = False
         self._stays_capped = False  # the open pass does
@@ -56,8 +57,8 @@ class AllocatorRoom:
         """Whether the passes of the active plan are capped."""
         if self._left_bytes is None or self._stays_capped:
             return self._stays_capped
-        held_bytes = self._held.get(self._kind)
-        return held_bytes is not None and held_bytes <= self._left_bytes
+        kept_bytes = self._kept.get(self._kind)
+        return kept_bytes is not None and self._planned_bytes + kept_bytes <= self._left_bytes
 
     @property
     def _is_measuring(self) -> bool:
@@ -71,15 +72,17 @@ class AllocatorRoom:
         self._is_open = True
         self._apply()
 
-    def adopt(self, kind: Hashable, left_bytes: int, *, is_affordable: bool) -> None:
+    def adopt(self, kind: Hashable, *, left_bytes: int, planned_bytes: int, is_affordable: bool) -> None:
         """Says that a plan is executed from now on.
 
         Args:
             kind: equal for passes whose allocations are alike.
             left_bytes: what it leaves beside the arena.
+            planned_bytes: what of that is planned for tensors.
             is_affordable: whether that has room for what the allocator was seen to keep.
         """
-        self._kind, self._left_bytes, self._is_affordable = kind, left_bytes, is_affordable
+        self._kind, self._left_bytes, self._planned_bytes = kind, left_bytes, planned_bytes
+        self._is_affordable = is_affordable
         if self._is_open:
             if self._is_measuring:
                 self._device.make_room()
@@ -101,21 +104,25 @@ class AllocatorRoom:
         `is_steady` says that it ran under one plan, which knew all else that it takes.
         """
         tells_more = self._is_measuring or self._stays_capped
-        held_bytes = self.lift()
+        kept_bytes = self.lift()
         if not (is_steady and tells_more) or self._left_bytes is None:
             return False
-        more_bytes = held_bytes - self._left_bytes
+        more_bytes = self._planned_bytes + kept_bytes - self._left_bytes
         if more_bytes > 0:
-            self.kept_bytes += more_bytes
+            self.kept_bytes = max(self.kept_bytes, kept_bytes)
             return True
-        self._held[self._kind] = held_bytes
-        self._held.move_to_end(self._kind)
-        while len(self._held) > MAX_KINDS:
-            self._held.popitem(last=False)
+        self._kept[self._kind] = kept_bytes
+        self._kept.move_to_end(self._kind)
+        while len(self._kept) > MAX_KINDS:
+            self._kept.popitem(last=False)
         return False
 
+    def forget(self) -> None:
+        """Says that what was measured does not hold any more: an allocation failed. It is measured anew."""
+        self._kept.clear()
+
     def lift(self) -> int:
-        """Ends the cap, whatever became of the pass; returns what the allocator holds that it did not before it."""
+        """Ends the cap, whatever became of the pass; returns what the allocator keeps beside tensors."""
         self._is_open = self._stays_capped = False
         return self._device.cap(None)
 

@@ -91,7 +91,7 @@ class Gate:
             check_autocast(self.engine.place)
             self._follow_requires_grad()
             self.mode.paused = False
-            with no_autocast_cache(), self.mode:
+            with no_autocast_cache(), self.engine.execution.device.allocating(), self.mode:
                 result = call(*args, **kwargs)
             self.engine.end_pass()
         except torch.OutOfMemoryError as error:

@@ -211,6 +211,7 @@ class Engine:
 
     def _give_all_back(self) -> None:
         self.execution.empty()
+        self.allocator.lift()
         for kind in (Kind.ARENA, Kind.ACTIVATIONS, Kind.CAPTURE, Kind.SCRATCH):
             self.ledger.set(kind, 0)
         self.ledger.set_budget(self.budget_bytes)
@@ -453,7 +454,8 @@ class Engine:
         self._active = planned
         self.allocator.adopt(
             (planned.tape.keys, planned.reserve),
-            self.budget_bytes - arena_bytes - self.fixed_bytes - (beside_bytes - scratch_bytes),
+            left_bytes=self.budget_bytes - arena_bytes - self.fixed_bytes - (beside_bytes - scratch_bytes),
+            planned_bytes=plan.activation_bytes,
             is_affordable=scratch_bytes == self.allocator.kept_bytes,
         )
         self.meter.adopted(plan)
@@ -487,6 +489,7 @@ class Engine:
     def refused(self, error: torch.OutOfMemoryError) -> DeviceError:
         """Returns what to raise where a pass found no memory and has ended; the next one is planned with more room."""
         left_bytes, arena_bytes = self.allocator.left_bytes, self.execution.arena.taken_bytes
+        self.allocator.forget()
         if self._with_more_room() is not None:
             self._stale = True
             way_out = "the next call leaves more room; call it again, or"

@@ -37,18 +37,23 @@ class ForeignCap:
     """The allocator's cap, as `AllocatorCap` is of torch's."""
 
     def __init__(self) -> None:
-        self._base_bytes = 0
+        self._base_bytes = self._allocated_bytes = 0
         self.left_bytes: int | None = None
         self.num_passes = 0  # that began under a cap
 
     def begin(self) -> None:
-        self._base_bytes = foreign.memory_held()
+        self._base_bytes, self._allocated_bytes = foreign.memory_held(), foreign.memory_allocated()
+
+    def make_room(self) -> None:
+        foreign.reset_peak_memory_stats()
+        foreign.empty_cache()
 
     def set(self, left_bytes: int | None) -> int:
         self.num_passes += left_bytes is not None
         self.left_bytes = left_bytes
         foreign.cap_memory(None if left_bytes is None else self._base_bytes + left_bytes)
-        return max(foreign.memory_reserved() - self._base_bytes, 0)
+        taken_bytes = foreign.max_memory_allocated() - self._allocated_bytes
+        return max(foreign.memory_reserved() - self._base_bytes - taken_bytes, 0)
 
 
 class ForeignDevice(CpuDevice):
@@ -62,7 +67,7 @@ class ForeignDevice(CpuDevice):
         self.allocator.begin()
 
     def make_room(self) -> None:
-        foreign.empty_cache()
+        self.allocator.make_room()
 
     def cap(self, left_bytes: int | None) -> int:
         return self.allocator.set(left_bytes)

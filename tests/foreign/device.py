@@ -197,6 +197,12 @@ def cap_memory(num_bytes: int | None) -> None:
     _library.foreign_cap(-1 if num_bytes is None else num_bytes)
 
 
+def route_memory(give: Any = None, take: Any = None) -> None:
+    """Has two functions of a C library, as torch.cuda.MemPool calls them, give memory and take it back; None: none."""
+    assert _library is not None
+    _library.foreign_route(*(ctypes.cast(function, ctypes.c_void_p) for function in (give, take)))
+
+
 def round_sizes_to(num_bytes: int) -> None:
     """Has tensors take a multiple of that from now on; 1: what they need."""
     assert _library is not None

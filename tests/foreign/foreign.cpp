@@ -5,6 +5,8 @@
 // is foreign afterwards. Before that, tensors of two devices in one operator are refused as CUDA refuses them.
 
 #include <limits>
+#include <mutex>
+#include <map>
 #include <atomic>
 #include <cstdlib>
 #include <vector>
@@ -72,27 +74,67 @@ void count(int64_t bytes) {
   }
 }
 
-// Memory that the CPU's allocator gave. What a CPU kernel made becomes foreign without a copy, and counts from then on.
+// Who gives memory in the CPU allocator's place, by the functions that torch.cuda.MemPool would call; nobody at first.
+using Malloc = void* (*)(ssize_t, int, void*);
+using Free = void (*)(void*, ssize_t, int, void*);
+std::atomic<Malloc> route_malloc{nullptr};
+std::atomic<Free> route_free{nullptr};
+
+// As torch does it keeps what is freed, until it is told to empty its cache, for tensors of about that size.
+std::mutex kept_mutex;
+std::multimap<int64_t, void*> kept;
+
+void* routed(int64_t bytes, int64_t* size) {
+  const int64_t step = rounding_bytes.load();
+  *size = (bytes + step - 1) / step * step;
+  {
+    std::lock_guard<std::mutex> guard(kept_mutex);
+    auto found = kept.lower_bound(*size);
+    if (found != kept.end() && found->first <= 2 * *size) {
+      void* address = found->second;
+      *size = found->first;
+      kept.erase(found);
+      return address;
+    }
+  }
+  return route_malloc.load()(static_cast<ssize_t>(*size), 0, nullptr);
+}
+
+// Memory that the CPU's allocator gave, or whoever is in its place. What a CPU kernel made becomes foreign without a copy, and counts from then on.
 struct Counted {
   c10::DataPtr memory;
   Storage storage;  // of the CPU tensor that it was, or none
   int64_t bytes;
   int64_t held;
+  void* routed;  // memory that is kept when it is freed
 };
 
 void uncount(void* context) {
   auto* counted = static_cast<Counted*>(context);
   allocated_bytes -= counted->bytes;
   held_bytes -= counted->held;
+  if (counted->routed) {
+    std::lock_guard<std::mutex> guard(kept_mutex);
+    kept.emplace(counted->held, counted->routed);
+  }
   delete counted;
 }
 
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
+    if (route_malloc.load() && bytes) {
+      int64_t size = 0;
+      void* address = routed(static_cast<int64_t>(bytes), &size);
+      TORCH_CHECK_WITH(OutOfMemoryError, address, "foreign out of memory. Tried to allocate ", bytes, " bytes");
+      auto* counted = new Counted{c10::DataPtr(), Storage(), static_cast<int64_t>(bytes), size, address};
+      held_bytes += size;
+      count(counted->bytes);
+      return {address, counted, &uncount, kDevice};
+    }
     const int64_t held = hold(static_cast<int64_t>(bytes));
     auto memory = c10::GetAllocator(c10::kCPU)->allocate(bytes);
     void* address = memory.get();
-    auto* counted = new Counted{std::move(memory), Storage(), static_cast<int64_t>(bytes), held};
+    auto* counted = new Counted{std::move(memory), Storage(), static_cast<int64_t>(bytes), held, nullptr};
     count(counted->bytes);
     return {address, counted, &uncount, kDevice};
   }
@@ -109,7 +151,12 @@ REGISTER_ALLOCATOR(kForeign, &allocator)
 
 c10::DataPtr adopted(const Storage& host) {
   const int64_t bytes = static_cast<int64_t>(host.nbytes());
-  auto* counted = new Counted{c10::DataPtr(), host, bytes, hold(bytes)};
+  if (route_malloc.load()) {
+    auto memory = allocator.allocate(host.nbytes());
+    allocator.copy_data(memory.get(), host.data(), host.nbytes());
+    return memory;
+  }
+  auto* counted = new Counted{c10::DataPtr(), host, bytes, hold(bytes), nullptr};
   count(counted->bytes);
   return {host.mutable_data(), counted, &uncount, kDevice};
 }
@@ -838,11 +885,22 @@ int64_t foreign_reserved_bytes() {
 
 void foreign_empty_cache() {
   reserved_bytes.store(held_bytes.load());
+  std::lock_guard<std::mutex> guard(kept_mutex);
+  for (const auto& [size, address] : kept)
+    route_free.load()(address, size, 0, nullptr);
+  kept.clear();
 }
 
 // What tensors hold together, rounded up each, before an allocation is an error; negative: nothing is.
 void foreign_cap(int64_t bytes) {
   cap_bytes.store(bytes < 0 ? std::numeric_limits<int64_t>::max() : bytes);
+}
+
+// Has others give memory from now on, and take back what they gave when the cache is emptied; null: nobody gives any.
+void foreign_route(Malloc give, Free take) {
+  if (take)
+    route_free.store(take);
+  route_malloc.store(give);
 }
 
 void foreign_round(int64_t bytes) {

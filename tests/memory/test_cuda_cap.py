@@ -20,7 +20,7 @@ class Allocator:
 
     def __init__(self) -> None:
         self.fraction = 1.0
-        self.active_bytes = self.between_bytes = self.free_bytes = 0
+        self.active_bytes = self.between_bytes = self.free_bytes = self.peak_bytes = 0
 
     def told(self, ordinal: int) -> dict[str, Any]:
         told = {"active_bytes": self.active_bytes, "inactive_split_bytes": self.between_bytes}
@@ -44,6 +44,8 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
     monkeypatch.setattr(
         torch.cuda, "memory_reserved", lambda _: found.active_bytes + found.between_bytes + found.free_bytes
     )
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: found.active_bytes)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: found.peak_bytes)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=TOTAL_BYTES))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: found.fraction)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", found.set)
@@ -57,10 +59,10 @@ def test_what_was_there_before_is_beside_it(allocator: Allocator) -> None:
     cap.set(100 * MIB)
     assert allocator.allowed_bytes == 3 * GIB + 105 * MIB, "free blocks can be given back"
     allocator.active_bytes += 60 * MIB
-    allocator.free_bytes = 20 * MIB
+    allocator.free_bytes, allocator.peak_bytes = 20 * MIB, 3 * GIB + 65 * MIB
     cap.set(50 * MIB)
     assert allocator.allowed_bytes == 3 * GIB + 55 * MIB, "the pass's own are not beside it"
-    assert cap.set(None) == 80 * MIB
+    assert cap.set(None) == 15 * MIB, "of 80 MiB"
     assert allocator.fraction == 1.0
 
 

@@ -138,8 +138,13 @@ def test_budgets_follow_each_other(place: Place, tmp_path: Path) -> None:
     scenes.budgets_follow_each_other(place, swap_dir=tmp_path)
 
 
-def test_residents_yield(place: Place, tmp_path: Path) -> None:
-    scenes.residents_yield(place, swap_dir=tmp_path)
+@pytest.mark.parametrize("allocator", ["torch", "mball"])
+def test_residents_yield(allocator: str, large_place: Place, tmp_path: Path) -> None:
+    foreign.round_sizes_to(512)
+    try:
+        scenes.residents_yield(large_place, swap_dir=tmp_path, allocator=allocator)
+    finally:
+        foreign.round_sizes_to(1)
 
 
 @pytest.mark.parametrize("capture", ["graphs", "operators"])
