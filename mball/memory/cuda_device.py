@@ -34,7 +34,7 @@ from mball.memory.pinned_ring import PinnedRing
 from mball.memory.pinned_tier import PinnedTier
 from mball.memory.region import Region
 from mball.memory.virtual import VirtualMemory
-from mball.units import MIB
+from mball.units import MIB, format_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -227,17 +227,25 @@ class CudaDevice:
         self._driver.refuse_fork()
         self._tier.changed(file, offset_bytes, size_bytes)
 
-    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor | None:
         """Returns a tensor of the GPU on pinned memory, which kernels read over the link, row by row.
 
-        The first time it blocks until the table is there.
+        The first time it blocks until the table is there. None, and why is in the log, where the GPU does not read the
+        host's memory, or there is none for the table that can be pinned.
         """
-        if not self._driver.reads_pinned_memory():
-            raise DeviceError(
-                f"GPU {self._driver.ordinal} does not read the host's memory, so rows of a table of "
-                f"{home.nbytes} bytes cannot be looked up there"
+        try:
+            if not self._driver.reads_pinned_memory():
+                raise DeviceError(f"GPU {self._driver.ordinal} does not read the host's memory")
+            address = self._tier.table(reads)
+        except GpuLostError:
+            raise
+        except DeviceError as error:
+            _log.warning(
+                "a table of %s is copied whole, since its rows cannot be read over the link: %s",
+                format_bytes(home.nbytes),
+                str(error),  # the error itself holds the pass's frames, for as long as somebody keeps the record
             )
-        address = self._tier.table(reads)
+            return None
         span = sum((length - 1) * stride for length, stride in zip(home.shape, home.stride(), strict=True)) + 1
         region = self._region(address, span * home.element_size(), _nothing, what="pinned table")
         return region.tensor(0, home.dtype, (span,)).as_strided(home.shape, home.stride())

@@ -160,14 +160,14 @@ class Device(Protocol):
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
         """Says that these bytes of a file are others now. Nobody computes any more with what copies of them bring."""
 
-    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor | None:
         """Returns what compute that looks up a few rows reads in the place of `home`, a mapping of a file.
 
         The CPU reads the home itself, page by page. Another device finds the bytes by the `reads` that bring them, one
-        behind the other, to the arena.
+        behind the other, to the arena. None: they cannot be brought where it reads them, so all of it has to come.
 
         Raises:
-            StorageError, DeviceError: they cannot be brought where the device reads them.
+            StorageError: they cannot be read.
         """
 
     def gauge(self) -> Gauge:

@@ -126,7 +126,7 @@ class BindingMode(TorchDispatchMode):
         None if it reads more than rows of one weight, or so many that all of it is better read.
         """
         lookup = lookup_of(func, args, kwargs)
-        if lookup is None or len(weights) > 1:
+        if lookup is None or len(weights) > 1 or not self.engine.execution.rows.are_possible:
             return None
         home = self.engine.homes.homes[weights[0]]
         table, indices = lookup

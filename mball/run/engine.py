@@ -141,6 +141,10 @@ class Engine:
         self._unclear = True
         self._verify_files()
         self._notice_writes()
+        if self.plans.gathers and not self.execution.rows.are_possible:
+            self.plans.gathers = False
+            self.plans.clear()
+            self._stale = True
         self.room.begin_pass(kind)
         self._tape = []
         self.capture.abandon()

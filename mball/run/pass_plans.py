@@ -78,6 +78,9 @@ class PassPlans:
         allocator: what the allocator keeps beside tensors.
         correction: what is known of the time that passes take.
         budget_bytes: the budget; see `set_budget`.
+
+    Attributes:
+        gathers: whether rows of tables are looked up at home; else plans have a place for the tables.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class PassPlans:
         self._correction = correction
         self._budget_bytes = budget_bytes
         self._known: _Known = OrderedDict()
+        self.gathers = True
 
     @property
     def budget_bytes(self) -> int:
@@ -128,7 +132,8 @@ class PassPlans:
                 continue
             operators = any(isinstance(segment, OperatorSegment) for segment in segments)
             reserve = self._room.largest_bytes if operators else 0
-            tape = make_tape(f"pass of {len(segments)} segments", weights, segments, reserve, workspace=False)
+            name = f"pass of {len(segments)} segments"
+            tape = make_tape(name, weights, segments, reserve, workspace=False, gathers=self.gathers)
             try:
                 self._plan(tape.trace, self._budget_bytes, None)
             except BudgetError as error:
@@ -160,7 +165,7 @@ class PassPlans:
 
     def fits(self, weights: tuple[Tensor, ...], segment: Segment) -> bool:
         """Returns whether a pass of this segment alone fits, with what its operators allocate inside."""
-        tape = make_tape("a segment alone", weights, [segment], 0, workspace=True)
+        tape = make_tape("a segment alone", weights, [segment], 0, workspace=True, gathers=self.gathers)
         try:
             self._plan(tape.trace, self._budget_bytes, None)
         except BudgetError:
@@ -212,7 +217,7 @@ class PassPlans:
         attempts += [(needed, budget, True), (needed, budget, False)]
         refused: list[BudgetError] = []
         for reserve, limit, workspace in dict.fromkeys(attempts):
-            tape = make_tape(name, weights, segments, reserve, workspace=workspace, slower=slower)
+            tape = make_tape(name, weights, segments, reserve, workspace=workspace, gathers=self.gathers, slower=slower)
             try:
                 plan = self._plan(tape.trace, limit, previous)
             except BudgetError as error:
@@ -230,7 +235,7 @@ class PassPlans:
         if self._room.is_measured or not needed or spare < 0:
             raise refused[-1]
         self._room.settle_for(spare)
-        tape = make_tape(name, weights, segments, spare, workspace=False, slower=slower)
+        tape = make_tape(name, weights, segments, spare, workspace=False, gathers=self.gathers, slower=slower)
         return tape, self._plan(tape.trace, budget, previous), spare, False
 
 
