@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +58,12 @@ class DeviceAdaptor:
 
     def make_room(self) -> None:
         self.device.make_room()
+
+    def allocating(self) -> AbstractContextManager[None]:
+        return self.device.allocating()
+
+    def cap(self, left_bytes: int | None) -> int:
+        return self.device.cap(left_bytes)
 
     @property
     def computes_at_once(self) -> bool:

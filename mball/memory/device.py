@@ -131,6 +131,16 @@ class Device(Protocol):
     def make_room(self) -> None:
         """Has others give back what they keep of the device's memory and nobody uses: the arena is about to grow."""
 
+    def cap(self, left_bytes: int | None) -> int:
+        """Lets compute allocate `left_bytes` beside what was allocated when the pass began (`follow`); None: no cap.
+
+        Operators that need more raise torch.OutOfMemoryError. Returns what the allocator holds for the pass beside what
+        tensors took at most since `make_room` was called; 0 on the CPU, whose allocator is the system's and has no cap.
+        """
+
+    def allocating(self) -> contextlib.AbstractContextManager[None]:
+        """What the calling thread computes within is allocated where the cap binds it. Around a pass."""
+
     def record(self) -> Event:
         """Returns the event that completes when all compute issued so far has finished. Does not block."""
 
@@ -157,14 +167,14 @@ class Device(Protocol):
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
         """Says that these bytes of a file are others now. Nobody computes any more with what copies of them bring."""
 
-    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor | None:
         """Returns what compute that looks up a few rows reads in the place of `home`, a mapping of a file.
 
         The CPU reads the home itself, page by page. Another device finds the bytes by the `reads` that bring them, one
-        behind the other, to the arena.
+        behind the other, to the arena. None: they cannot be brought where it reads them, so all of it has to come.
 
         Raises:
-            StorageError, DeviceError: they cannot be brought where the device reads them.
+            StorageError: they cannot be read.
         """
 
     def gauge(self) -> Gauge:
@@ -223,6 +233,13 @@ class CpuDevice:
 
     def make_room(self) -> None:
         """Does nothing: the kernel takes memory from whoever does not use it."""
+
+    def cap(self, left_bytes: int | None) -> int:
+        """Does nothing."""
+        return 0
+
+    def allocating(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def record(self) -> Event:
         return COMPLETE

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mball.errors import BudgetError
+from mball.run.allocator_room import AllocatorRoom
 from mball.run.capture_cost import CaptureCost
 from mball.run.correction import Correction
 from mball.run.operator_room import OperatorRoom, RoomState
@@ -74,19 +75,31 @@ class PassPlans:
         plan: makes plans.
         room: what operators outside graphs need.
         capture: what captured graphs hold.
+        allocator: what the allocator keeps beside tensors.
         correction: what is known of the time that passes take.
         budget_bytes: the budget; see `set_budget`.
+
+    Attributes:
+        gathers: whether rows of tables are looked up at home; else plans have a place for the tables.
     """
 
     def __init__(
-        self, plan: Planner, room: OperatorRoom, capture: CaptureCost, correction: Correction, budget_bytes: int
+        self,
+        plan: Planner,
+        room: OperatorRoom,
+        capture: CaptureCost,
+        allocator: AllocatorRoom,
+        correction: Correction,
+        budget_bytes: int,
     ) -> None:
         self._plan = plan
         self._room = room
         self._capture = capture
+        self._allocator = allocator
         self._correction = correction
         self._budget_bytes = budget_bytes
         self._known: _Known = OrderedDict()
+        self.gathers = True
 
     @property
     def budget_bytes(self) -> int:
@@ -119,7 +132,8 @@ class PassPlans:
                 continue
             operators = any(isinstance(segment, OperatorSegment) for segment in segments)
             reserve = self._room.largest_bytes if operators else 0
-            tape = make_tape(f"pass of {len(segments)} segments", weights, segments, reserve, workspace=False)
+            name = f"pass of {len(segments)} segments"
+            tape = make_tape(name, weights, segments, reserve, workspace=False, gathers=self.gathers)
             try:
                 self._plan(tape.trace, self._budget_bytes, None)
             except BudgetError as error:
@@ -151,7 +165,7 @@ class PassPlans:
 
     def fits(self, weights: tuple[Tensor, ...], segment: Segment) -> bool:
         """Returns whether a pass of this segment alone fits, with what its operators allocate inside."""
-        tape = make_tape("a segment alone", weights, [segment], 0, workspace=True)
+        tape = make_tape("a segment alone", weights, [segment], 0, workspace=True, gathers=self.gathers)
         try:
             self._plan(tape.trace, self._budget_bytes, None)
         except BudgetError:
@@ -192,17 +206,18 @@ class PassPlans:
     ) -> tuple[Tape, Plan, int, bool]:
         """Returns a tape of these segments, its plan, what that keeps for operators, and whether for workspace too.
 
-        What is only wished for, measured or guessed yields: room to grow first, then capture, then workspace.
+        What is only wished for, measured or guessed yields: room to grow first, then capture and what the allocator
+        keeps, then workspace.
         """
         name, budget = f"pass of {len(segments)} segments", self._budget_bytes
-        without_capture = budget - self._capture.share_of(budget)
+        without_capture = budget - self._capture.share_of(budget) - self._allocator.share_of(budget)
         needed, wished = (self._room.needed_bytes, self._room.wished_bytes) if operators else (0, 0)
         slower = self._correction.slower(tuple(segment.key for segment in segments))
         attempts = [(wished, without_capture, True), (needed, without_capture, True)]
         attempts += [(needed, budget, True), (needed, budget, False)]
         refused: list[BudgetError] = []
         for reserve, limit, workspace in dict.fromkeys(attempts):
-            tape = make_tape(name, weights, segments, reserve, workspace=workspace, slower=slower)
+            tape = make_tape(name, weights, segments, reserve, workspace=workspace, gathers=self.gathers, slower=slower)
             try:
                 plan = self._plan(tape.trace, limit, previous)
             except BudgetError as error:
@@ -220,7 +235,7 @@ class PassPlans:
         if self._room.is_measured or not needed or spare < 0:
             raise refused[-1]
         self._room.settle_for(spare)
-        tape = make_tape(name, weights, segments, spare, workspace=False, slower=slower)
+        tape = make_tape(name, weights, segments, spare, workspace=False, gathers=self.gathers, slower=slower)
         return tape, self._plan(tape.trace, budget, previous), spare, False
 
 

@@ -138,6 +138,15 @@ def test_budgets_follow_each_other(place: Place, tmp_path: Path) -> None:
     scenes.budgets_follow_each_other(place, swap_dir=tmp_path)
 
 
+@pytest.mark.parametrize("allocator", ["torch", "mball"])
+def test_residents_yield(allocator: str, large_place: Place, tmp_path: Path) -> None:
+    foreign.round_sizes_to(512)
+    try:
+        scenes.residents_yield(large_place, swap_dir=tmp_path, allocator=allocator)
+    finally:
+        foreign.round_sizes_to(1)
+
+
 @pytest.mark.parametrize("capture", ["graphs", "operators"])
 def test_after_an_error(capture: str, place: Place, tmp_path: Path) -> None:
     scenes.after_an_error(place, capture=capture, swap_dir=tmp_path)
