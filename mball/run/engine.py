@@ -27,6 +27,7 @@ from mball.run.operator_room import OperatorRoom
 from mball.run.pass_meter import PassEnd, PassMeter, Retimer
 from mball.run.pass_plans import PassPlan, PassPlans, Planner, Stretch
 from mball.run.segments import OperatorReads, OperatorSegment, Segment
+from mball.run.step_graphs import StepGraphs
 from mball.schema import Plan, Trace
 
 # A plan that keeps less for operators takes over when this part of the budget becomes free for weights.
@@ -89,7 +90,18 @@ class Engine:
         self._handed: Bound = ()
         self._stale = False  # the active plan was made with less knowledge than there is now
         self.capture = CaptureCost(execution.device.gauge(), execution.arena)
-        self.plans = PassPlans(plan, self.room, self.capture, correction, ledger.budget_bytes)
+        self.step_graphs: StepGraphs | None = None
+        if (graphs := execution.device.graphs()) is not None:
+            self.step_graphs = StepGraphs(
+                graphs,
+                catch_up=execution.catch_up,
+                replan=self._plan_anew,
+                is_slot=execution.arena.holds,
+                budget_bytes=lambda: self.budget_bytes,
+            )
+        self.plans = PassPlans(
+            plan, self.room, self.capture, correction, ledger.budget_bytes, lambda: self.step_graph_bytes
+        )
         self._unclear = False  # a pass began and did not end
         self._collecting = False  # written homes are being found
         self._closed = False
@@ -185,6 +197,8 @@ class Engine:
             raise WrapError("this model was unwrapped; wrap it again")
         if self._unclear:
             self.recover()
+        if self.step_graphs is not None:
+            self.step_graphs.forget()
         before, booked = self.plans.state(), self.ledger.state()
         try:
             self.plans.set_budget(budget_bytes)
@@ -208,7 +222,7 @@ class Engine:
 
     def _give_all_back(self) -> None:
         self.execution.empty()
-        for kind in (Kind.ARENA, Kind.ACTIVATIONS, Kind.CAPTURE):
+        for kind in (Kind.ARENA, Kind.ACTIVATIONS, Kind.CAPTURE, Kind.GRAPHS):
             self.ledger.set(kind, 0)
         self.ledger.set_budget(self.budget_bytes)
 
@@ -225,6 +239,9 @@ class Engine:
     def note_capture(self) -> None:
         """Says that a graph was captured: what that took shares the budget from now on."""
         self.capture.end()
+        self._plan_anew()
+
+    def _plan_anew(self) -> None:
         self.plans.clear()
         self._stale = True
 
@@ -256,8 +273,7 @@ class Engine:
         self.meter.end(ended)
         active, tape = self._active, tuple(self._tape)
         if active is not None and tape == active.tape.keys and self.meter.calls_for_another_plan(active):
-            self.plans.clear()
-            self._stale = True
+            self._plan_anew()
         peak = self.live.end_pass()
         has_operators = self._has_operators(tape)
         if has_operators:
@@ -431,9 +447,13 @@ class Engine:
             ledger.set_budget(self.budget_bytes)
         ledger.set(Kind.ACTIVATIONS, 0)
         ledger.set(Kind.CAPTURE, 0)
+        ledger.set(Kind.GRAPHS, 0)
+        if self.step_graphs is not None:  # what has no room is given back before the arena grows
+            self.step_graphs.grant(planned.graph_bytes)
         ledger.set(Kind.ARENA, self.execution.arena.bytes_of(plan.arena_bytes))
         ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
-        ledger.set(Kind.CAPTURE, self.budget_bytes - plan.budget_bytes)
+        ledger.set(Kind.GRAPHS, planned.graph_bytes)
+        ledger.set(Kind.CAPTURE, self.budget_bytes - planned.graph_bytes - plan.budget_bytes)
         self._active = None  # until the plan is adopted whole: `recover` sees by this what an interrupt left
         gathered = [{gather.tensor for gather in step.gathers} for step in planned.tape.trace.steps]
         self.execution.adopt(plan, planned.tape.handed, gathered)
@@ -470,6 +490,11 @@ class Engine:
         return self._active is None or self._active.workspace_fits
 
     @property
+    def step_graph_bytes(self) -> int:
+        """What is held for recorded steps, or will be once a plan leaves room for it."""
+        return 0 if self.step_graphs is None else self.step_graphs.wanted_bytes
+
+    @property
     def plan(self) -> Plan | None:
         """The plan that is executed now."""
         return self._active.plan if self._active else None
@@ -479,6 +504,10 @@ class Engine:
         if not self._closed:
             self._closed = True
             try:
-                self.execution.close()
+                if self.step_graphs is not None:
+                    self.step_graphs.forget()
             finally:
-                self.homes.close()
+                try:
+                    self.execution.close()
+                finally:
+                    self.homes.close()
