@@ -25,6 +25,7 @@ from mball.run.doors import Gate, check_graph_inputs
 from mball.run.engine import Engine
 from mball.run.step_graphs import RecordingStage
 from mball.schema import Step, Tensor
+from mball.torch_private.dispatch import is_only_mode
 from mball.torch_private.inductor import inductor_failure
 from mball.torch_private.tensors import is_subclass, storage_key
 from mball.trace.cut import Cut, UnsupportedGraphError
@@ -140,7 +141,8 @@ class Program:
             return self._with_costs(gate, values, segment, args)
         if self._times_due:
             return self._with_times(gate, args)
-        return self._execute(gate, gate.engine, args, self._recording(gate.engine))
+        # A mode of the user's sees operators, and would not see those of a replay.
+        return self._execute(gate, gate.engine, args, self._recording(gate.engine) if is_only_mode(gate.mode) else None)
 
     def _execute(self, gate: Gate, hooks: StepHooks, args: Sequence[Any], stage: Stage | None = None) -> Any:
         driver = self._driver if stage is None else partial(self._driver, stage=stage)

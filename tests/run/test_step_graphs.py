@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mball
 from mball.config import Policy
@@ -27,14 +29,14 @@ from mball.run.frame import Frame
 from mball.run.step_graphs import RecordingStage, StepGraphs
 from mball.trace import inductor
 from tests.foreign import device as foreign
-from tests.foreign.graphs import ForeignGraphs
+from tests.foreign.graphs import ForeignGraph, ForeignGraphs
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
 from tests.run.test_elsewhere import wrap_there
 from tests.run.there import PLACE, There
 from tests.run.zoo import ids, llama, noise
 
 WIDTH = 256
-NUM_LAYERS = 6
+NUM_LAYERS = 4
 SPARE_BYTES = 128 << 10
 LAYER_BYTES = 4 * WIDTH * WIDTH
 
@@ -156,8 +158,8 @@ def budget_bytes(slots: float) -> int:
     return int(slots * LAYER_BYTES) + SPARE_BYTES
 
 
-def row(directory: Path, **settings: Any) -> Pair:
-    return Pair(Row, budget_bytes(3.5), directory, **settings)
+def row(directory: Path, *, slots: float = 2.5, **settings: Any) -> Pair:
+    return Pair(Row, budget_bytes(slots), directory, **settings)
 
 
 def steps(seed: int, rows: int = 3) -> Callable[[Any], Any]:
@@ -202,7 +204,7 @@ def budgets_change(directory: Path) -> None:
     """What is recorded takes part in the budget, and is gone where it has no room."""
     gc.collect()
     pair = row(directory)
-    for slots in (3.5, 9, 2, 4.5):
+    for slots in (2.5, 9, 2):
         mball.set_budget(pair.model, budget_bytes(slots))
         assert pair.shared.num_recorded == 0
         gc.collect()
@@ -238,7 +240,7 @@ def sizes_change(directory: Path) -> None:
 
 def callers_write_and_move(directory: Path) -> None:
     """What a step writes is the caller's: a cache that it gets, wherever that is."""
-    pair = Pair(Caches, budget_bytes(3.5), directory)
+    pair = Pair(Caches, budget_bytes(2.5), directory)
     for attempt in range(2):
         caches = [torch.zeros(8, WIDTH, device=PLACE) for _ in range(2)]
         for place in range(8):
@@ -256,7 +258,7 @@ def callers_write_and_move(directory: Path) -> None:
 def some_is_dropped(directory: Path) -> None:
     """Steps that draw random numbers draw them anew; the others are recorded."""
     options = {"triton.cudagraphs": True, "fallback_random": True}
-    pair = Pair(lambda: Row(dropout=0.5), budget_bytes(3.5), directory, options=options)
+    pair = Pair(lambda: Row(dropout=0.5), budget_bytes(2.5), directory, options=options)
     pair.model.train()
     pair.plain.train()
     found = [pair.compare(steps(0), f"call {number}")[0] for number in range(4)]
@@ -293,6 +295,108 @@ def test_the_same_bits(scene: Callable[[Path], None], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_tokens_are_generated(tmp_path: Path) -> None:
     tokens_are_generated(tmp_path)
+
+
+def test_a_step_that_cannot_be_recorded_runs_plainly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pair = row(tmp_path)
+    pair.graphs.refused = (2, 3)
+    with caplog.at_level(logging.WARNING, "mball"):
+        for seed in range(9):
+            pair.compare(steps(seed), f"call {seed}")
+    assert pair.shared.num_recorded == NUM_LAYERS - 2
+    assert pair.graphs.num_recorded == NUM_LAYERS, "what failed is not tried again"
+    assert sum("cannot be recorded as a graph (operation failed" in text for text in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("spoiled", [1, 3])
+def test_an_interrupt_while_a_step_is_recorded(spoiled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = row(tmp_path)
+    record = pair.graphs.record
+    recordings = itertools.count(1)
+
+    def interrupted(work: Callable[[], None]) -> ForeignGraph:
+        graph = record(work)
+        if next(recordings) == spoiled:
+            raise KeyboardInterrupt
+        return graph
+
+    monkeypatch.setattr(pair.graphs, "record", interrupted)
+    num_interrupts = 0
+    for seed in range(8):
+        try:
+            pair.compare(steps(seed), f"call {seed}")
+        except KeyboardInterrupt:
+            num_interrupts += 1
+            pair.plain.memory.copy_(pair.model.memory)  # how far the pass came is nobody's promise
+    assert num_interrupts == 1
+    assert pair.shared.num_recorded == NUM_LAYERS
+
+
+def test_graphs_that_take_too_much_are_not_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pair = row(tmp_path)
+    with caplog.at_level(logging.WARNING, "mball"):
+        for seed in range(5):
+            pair.compare(steps(seed, rows=40), f"call {seed}")
+    assert pair.shared.num_recorded == 0
+    assert mball.report(pair.model).step_graph_bytes == 0
+    assert sum("some calls are launched kernel by kernel" in text for text in caplog.messages) == 1
+    for seed in range(7):
+        pair.compare(steps(seed), f"a call that takes less, {seed}")
+    assert pair.shared.num_recorded == NUM_LAYERS
+
+
+def test_a_model_that_fits_is_one_graph(tmp_path: Path) -> None:
+    pair = row(tmp_path, slots=40, step_bytes=None)
+    for seed in range(8):
+        pair.compare(steps(seed), f"call {seed}")
+    report = mball.report(pair.model)
+    assert (report.steps, report.step_graphs, report.bytes_read_last_pass) == (1, 1, 0)
+    assert "graphs of 1 steps" in str(report)
+    mball.unwrap(pair.model)
+    gc.collect()
+    assert pair.graphs.pool_bytes == 0, "memory is still taken"
+
+
+class Words(nn.Module):
+    """A table that rows are looked up of, and what is made of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8192, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        for layer in self.layers:
+            x = x + layer(x).sin()
+        return x
+
+
+def test_rows_that_are_read_at_home_are_not_recorded(tmp_path: Path) -> None:
+    pair = Pair(Words, budget_bytes(2.5), tmp_path)
+    for seed in range(9):
+        if seed == 7:
+            for model in (pair.model, pair.plain):
+                model.table.weight.data.mul_(2)
+        pair.compare(lambda model, seed=seed: model(ids(1, 3, seed=seed)), f"call {seed}")
+    assert 0 < pair.shared.num_recorded <= 2
+
+
+def test_a_mode_of_the_users_sees_every_operator(tmp_path: Path) -> None:
+    pair = row(tmp_path)
+    for seed in range(8):
+        pair.compare(steps(seed))
+    with FlopCounterMode(display=False) as counter:
+        pair.compare(steps(1))
+    assert counter.get_total_flops() == 2 * 2 * 3 * NUM_LAYERS * WIDTH**2, "of both models"
+
+
+def test_inference_mode_and_none_take_turns(tmp_path: Path) -> None:
+    pair = row(tmp_path)
+    for seed in range(12):
+        with torch.inference_mode(seed % 4 < 2):
+            pair.compare(steps(seed), f"call {seed}")
+    assert pair.graphs.num_replayed > NUM_LAYERS
 
 
 # -- mutants ---------------------------------------------------------------------------------------------------------
