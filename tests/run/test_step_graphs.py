@@ -30,6 +30,7 @@ from mball.run.step_graphs import RecordingStage, StepGraphs
 from mball.trace import inductor
 from tests.foreign import device as foreign
 from tests.foreign.graphs import ForeignGraph, ForeignGraphs
+from tests.foreign.pieces import as_it_is
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
 from tests.run.test_elsewhere import wrap_there
 from tests.run.there import PLACE, There
@@ -39,17 +40,6 @@ WIDTH = 256
 NUM_LAYERS = 4
 SPARE_BYTES = 128 << 10
 LAYER_BYTES = 4 * WIDTH * WIDTH
-
-
-def as_it_is(module: torch.fx.GraphModule, num_weights: int, settings: Any) -> Callable[[list[Any]], Any]:
-    """Stands for Inductor, whose pieces take a list and empty it."""
-
-    def piece(values: list[Any]) -> Any:
-        arguments = list(values)
-        values.clear()
-        return module(*arguments)
-
-    return piece
 
 
 @pytest.fixture(autouse=True)
