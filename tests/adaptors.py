@@ -14,7 +14,7 @@ from mball.compute import Compute, OpenCompute, open_compute
 from mball.config import Config
 from mball.errors import MballError
 from mball.memory.arena import Arena
-from mball.memory.device import ArenaRead, Device, Event, Gauge
+from mball.memory.device import ArenaRead, Device, Event, Gauge, Graphs
 from mball.storage import FileTable
 
 
@@ -88,6 +88,9 @@ class DeviceAdaptor:
 
     def gauge(self) -> Gauge:
         return self.device.gauge()
+
+    def graphs(self) -> Graphs | None:
+        return self.device.graphs()
 
     def synchronize(self) -> None:
         self.device.synchronize()

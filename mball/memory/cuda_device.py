@@ -24,10 +24,11 @@ from mball.memory.cuda_errors import GpuLostError
 from mball.memory.cuda_events import EventPool, StreamEvent
 from mball.memory.cuda_feed import DiskFeed, order
 from mball.memory.cuda_gauge import CudaGauge
+from mball.memory.cuda_graphs import CudaGraphs
 from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_segments import SegmentRoom
 from mball.memory.cuda_streams import CudaStreams
-from mball.memory.device import ArenaRead, CopySource, Event, Gauge
+from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Graphs
 from mball.memory.host_level import HostLevel, Staged
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes
@@ -273,6 +274,10 @@ class CudaDevice:
 
     def gauge(self) -> Gauge:
         return CudaGauge(self._driver.ordinal, lambda: 0 if self._arena is None else self._arena.taken_bytes)
+
+    def graphs(self) -> Graphs | None:
+        """None where the tensors are none of the GPU's own."""
+        return CudaGraphs(self._driver.ordinal) if self._place.type == "cuda" else None
 
     def synchronize(self) -> None:
         """Raises DeviceError when the driver does not tell: then copies may still write."""

@@ -9,7 +9,7 @@ two copies may land in any order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +85,36 @@ class Gauge(Protocol):
 
     def used_bytes(self) -> int:
         """Returns what this process uses of the device's memory now, arena included; 0 where that is not known."""
+
+
+class Recorded(Protocol):
+    """Work of the device that was recorded with the memory it reads and writes."""
+
+    def replay(self) -> None:
+        """Issues the work again, in the same memory, behind all compute that was issued before. Does not block."""
+
+    def close(self) -> None:
+        """Lets go of it; no replay is under way. Idempotent."""
+
+
+class Graphs(Protocol):
+    """Records work that is launched whole from then on, as CUDA graphs do."""
+
+    @property
+    def pool_bytes(self) -> int:
+        """What all that is recorded takes of the device's memory: for what `work` allocated itself."""
+
+    def pool_bytes_for(self, num_bytes: int) -> int:
+        """Returns what `pool_bytes` is expected to be for work that holds `num_bytes` of its own at most."""
+
+    def record(self, work: Callable[[], None]) -> Recorded:
+        """Records what `work` issues; nothing of it is computed before the first replay.
+
+        All that is recorded shares the memory that `work` allocates, so nothing there outlasts a replay, and replays
+        come one after the other. The rest of what it reads and writes is the caller's to keep.
+
+        Raises RuntimeError, as torch does, when `work` or a part of it cannot be recorded: nothing was computed.
+        """
 
 
 class Device(Protocol):
@@ -179,6 +209,9 @@ class Device(Protocol):
 
     def gauge(self) -> Gauge:
         """Returns what measures by how much the device's memory rises, the arena apart while it is not resized."""
+
+    def graphs(self) -> Graphs | None:
+        """Returns what records compute, anew with each call; None where launching it costs nothing."""
 
     def synchronize(self) -> None:
         """Blocks until no copy writes to the arena any more. Raises no error of a copy: it stays with its event."""
@@ -277,6 +310,9 @@ class CpuDevice:
 
     def gauge(self) -> Gauge:
         return HostGauge()
+
+    def graphs(self) -> Graphs | None:
+        return None
 
     def synchronize(self) -> None:
         self._source.drain()

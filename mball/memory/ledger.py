@@ -19,6 +19,7 @@ class Kind(Enum):
     ARENA = "arena"
     ACTIVATIONS = "activations"
     CAPTURE = "capture"
+    GRAPHS = "graphs"
     SCRATCH = "scratch"
 
 

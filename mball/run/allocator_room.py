@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 from mball.memory import Device
+from mball.run.step_graphs import StepGraphs
 from mball.units import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -25,14 +26,16 @@ MAX_KINDS = 64
 
 
 class AllocatorRoom:
-    """Caps passes of one engine; knows what the allocator keeps.
+    """Caps passes of one engine; knows what the allocator keeps, but for what it keeps for recorded steps (`graphs`).
 
     Attributes:
         kept_bytes: what plans leave for what it keeps beside tensors.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, graphs: StepGraphs | None = None) -> None:
         self._device = device
+        self._graphs = graphs
+        self._open_bytes = 0  # what could still be taken for them when the pass began
         self.kept_bytes = 0
         self._kept: OrderedDict[Hashable, int] = OrderedDict()  # beside tensors, in passes of each kind
         self._kind: Hashable = None
@@ -70,6 +73,7 @@ class AllocatorRoom:
             self._device.make_room()
         self._device.follow()
         self._is_open = True
+        self._open_bytes = 0 if self._graphs is None else self._graphs.open_bytes
         self._apply()
 
     def adopt(self, kind: Hashable, *, left_bytes: int, planned_bytes: int, is_affordable: bool) -> None:
@@ -105,6 +109,9 @@ class AllocatorRoom:
         """
         tells_more = self._is_measuring or self._stays_capped
         kept_bytes = self.lift()
+        if self._graphs is not None:
+            kept_bytes = max(kept_bytes - self._graphs.pool_bytes, 0)
+            is_steady &= self._graphs.open_bytes == self._open_bytes
         if not (is_steady and tells_more) or self._left_bytes is None:
             return False
         more_bytes = self._planned_bytes + kept_bytes - self._left_bytes
@@ -127,4 +134,7 @@ class AllocatorRoom:
         return self._device.cap(None)
 
     def _apply(self) -> None:
-        self._device.cap(self._left_bytes if self.is_capped else None)
+        left_bytes = self._left_bytes if self.is_capped else None
+        if left_bytes is not None and self._graphs is not None:
+            left_bytes += self._graphs.open_bytes + self._graphs.pool_bytes
+        self._device.cap(left_bytes)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import torch
 
 from mball.errors import BudgetError, DeviceError, WrapError
+from mball.memory import GpuLostError
 from mball.memory.ledger import Kind, Ledger
 from mball.run.activations import LiveBytes
 from mball.run.allocator_room import AllocatorRoom
@@ -28,6 +29,7 @@ from mball.run.operator_room import GROWTH_SHARE, OperatorRoom
 from mball.run.pass_meter import PassEnd, PassMeter, Retimer
 from mball.run.pass_plans import PassPlan, PassPlans, Planner, Stretch
 from mball.run.segments import OperatorReads, OperatorSegment, Segment
+from mball.run.step_graphs import StepGraphs
 from mball.schema import Plan, Trace
 from mball.units import format_bytes
 
@@ -91,8 +93,25 @@ class Engine:
         self._handed: Bound = ()
         self._stale = False  # the active plan was made with less knowledge than there is now
         self.capture = CaptureCost(execution.device.gauge(), execution.arena)
-        self.allocator = AllocatorRoom(execution.device)
-        self.plans = PassPlans(plan, self.room, self.capture, self.allocator, correction, ledger.budget_bytes)
+        self.step_graphs: StepGraphs | None = None
+        if (graphs := execution.device.graphs()) is not None:
+            self.step_graphs = StepGraphs(
+                graphs,
+                catch_up=execution.catch_up,
+                replan=self._plan_anew,
+                is_slot=execution.arena.holds,
+                budget_bytes=lambda: self.budget_bytes,
+            )
+        self.allocator = AllocatorRoom(execution.device, self.step_graphs)
+        self.plans = PassPlans(
+            plan,
+            self.room,
+            self.capture,
+            self.allocator,
+            correction,
+            ledger.budget_bytes,
+            lambda: self.step_graph_bytes,
+        )
         self._unclear = False  # a pass began and did not end
         self._collecting = False  # written homes are being found
         self._closed = False
@@ -192,6 +211,8 @@ class Engine:
             raise WrapError("this model was unwrapped; wrap it again")
         if self._unclear:
             self.recover()
+        if self.step_graphs is not None:
+            self.step_graphs.forget()
         before, booked = self.plans.state(), self.ledger.state()
         try:
             self.plans.set_budget(budget_bytes)
@@ -216,7 +237,7 @@ class Engine:
     def _give_all_back(self) -> None:
         self.execution.empty()
         self.allocator.lift()
-        for kind in (Kind.ARENA, Kind.ACTIVATIONS, Kind.CAPTURE, Kind.SCRATCH):
+        for kind in (Kind.ARENA, Kind.ACTIVATIONS, Kind.CAPTURE, Kind.GRAPHS, Kind.SCRATCH):
             self.ledger.set(kind, 0)
         self.ledger.set_budget(self.budget_bytes)
 
@@ -233,6 +254,9 @@ class Engine:
     def note_capture(self) -> None:
         """Says that a graph was captured: what that took shares the budget from now on."""
         self.capture.end()
+        self._plan_anew()
+
+    def _plan_anew(self) -> None:
         self.plans.clear()
         self._stale = True
 
@@ -265,8 +289,7 @@ class Engine:
         self.meter.end(ended)
         active, tape = self._active, tuple(self._tape)
         if active is not None and tape == active.tape.keys and self.meter.calls_for_another_plan(active):
-            self.plans.clear()
-            self._stale = True
+            self._plan_anew()
         peak = self.live.end_pass()
         has_operators = self._has_operators(tape)
         if has_operators:
@@ -442,15 +465,19 @@ class Engine:
         plan, ledger = planned.plan, self.ledger
         if self.budget_bytes > ledger.budget_bytes:
             ledger.set_budget(self.budget_bytes)
-        for kind in (Kind.ACTIVATIONS, Kind.CAPTURE, Kind.SCRATCH):
+        for kind in (Kind.ACTIVATIONS, Kind.CAPTURE, Kind.GRAPHS, Kind.SCRATCH):
             ledger.set(kind, 0)
+        if self.step_graphs is not None:  # what has no room is given back before the arena grows
+            self.step_graphs.grant(planned.graph_bytes)
         arena_bytes = self.execution.arena.bytes_of(plan.arena_bytes)
-        beside_bytes = self.budget_bytes - plan.budget_bytes
+        beside_bytes = self.budget_bytes - planned.graph_bytes - plan.budget_bytes
         scratch_bytes = min(self.allocator.kept_bytes, beside_bytes)
+        capture_bytes = beside_bytes - scratch_bytes
         ledger.set(Kind.ARENA, arena_bytes)
         ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
+        ledger.set(Kind.GRAPHS, planned.graph_bytes)
         ledger.set(Kind.SCRATCH, scratch_bytes)
-        ledger.set(Kind.CAPTURE, beside_bytes - scratch_bytes)
+        ledger.set(Kind.CAPTURE, capture_bytes)
         self._active = None  # until the plan is adopted whole: `recover` sees by this what an interrupt left
         gathered = [{gather.tensor for gather in step.gathers} for step in planned.tape.trace.steps]
         self.execution.adopt(plan, planned.tape.handed, gathered)
@@ -458,7 +485,7 @@ class Engine:
         self._active = planned
         self.allocator.adopt(
             (planned.tape.keys, planned.reserve),
-            left_bytes=self.budget_bytes - arena_bytes - self.fixed_bytes - (beside_bytes - scratch_bytes),
+            left_bytes=self.budget_bytes - arena_bytes - self.fixed_bytes - planned.graph_bytes - capture_bytes,
             planned_bytes=plan.activation_bytes,
             is_affordable=scratch_bytes == self.allocator.kept_bytes,
         )
@@ -557,6 +584,11 @@ class Engine:
         return self._active is None or self._active.workspace_fits
 
     @property
+    def step_graph_bytes(self) -> int:
+        """What is held for recorded steps, or will be once a plan leaves room for it."""
+        return 0 if self.step_graphs is None else self.step_graphs.wanted_bytes
+
+    @property
     def plan(self) -> Plan | None:
         """The plan that is executed now."""
         return self._active.plan if self._active else None
@@ -566,6 +598,11 @@ class Engine:
         if not self._closed:
             self._closed = True
             try:
-                self.execution.close()
+                with contextlib.suppress(GpuLostError):  # `execution.close` says what that means
+                    if self.step_graphs is not None:
+                        self.step_graphs.forget()
             finally:
-                self.homes.close()
+                try:
+                    self.execution.close()
+                finally:
+                    self.homes.close()

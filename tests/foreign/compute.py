@@ -9,10 +9,11 @@ import torch
 
 from mball.compute import Compute
 from mball.config import Config
-from mball.memory import ArenaRead, CopySource, CpuDevice, Event, Gauge
+from mball.memory import ArenaRead, CopySource, CpuDevice, Event, Gauge, Graphs
 from mball.memory.arena import Arena
 from mball.storage import CheckedReader, FileTable, ThreadedReader
 from tests.foreign import device as foreign
+from tests.foreign.graphs import ForeignGraphs
 from tests.foreign.region import ForeignRegion
 
 
@@ -107,6 +108,9 @@ class ForeignDevice(CpuDevice):
 
     def gauge(self) -> Gauge:
         return ForeignGauge()
+
+    def graphs(self) -> Graphs:
+        return ForeignGraphs()
 
 
 def _memory(address: int, size_bytes: int) -> memoryview:

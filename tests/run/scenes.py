@@ -304,6 +304,35 @@ def unwrapped_it_is_as_before(place: Place, *, swap_dir: Path, used_bytes: Calla
     return {"before": before, "wrapped": wrapped, "after": used_bytes()}
 
 
+def steps_are_recorded(place: Place, *, swap_dir: Path, hostility: Hostility) -> None:
+    """Steps as graphs, under budgets that move their slots: the bits of steps that are launched as they are."""
+    width = 2 * place.width
+    layer_bytes = 4 * width**2
+    plain, model = (make(lambda: Row(width)) for _ in range(2))
+    inputs = [noise(3, width, seed=seed).to(place.name) for seed in range(5)]
+    calls = [lambda m, x=x: m(x) for x in inputs]
+    settings: dict[str, Any] = {"compile": "inductor", "step_bytes": layer_bytes, "capture": "graphs"}
+
+    def budget_bytes(num_slots: int) -> int:
+        return num_slots * layer_bytes + place.page_bytes + 2 * place.activation_bytes
+
+    with place.wrapped(plain, budget_bytes(16), swap_dir=swap_dir, hostility=Hostility.NONE, **settings):
+        expected = [run(plain, call).cpu() for call in calls]
+    settings["mode"] = "reduce-overhead"
+    with place.wrapped(model, budget_bytes(3), swap_dir=swap_dir, hostility=hostility, **settings):
+        for num_slots in (3, 5, 2, 16):
+            mball.set_budget(model, budget_bytes(num_slots))
+            # Nobody looks at a result before all were issued.
+            found = [run(model, call) for call in (*calls, *calls)]
+            place.finish()
+            for number, got in enumerate(found):
+                assert_same(got.cpu(), expected[number % len(calls)], f"{num_slots} slots, call {number}")
+            report = mball.report(model)
+            assert report.step_graphs == NUM_LAYERS, report
+            assert report.peak_bytes <= report.budget_bytes, report
+            assert (report.bytes_read_last_pass == 0) == (num_slots > NUM_LAYERS), report
+
+
 # -- what they share --------------------------------------------------------------------------------------------------
 
 

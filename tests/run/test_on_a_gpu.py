@@ -140,6 +140,11 @@ def test_passes_follow_each_other(
     )
 
 
+@pytest.mark.parametrize("hostility", [Hostility.POISONED, Hostility.LATE_COPIES], ids=lambda each: each.value)
+def test_steps_are_recorded(hostility: Hostility, place: Place, tmp_path: Path) -> None:
+    play(lambda: scenes.steps_are_recorded(place, swap_dir=tmp_path, hostility=hostility))
+
+
 @pytest.mark.parametrize("hostility", [Hostility.LATE_COPIES, Hostility.LATE_COMPUTE], ids=lambda each: each.value)
 @pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "by-nobody"])
 def test_streams_take_turns(ordered: bool, hostility: Hostility, place: Place, tmp_path: Path) -> None:

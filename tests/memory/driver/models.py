@@ -16,7 +16,7 @@ import mball
 from mball.api import _wrap
 from mball.compute import Compute, cuda_compute
 from mball.config import Config
-from mball.memory import Device, Event, Gauge
+from mball.memory import Device, Event, Gauge, Graphs
 from mball.memory.allocator.segment_allocator import SegmentAllocator
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_streams import CudaStreams
@@ -25,6 +25,7 @@ from mball.units import MIB
 from tests.adaptors import DeviceAdaptor
 from tests.foreign import device as foreign
 from tests.foreign.compute import ForeignCap, ForeignGauge
+from tests.foreign.graphs import ForeignGraphs
 from tests.foreign.region import ForeignRegion
 from tests.memory.conftest import LOADED
 from tests.memory.driver.standin import EXTENT_BYTES
@@ -77,6 +78,9 @@ class _AtOnce(DeviceAdaptor):
 
     def gauge(self) -> Gauge:
         return ForeignGauge()
+
+    def graphs(self) -> Graphs:
+        return ForeignGraphs()
 
 
 class SegmentPool:

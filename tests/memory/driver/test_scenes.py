@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from mball.trace import inductor
 from mball.units import GIB, KIB, MIB
 from tests.foreign import device as foreign
+from tests.foreign.pieces import as_it_is
 from tests.memory.driver.models import wrapped_over_the_driver
 from tests.memory.driver.standin import EXTENT_BYTES, GRANULE_BYTES, Order, StandIn
 from tests.run import scenes
@@ -117,6 +119,11 @@ def test_passes_follow_each_other(
     capture = "operators" if num_slots == 3 else "graphs"
     scenes.passes_follow_each_other(place, num_slots, capture=capture, swap_dir=tmp_path, hostility=hostility)
     assert bool(spins) == (hostility is not Hostility.NONE)
+
+
+def test_steps_are_recorded(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(inductor, "compile_piece", as_it_is)
+    scenes.steps_are_recorded(place, swap_dir=tmp_path, hostility=Hostility.POISONED)
 
 
 @pytest.mark.parametrize("ordered", [True, False])
