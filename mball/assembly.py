@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from mball.compute import Compute
-from mball.config import Compile, Config, Io, Policy
+from mball.config import Allocator, Compile, Config, Io, Policy
 from mball.errors import ConfigError
 from mball.memory import Kind, Ledger, LedgerPage
 from mball.plan import make_plan, simulate
@@ -152,6 +152,12 @@ def inductor_options(config: Config) -> dict[str, Any]:
         why = str(error).partition(", known options are")[0]
         given = f"mode is {config.mode!r}" if config.mode else f"options are {dict(config.options)!r}"
         raise ConfigError(f"{given}: {why}; give what torch.compile takes (torch._inductor.list_options())") from error
+    if settings.get("triton.cudagraphs") and config.allocator is Allocator.MBALL:
+        given = f"mode {config.mode!r} has" if config.mode else "options have"
+        raise ConfigError(
+            f"{given} steps recorded as CUDA graphs, whose memory is of PyTorch's own allocator, and allocator is "
+            "'mball': leave one of them out"
+        )
     if settings.get("freezing"):
         raise ConfigError("options say freezing, which makes weights constants that cannot be streamed: leave it out")
     return settings
