@@ -7,6 +7,7 @@ copies themselves, are issued between replays, on streams that are not recorded.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,9 @@ from mball.units import MIB
 
 # What torch's allocator takes at a time for blocks up to 1 MiB, and for some larger ones.
 _SMALL_BYTES, _LARGE_BYTES = 2 * MIB, 20 * MIB
+
+# Of all GPUs and threads: so torch wants it.
+_one_at_a_time = threading.Lock()
 
 
 class CudaGraphs:
@@ -50,7 +54,10 @@ class CudaGraphs:
                 self._pool = torch.cuda.graph_pool_handle()  # torch takes up none that no graph uses any more
             graph = torch.cuda.CUDAGraph()
             # Threads of ours pin memory and copy meanwhile, which is not forbidden them.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with (
+                _one_at_a_time,
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 work()
         recorded = CudaGraph(graph)
         self._graphs.add(recorded)

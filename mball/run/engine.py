@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import torch
 
 from mball.errors import BudgetError, WrapError
+from mball.memory import GpuLostError
 from mball.memory.ledger import Kind, Ledger
 from mball.run.activations import LiveBytes
 from mball.run.capture_cost import CaptureCost
@@ -504,8 +505,9 @@ class Engine:
         if not self._closed:
             self._closed = True
             try:
-                if self.step_graphs is not None:
-                    self.step_graphs.forget()
+                with contextlib.suppress(GpuLostError):  # `execution.close` says what that means
+                    if self.step_graphs is not None:
+                        self.step_graphs.forget()
             finally:
                 try:
                     self.execution.close()

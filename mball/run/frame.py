@@ -48,9 +48,8 @@ class Like(NamedTuple):
 
 
 def put(buffer: torch.Tensor, value: torch.Tensor) -> None:
-    """Copies a value into a tensor that looks like it."""
-    with torch.no_grad():
-        _once(buffer).copy_(_once(value))
+    """Copies a value into a tensor that looks like it; autograd records nothing here, or the call is refused."""
+    _once(buffer).copy_(_once(value))
 
 
 def _once(tensor: torch.Tensor) -> torch.Tensor:
@@ -93,6 +92,7 @@ class Frame:
         can_record: for each step whether it may be recorded.
         record: records work.
         is_slot: returns whether a weight lies in the arena: elsewhere it is read at home.
+        catch_up: blocks until all compute is over that was issued.
 
     Attributes:
         size_bytes: of its buffers, None before a call was measured.
@@ -101,7 +101,13 @@ class Frame:
         last_call: the number of the last call of this kind.
     """
 
-    def __init__(self, can_record: Iterable[bool], record: Record, is_slot: Callable[[torch.Tensor], bool]) -> None:
+    def __init__(
+        self,
+        can_record: Iterable[bool],
+        record: Record,
+        is_slot: Callable[[torch.Tensor], bool],
+        catch_up: Callable[[], None],
+    ) -> None:
         self.size_bytes: int | None = None
         self.rise_bytes = 0
         self.is_refused = False
@@ -109,7 +115,9 @@ class Frame:
         self._steps = [_Step(each) for each in can_record]
         self._record = record
         self._is_slot = is_slot
+        self._catch_up = catch_up
         self._buffers: list[torch.Tensor] = []  # of arguments
+        self._own: set[int] = set()  # the storages of all buffers
 
     @property
     def num_recorded(self) -> int:
@@ -127,11 +135,10 @@ class Frame:
         """Says what a step makes, in a call that runs outside of the frame."""
         self._steps[number].likes = [Like.of(result) for result in results]
 
-    def measured(self, copied: Iterable[Like], rise_bytes: int) -> None:
-        """Says that all steps were seen, what arguments are copied, and by how much memory rose within a step."""
+    def needed_bytes(self, copied: Iterable[Like]) -> int:
+        """Returns what buffers take for arguments that are copied and for what the steps were seen to make."""
         likes = [*copied, *(like for step in self._steps for like in step.likes)]
-        self.size_bytes = sum(like.size_bytes for like in likes)
-        self.rise_bytes = rise_bytes
+        return sum(like.size_bytes for like in likes)
 
     def refuse(self) -> None:
         """Says that calls of this kind run outside for good."""
@@ -143,7 +150,7 @@ class Frame:
     def begin(self, values: Sequence[Any], copied: Sequence[int]) -> list[Any]:
         """Returns the arguments of a call with those at `copied` in the frame's buffers."""
         if not self._buffers:
-            self._buffers = [Like.of(values[position]).make() for position in copied]
+            self._buffers = self._made(Like.of(values[position]) for position in copied)
         inside = list(values)
         for position, buffer in zip(copied, self._buffers, strict=True):
             put(buffer, values[position])
@@ -157,13 +164,15 @@ class Frame:
         step = self._steps[number]
         stayed = _are_there(weights, step.weights)
         if not stayed:
-            step.stop()
+            if step.recorded is not None:
+                self._catch_up()  # its last replay may be under way
+                step.stop()
             step.weights = weights
         if step.recorded is not None:
             step.recorded.replay()
             return step.results
         if not step.results:
-            step.results = [like.make() for like in step.likes]
+            step.results = self._made(step.likes)
 
         def run() -> None:
             for buffer, result in zip(step.results, piece([*weights, *inputs]), strict=True):
@@ -180,20 +189,28 @@ class Frame:
 
     def end(self, values: Sequence[Any]) -> list[Any]:
         """Returns the call's results: none of them is memory that the next call writes."""
-        own = {storage_key(result) for step in self._steps for result in step.results}
-        own.update(map(storage_key, self._buffers))
-        return [_outside(value, own) for value in values]
+        return [_outside(value, self._own) for value in values]
 
     def release(self) -> None:
         """Gives all memory back; no replay is under way."""
         for step in self._steps:
             step.stop()
+        # Now that no graph is left, after an interrupt either, which would go on with memory that is another's.
+        for step in self._steps:
             step.results, step.weights = [], ()
         self._buffers = []
+        self._own.clear()
+
+    def _made(self, likes: Iterable[Like]) -> list[torch.Tensor]:
+        buffers = [like.make() for like in likes]
+        self._own.update(map(storage_key, buffers))  # before anybody may be handed one
+        return buffers
 
 
 def _are_there(weights: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> bool:
     """Whether the weights of a step, which are always the same, are where they were."""
+    if weights is before:
+        return True
     if len(before) != len(weights):
         return False
     return all(map(operator.is_, weights, before)) or all(

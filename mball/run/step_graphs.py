@@ -49,6 +49,7 @@ class StepGraphs:
 
     Attributes:
         granted_bytes: what the plan that is executed leaves for it; see `grant`.
+        wanted_bytes: what all frames take, and steps inside: plans leave these, or nothing.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class StepGraphs:
         self._graphs = graphs
         self._is_slot = is_slot
         self.granted_bytes = 0
+        self.wanted_bytes = 0
         self._catch_up = catch_up
         self._replan = replan
         self._budget_bytes = budget_bytes
@@ -71,13 +73,6 @@ class StepGraphs:
         self._num_calls = 0
         self._pool_bytes = 0  # the most that recording took
         self._said: set[str] = set()
-
-    @property
-    def wanted_bytes(self) -> int:
-        """What all frames take, and steps inside: plans leave these, or nothing."""
-        frames = [frame for frame in self._frames.values() if frame.size_bytes is not None]
-        inside = [self._graphs.pool_bytes_for(frame.rise_bytes) for frame in frames]
-        return sum(frame.size_bytes or 0 for frame in frames) + max(self._pool_bytes, *inside) if frames else 0
 
     @property
     def num_recorded(self) -> int:
@@ -104,6 +99,7 @@ class StepGraphs:
         self._release(list(self._frames.values()))
         self._frames.clear()
         self._calls.clear()
+        self.wanted_bytes = self._count()
 
     def frame(self, kind: Hashable, can_record: Sequence[bool]) -> Frame | None:
         """Returns the frame of calls of this kind; None while they are new, and where too many others are in use."""
@@ -118,23 +114,26 @@ class StepGraphs:
             self._forget_idle()
             if len(self._frames) >= MAX_FRAMES:
                 return None
-            frame = self._frames[kind] = Frame(can_record, self._record, self._is_slot)
+            frame = self._frames[kind] = Frame(can_record, self._record, self._is_slot, self._catch_up)
         frame.last_call = self._num_calls
         return frame
 
-    def measured(self, frame: Frame) -> None:
-        """Says that it is known what a frame takes; it may be told that this is too much."""
-        wanted_bytes, budget_bytes = self.wanted_bytes, self._budget_bytes()
+    def measured(self, frame: Frame, size_bytes: int, rise_bytes: int) -> None:
+        """Says what a frame takes, and by how much memory rises within a step; it is told if that is too much."""
+        wanted_bytes, budget_bytes = self._count((size_bytes, rise_bytes)), self._budget_bytes()
         largest_bytes = int(budget_bytes * LARGEST_SHARE)
-        if wanted_bytes <= largest_bytes:
-            self._replan()
+        if wanted_bytes > largest_bytes:
+            frame.refuse()
+            self._say(
+                "too large",
+                f"graphs of steps would hold {format_bytes(wanted_bytes)}, and {format_bytes(largest_bytes)} of the "
+                f"budget of {format_bytes(budget_bytes)} are for them: some calls are launched kernel by kernel",
+            )
             return
-        frame.refuse()
-        self._say(
-            "too large",
-            f"graphs of steps would hold {format_bytes(wanted_bytes)}, and {format_bytes(largest_bytes)} of the budget "
-            f"of {format_bytes(budget_bytes)} are for them: some calls are launched kernel by kernel",
-        )
+        self.wanted_bytes = wanted_bytes
+        self._replan()
+        frame.rise_bytes = rise_bytes
+        frame.size_bytes = size_bytes  # last: after an interrupt it is measured again
 
     def _record(self, work: Callable[[], None]) -> Recorded | None:
         wanted_bytes = self.wanted_bytes
@@ -145,6 +144,7 @@ class StepGraphs:
             self._say("failed", f"a step cannot be recorded as a graph ({reason}): it is launched kernel by kernel")
             return None
         self._pool_bytes = max(self._pool_bytes, self._graphs.pool_bytes)
+        self.wanted_bytes = self._count()
         if self.wanted_bytes > wanted_bytes:  # more than was expected: it is on top until the next pass is planned
             self._replan()
         return recorded
@@ -160,6 +160,14 @@ class StepGraphs:
         self._release(list(idle.values()))
         for kind in idle:
             del self._frames[kind]
+        self.wanted_bytes = self._count()
+
+    def _count(self, *more: tuple[int, int]) -> int:
+        """Returns what all frames take, and others of such a size and rise."""
+        found = [(frame.size_bytes, frame.rise_bytes) for frame in self._frames.values() if frame.size_bytes]
+        found += more
+        inside = [self._graphs.pool_bytes_for(rise_bytes) for _, rise_bytes in found]
+        return sum(size_bytes for size_bytes, _ in found) + max(self._pool_bytes, *inside) if found else 0
 
     def _release(self, frames: Sequence[Frame]) -> None:
         if any(frame.holds_memory for frame in frames):
@@ -197,17 +205,17 @@ class RecordingStage:
         self._can_record = can_record
         self._rise_bytes = rise_bytes
         self._frame: Frame | None = None  # of the call that runs
-        self._likes: tuple[Like, ...] = ()  # of what would be copied, in a call that is measured
+        self._likes: list[Like] = []  # of what would be copied, in a call that is measured
 
     def arguments(self, values: Sequence[Any]) -> Sequence[Any]:
         self._frame = None  # an error may have ended the last call
-        likes = tuple(Like.of(values[position]) for position in self._copied)
-        kind = self._name, likes, tuple(_place(values[position]) for position in self._in_place)
+        # What tensors look like follows from the graph and from the sizes among its arguments.
+        kind = self._name, *[_place(values[position]) for position in self._in_place]
         frame = self._shared.frame(kind, self._can_record)
         if frame is None or frame.is_refused:
             return values
         if frame.size_bytes is None:
-            self._frame, self._likes = frame, likes
+            self._frame, self._likes = frame, [Like.of(values[position]) for position in self._copied]
             return values
         if not self._shared.has_room():
             return values
@@ -229,11 +237,10 @@ class RecordingStage:
             return values
         if frame.size_bytes is not None:
             return frame.end(values)
-        frame.measured(self._likes, self._rise_bytes())
-        self._shared.measured(frame)
+        self._shared.measured(frame, frame.needed_bytes(self._likes), self._rise_bytes())
         return values
 
 
 def _place(value: Any) -> Hashable:
-    """Returns what a graph that reads a value where it is depends on: its address and its looks, or the number."""
-    return (value.data_ptr(), *Like.of(value)) if isinstance(value, torch.Tensor) else value
+    """Returns what a graph that reads a value where it is depends on: its address, or the number."""
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value

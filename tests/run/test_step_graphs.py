@@ -48,7 +48,7 @@ def pieces(foreign: Any, new_dynamo: None, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Row(nn.Module):
-    """Equal layers with what goes past them; one drops some of it, and one remembers what came last."""
+    """Equal layers, what the first made goes past them; one drops some of it, and one remembers what came last."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -57,8 +57,8 @@ class Row(nn.Module):
         self.register_buffer("memory", torch.zeros(4, WIDTH))
 
     def forward(self, x: torch.Tensor) -> Any:
-        first = x
-        for number, layer in enumerate(self.layers):
+        first = x = self.layers[0](x).sin()
+        for number, layer in enumerate(self.layers[1:], start=1):
             x = x + layer(x).sin()
             if number == 1 and self.dropout:
                 x = nn.functional.dropout(x, self.dropout, self.training)
@@ -320,6 +320,33 @@ def test_an_interrupt_while_a_step_is_recorded(spoiled: int, tmp_path: Path, mon
             pair.plain.memory.copy_(pair.model.memory)  # how far the pass came is nobody's promise
     assert num_interrupts == 1
     assert pair.shared.num_recorded == NUM_LAYERS
+
+
+@pytest.mark.parametrize("spoiled", [2, 3])
+def test_an_interrupt_while_memory_is_given_back(spoiled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph outlives a buffer that it reads or writes."""
+    pair = row(tmp_path)
+    for seed in range(7):
+        pair.compare(steps(seed), f"call {seed}")
+    assert pair.shared.num_recorded == NUM_LAYERS
+    closes = itertools.count(1)
+    close = ForeignGraph.close
+
+    def interrupted(graph: ForeignGraph) -> None:
+        close(graph)
+        if next(closes) == spoiled:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ForeignGraph, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pair.shared.grant(0)
+    pair.shared.grant(pair.shared.wanted_bytes)
+    gc.collect()
+    others = [torch.full((3, WIDTH), torch.nan, device=PLACE) for _ in range(64)]  # who has the memory now
+    for seed in range(3):
+        pair.compare(steps(seed), f"after an interrupt, call {seed}")
+    assert all(bool(each.isnan().all()) for each in others)
 
 
 def test_graphs_that_take_too_much_are_not_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
