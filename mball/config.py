@@ -78,7 +78,7 @@ class Config:
         step_bytes: weights that one compiled step reads at most, unless a single one is larger; default by the budget.
             The cuts between steps decide what is fused: the same cuts give the same bits, whatever the budget. Without
             it a model that fits the budget is compiled in one piece.
-        mode: see `torch.compile`; for compiled steps.
+        mode: see `torch.compile`; for compiled steps. Where it means CUDA graphs, each step is one.
         options: Inductor's, see `torch.compile`; for compiled steps.
         fullgraph: see `torch.compile`.
         dynamic: see `torch.compile`.

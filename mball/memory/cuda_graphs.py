@@ -49,7 +49,11 @@ class CudaGraphs:
         """Blocks until the GPU has done all it has to, as torch does. Raises RuntimeError, see `Graphs`."""
         with torch.cuda.device(self._ordinal):
             if self._stream is None:
-                self._stream = torch.cuda.Stream()
+                stream = torch.cuda.Stream()
+                with torch.cuda.stream(stream):
+                    few = torch.ones(16, 16, device="cuda")
+                    few @ few  # what cuBLAS keeps for a stream would be taken of the pool, and stay there
+                self._stream = stream
             if not self._is_in_use():
                 self._pool = torch.cuda.graph_pool_handle()  # torch takes up none that no graph uses any more
             graph = torch.cuda.CUDAGraph()
