@@ -266,7 +266,7 @@ class Backend:
         self.config = config
         # Inductor's own graphs would keep a copy of every streamed weight.
         self._options = {**options, "triton.cudagraphs": False}
-        self._records = bool(options.get("triton.cudagraphs"))
+        self._records = bool(options.get("triton.cudagraphs")) and gate.engine.step_graphs is not None
         self._weights = {id(parameter): weight for parameter, weight in parameters}
         self._weight_bytes: list[int] = []
         self._buffers = {id(buffer) for buffer in buffers}
@@ -349,7 +349,14 @@ class Backend:
         began_s = time.perf_counter()
         try:
             compiled = compile_steps(
-                f"{called.name}c", called.module, example_inputs, weight_of, is_buffer, choose, self._options
+                f"{called.name}c",
+                called.module,
+                example_inputs,
+                weight_of,
+                is_buffer,
+                choose,
+                self._options,
+                records=self._records,
             )
         except (UnsupportedGraphError, inductor_failure()) as error:
             logger.warning(
@@ -366,8 +373,7 @@ class Backend:
             len(graph.steps),
             compiled.num_pieces,
         )
-        recordable = compiled.recordable if self._records else None
-        return [Program(graph, compiled.driver, self._weight_bytes, counts_flops=False, recordable=recordable)]
+        return [Program(graph, compiled.driver, self._weight_bytes, counts_flops=False, recordable=compiled.recordable)]
 
     def learn_sizes(self) -> None:
         """Brings the list of sizes, which is shared by all graphs, up to the engine's weights."""

@@ -42,7 +42,7 @@ class Compiled:
     Attributes:
         flops: of each step, for the sizes that were traced.
         num_pieces: different pieces, so many were compiled.
-        recordable: what of it can be recorded; None if what comes of it depends on the data in its arguments.
+        recordable: what of it can be recorded; None if sizes in it depend on data, or nobody asked.
     """
 
     driver: StagedDriver
@@ -59,6 +59,8 @@ def compile_steps(
     is_buffer: Sequence[bool],
     choose_cut: Callable[[CutBy, Sequence[int]], Cut],
     options: Mapping[str, Any],
+    *,
+    records: bool,
 ) -> Compiled:
     """Compiles Dynamo's graph `module`, which stays as it is.
 
@@ -70,6 +72,7 @@ def compile_steps(
         choose_cut: is given a function that cuts the graph of basic operators by a grouping, and for each of that
             graph's placeholders its position among `inputs`; returns the cut to compile.
         options: Inductor's own.
+        records: whether to look for what can be recorded.
 
     Raises:
         UnsupportedGraphError: the graph cannot be cut after AOTAutograd.
@@ -89,7 +92,9 @@ def compile_steps(
         cut = choose_cut(lambda grouping: Cut(name, graph, weights, grouping), arguments)
         pieces = take_apart(cut)
         buffers = [is_buffer[argument] for argument in arguments]
-        recordable = _recordable(cut, pieces, buffers)  # before Inductor makes other graphs of the pieces
+        recordable = (
+            _recordable(cut, pieces, buffers) if records else None
+        )  # before Inductor makes other graphs of the pieces
         compiled = _compile_pieces(pieces, cut, settings)
         driver = _build_driver(cut, pieces, compiled)
         made.append(

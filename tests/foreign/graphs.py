@@ -8,8 +8,9 @@ moves memory between host and device, cannot be recorded.
 
 from __future__ import annotations
 
+import operator
 import weakref
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,7 +116,7 @@ class _Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         sources = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-        if _NEEDS_HOST.intersection(func.tags) or any(tensor.device.type != "foreign" for tensor in sources):
+        if _NEEDS_HOST.intersection(func.tags) or not _are_given(sources):
             raise RuntimeError(f"{func} is not permitted while work of the foreign device is recorded")
         if func._schema.is_mutable:
             assert len(func._schema.returns) == 1, f"{func} returns more than what it wrote"
@@ -125,7 +126,9 @@ class _Recording(TorchDispatchMode):
         known = {storage_key(tensor) for tensor in sources}
         made = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
         if any(tensor.device.type != "foreign" for tensor in made):
-            raise RuntimeError(f"{func} has the host wait, which is not permitted while work is recorded")
+            if sources:
+                raise RuntimeError(f"{func} has the host wait, which is not permitted while work is recorded")
+            return result  # a number for kernels, the same each time
         if not any(storage_key(tensor) in known for tensor in made):  # else it is a view, and says where it is
             self._graph.add(func, args, kwargs, made)
             self._graph.poison()
@@ -139,6 +142,12 @@ def _modes_allowed() -> Iterator[None]:
     exclude = torch._C._dispatch_tls_local_exclude_set() - _PYTHON
     with torch._C._ForceDispatchKeyGuard(include, exclude), _disable_current_modes():
         yield
+
+
+def _are_given(sources: Sequence[torch.Tensor]) -> bool:
+    """Whether a kernel may be given them: numbers of the host's go with the launch, beside tensors of the device's."""
+    ours = [tensor.device.type == "foreign" for tensor in sources]
+    return not ours or (any(ours) and all(map(operator.or_, ours, (tensor.dim() == 0 for tensor in sources))))
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
