@@ -314,7 +314,7 @@ def steps_are_recorded(place: Place, *, swap_dir: Path, hostility: Hostility) ->
     settings: dict[str, Any] = {"compile": "inductor", "step_bytes": layer_bytes, "capture": "graphs"}
 
     def budget_bytes(num_slots: int) -> int:
-        return num_slots * layer_bytes + place.page_bytes + 2 * place.activation_bytes
+        return num_slots * layer_bytes + place.page_bytes + 3 * place.activation_bytes
 
     with place.wrapped(plain, budget_bytes(16), swap_dir=swap_dir, hostility=Hostility.NONE, **settings):
         expected = [run(plain, call).cpu() for call in calls]
