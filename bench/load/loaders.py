@@ -12,7 +12,7 @@ import torch
 import mball
 from mball.load.file_memory import OwnMemory
 from mball.load.safetensors_source import stream
-from mball.storage import CheckpointIndex, FileTable, ThreadedReader
+from mball.storage import CheckpointIndex, DirectIO, FileTable, ThreadedReader
 from mball.units import MIB
 
 # Keeps alive what the tensors lie in.
@@ -62,7 +62,7 @@ def _prefaulted(path: Path) -> Callable[[], Held]:
     index = CheckpointIndex.open(path)
     entries = sorted(index.entries.values(), key=lambda entry: entry.offset_bytes)
     memory = OwnMemory(str(path), entries[0].offset_bytes, entries[-1].offset_bytes + entries[-1].size_bytes)
-    reads = list(memory.reads())  # faults all of it in
+    reads = list(memory.reads(DirectIO.AUTO))  # faults all of it in
 
     def load() -> Held:
         files = FileTable()

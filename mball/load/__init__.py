@@ -132,7 +132,7 @@ class Checkpoint:
         Raises as `get_tensor`. `progress` is as for `mball.load_file`.
         """
         source = self._open()
-        wanted = list(source.entries()) if names is None else list(names)
+        wanted = list(source.entries() if names is None else dict.fromkeys(names))
         total_bytes = sum(self._facts(name).size_bytes for name in wanted)
         with shown(progress, total_bytes, os.path.basename(self._path)) as advance:
             return source.load(wanted, advance)

@@ -20,7 +20,7 @@ class _Buffer:
     """A page-aligned buffer, pinned for a GPU, and the event of the last copy out of it."""
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
-        pinned = device.type == "cuda"
+        self.is_pinned = pinned = device.type == "cuda"
         # Pinned memory begins at a page, and PyTorch rounds it up to a power of two.
         spare_bytes = 0 if pinned else PAGE_BYTES
         whole = torch.empty(size_bytes + spare_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
@@ -53,7 +53,7 @@ class _Flight:
 def load_to_device(
     entries: Sequence[TensorEntry], reader: Reader, settings: Settings, advance: Advance
 ) -> dict[str, torch.Tensor]:
-    """Returns the tensors of `entries`, which are of one file, in its order, and have bytes; each in memory of its own.
+    """Returns the tensors of `entries`, which are of one file, in its order, once each, and have bytes.
 
     Raises:
         StorageError: a read failed. Whatever is raised, no read is under way any more.
@@ -111,7 +111,7 @@ def _scatter(flight: _Flight, flats: deque[tuple[int, torch.Tensor]]) -> None:
         first, last = max(begin, offset_bytes), min(end, offset_bytes + len(flat))
         if first < last:
             source = flight.buffer.bytes[first - begin : last - begin]
-            flat[first - offset_bytes : last - offset_bytes].copy_(source, non_blocking=True)
+            flat[first - offset_bytes : last - offset_bytes].copy_(source, non_blocking=flight.buffer.is_pinned)
         if offset_bytes + len(flat) > end:
             return
         flats.popleft()

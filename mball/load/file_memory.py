@@ -15,7 +15,7 @@ from mball.memory import HostMemory, PrivateMapping
 from mball.memory.libc import PAGE_BYTES
 from mball.memory.region import Region
 from mball.memory.virtual import Reservation
-from mball.storage import Read, TensorEntry
+from mball.storage import DirectIO, Read, TensorEntry
 from mball.units import MIB, round_down, round_up
 
 # Faulting in a piece takes a few milliseconds, in which the disk has the pieces before it to read.
@@ -58,14 +58,18 @@ class OwnMemory:
         )
         self._memory.back(self._reservation, 0, self.size_bytes)
 
-    def reads(self, piece_bytes: int = PIECE_BYTES) -> Iterator[Read]:
-        """Yields what fills the memory, in the order of the file; pages of a piece are there when it is yielded.
+    def reads(self, mode: DirectIO, piece_bytes: int = PIECE_BYTES) -> Iterator[Read]:
+        """Yields what fills the memory, in the order of the file.
+
+        For direct reads the pages of a piece are there when it is yielded: faults that a request to the disk takes cost
+        it half of the speed. Copies from the page cache fault pages in as they come to them, in the cache still.
 
         Raises DeviceError when memory runs out.
         """
         for begin in range(0, self.size_bytes, piece_bytes):
             size_bytes = min(piece_bytes, self.size_bytes - begin)
-            self._memory.populate(self._reservation, begin, begin + size_bytes)
+            if mode is DirectIO.AUTO:
+                self._memory.populate(self._reservation, begin, begin + size_bytes)
             yield Read(
                 file=self._file,
                 offset_bytes=self._first + begin,

@@ -174,7 +174,7 @@ class SafetensorsSource:
                 memories.append(mapped)
         for mode, some in own.items():
             if some:
-                reads = (read for memory in some for read in memory.reads())
+                reads = (read for memory in some for read in memory.reads(mode))
                 stream(reads, self._reader(mode), self._settings.in_flight_bytes, advance)
         return memories
 

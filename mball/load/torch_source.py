@@ -75,12 +75,13 @@ class TorchSource:
 
     def load(self, names: Iterable[str], advance: Advance) -> dict[str, torch.Tensor]:
         refuse_changed(self._files)
-        if self._settings.copy or self._settings.device.type != "cpu":
+        wanted = list(names)
+        if len(wanted) == len(self._entries) and (self._settings.copy or self._settings.device.type != "cpu"):
             self._read_ahead()
         # Tensors that share memory go on sharing it.
         storages: dict[int, torch.UntypedStorage] = {}
         loaded = {}
-        for name in names:
+        for name in wanted:
             tensor = self._tensors[name]
             loaded[name] = self._moved(tensor, storages)
             advance(tensor.nbytes)

@@ -354,6 +354,8 @@ def test_another_device(file: Path, foreign: ModuleType, monkeypatch: pytest.Mon
     assert all(tensor.device.type == "foreign" for tensor in found.values())
     assert_same(found, tensors_of_many_kinds())
     with mball.open(file, device="foreign") as checkpoint:
+        large = checkpoint.get_tensors(["large", "t.2", "large"])
+        assert_same(large, {name: tensors_of_many_kinds()[name] for name in ("large", "t.2")})
         assert_same({"matrix": checkpoint.get_tensor("matrix")}, {"matrix": tensors_of_many_kinds()["matrix"]})
         assert checkpoint.get_slice("matrix")[3:5].device.type == "foreign"
 

@@ -172,7 +172,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_damaged_bytes_end_in_one_kind_of_error(whole: Path, data: st.DataObject) -> None:
     raw = bytearray(whole.read_bytes())

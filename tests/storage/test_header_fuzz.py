@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
@@ -189,7 +189,7 @@ def check_damaged(path: Path, raw: bytes) -> None:
         assert ours == found_by_the_library(raw)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None)
 @given(made=whole_files())
 def test_what_the_format_allows_is_read_as_the_library_does(folder: Path, made: tuple[dict[str, Any], bytes]) -> None:
     text = json.dumps(made[0]).encode()
@@ -199,21 +199,21 @@ def test_what_the_format_allows_is_read_as_the_library_does(folder: Path, made: 
     assert ours == found_by_the_library(raw)
 
 
-@settings(max_examples=600)
+@settings(max_examples=600, deadline=None)
 @given(raw=damaged_files())
 def test_damaged_headers(folder: Path, raw: bytes) -> None:
     check_damaged(folder / "damaged.safetensors", raw)
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000)
+@settings(max_examples=10_000, deadline=None)
 @given(raw=damaged_files())
 def test_damaged_headers_at_length(folder: Path, raw: bytes) -> None:
     check_damaged(folder / "damaged.safetensors", raw)
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000)
+@settings(max_examples=10_000, deadline=None)
 @given(raw=st.binary(max_size=64), header=st.binary(max_size=64))
 def test_random_bytes(folder: Path, raw: bytes, header: bytes) -> None:
     check_damaged(folder / "random.safetensors", len(header).to_bytes(8, "little") + header + raw)
