@@ -54,6 +54,11 @@ def test_fits(scale: Scale, say: Say, gpu_time: Allot, benchmark: BenchmarkFixtu
     kept(SPEED, benchmark.pedantic(streaming.fits, args=(scale, Way.PLAIN, limit, say), rounds=1))
 
 
+def test_decode_with_graphs(scale: Scale, say: Say, gpu_time: Allot, benchmark: BenchmarkFixture, kept: Keep) -> None:
+    limit, steps = gpu_time(100), {"steps": Way.GRAPHS}
+    kept(SPEED, benchmark.pedantic(streaming.decode, args=(scale, 50, limit, say), kwargs=steps, rounds=1))
+
+
 def test_prefill(scale: Scale, say: Say, gpu_time: Allot, benchmark: BenchmarkFixture, kept: Keep) -> None:
     limit = gpu_time(70)
     kept(SPEED, benchmark.pedantic(streaming.prefill, args=(scale, 50, limit, say), rounds=1))
@@ -64,7 +69,10 @@ def test_decode(percent: int, scale: Scale, say: Say, gpu_time: Allot, benchmark
     _decode(percent, scale, say, gpu_time, benchmark, kept)
 
 
-def test_fits_compiled(scale: Scale, say: Say, gpu_time: Allot, benchmark: BenchmarkFixture, kept: Keep) -> None:
+@pytest.mark.parametrize("other", [Way.GRAPHS, Way.COMPILED], ids=lambda way: way.value)
+def test_fits_compiled(
+    other: Way, scale: Scale, say: Say, gpu_time: Allot, benchmark: BenchmarkFixture, kept: Keep
+) -> None:
     """Last: compiling takes a minute by itself."""
     limit = gpu_time(110)
-    kept(SPEED, benchmark.pedantic(streaming.fits, args=(scale, Way.COMPILED, limit, say), rounds=1))
+    kept(SPEED, benchmark.pedantic(streaming.fits, args=(scale, other, limit, say), rounds=1))

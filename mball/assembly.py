@@ -154,12 +154,6 @@ def inductor_options(config: Config) -> dict[str, Any]:
         raise ConfigError(f"{given}: {why}; give what torch.compile takes (torch._inductor.list_options())") from error
     if settings.get("freezing"):
         raise ConfigError("options say freezing, which makes weights constants that cannot be streamed: leave it out")
-    if config.device != "cpu" and settings.get("triton.cudagraphs"):
-        given = f"mode {config.mode!r} has" if config.mode else "options have"
-        raise ConfigError(
-            f"{given} steps recorded as CUDA graphs, which would keep a copy of every streamed weight: leave it out, "
-            "or take mode='max-autotune-no-cudagraphs'"
-        )
     return settings
 
 

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from mball.errors import BudgetError
 from mball.memory import libc
 from mball.run.doors import Gate, check_graph_inputs
 from mball.run.engine import Engine
+from mball.run.step_graphs import RecordingStage
 from mball.schema import Step, Tensor
+from mball.torch_private.dispatch import is_only_mode
 from mball.torch_private.inductor import inductor_failure
 from mball.torch_private.tensors import is_subclass, storage_key
 from mball.trace.cut import Cut, UnsupportedGraphError
@@ -31,6 +34,7 @@ from mball.trace.graph import CapturedGraph
 from mball.trace.grouping import Blocks, EveryWeight, Whole, default_step_bytes
 from mball.trace.inductor import CutBy, compile_steps
 from mball.trace.profile import CostProfile, TimeProfile
+from mball.trace.stage import Recordable, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -79,19 +83,28 @@ class Program:
         graph: the facts of its steps.
         driver: runs them; takes `StepHooks` and the graph's arguments.
         counts_flops: whether operations are still to be counted as the steps run.
+        recordable: what of it can be recorded, if that is wished for.
 
     Attributes:
         is_replaceable: whether another program runs the graph where this one does not fit.
     """
 
     def __init__(
-        self, graph: CapturedGraph, driver: Driver, weight_bytes: Sequence[int], *, counts_flops: bool
+        self,
+        graph: CapturedGraph,
+        driver: Driver,
+        weight_bytes: Sequence[int],
+        *,
+        counts_flops: bool,
+        recordable: Recordable | None = None,
     ) -> None:
         self.graph = graph
         self.is_replaceable = False
         self._driver = driver
         self._weight_bytes = weight_bytes
         self._counts_flops = counts_flops
+        self._recordable = recordable
+        self._stage: RecordingStage | None = None
         self._segments: dict[tuple[int, ...], GraphSegment] = {}
         self._costs_due = True
         self._costed: dict[Any, int] = {}  # the largest sizes at which costs were measured
@@ -100,7 +113,8 @@ class Program:
     def renumbered(self, name: str, weights: Mapping[int, int], weight_bytes: Sequence[int]) -> Program:
         """Returns the same program under another name, for other weights of the same shapes; it learns by itself."""
         graph = self.graph.renumbered(name, weights)
-        return Program(graph, self._driver, weight_bytes, counts_flops=self._counts_flops and self._costs_due)
+        counts_flops = self._counts_flops and self._costs_due
+        return Program(graph, self._driver, weight_bytes, counts_flops=counts_flops, recordable=self._recordable)
 
     def segment(self, values: Mapping[Any, int]) -> GraphSegment:
         """Returns the part of a pass that this is for these sizes."""
@@ -127,10 +141,25 @@ class Program:
             return self._with_costs(gate, values, segment, args)
         if self._times_due:
             return self._with_times(gate, args)
-        return self._execute(gate, gate.engine, args)
+        # A mode of the user's sees operators, and would not see those of a replay.
+        return self._execute(gate, gate.engine, args, self._recording(gate.engine) if is_only_mode(gate.mode) else None)
 
-    def _execute(self, gate: Gate, hooks: StepHooks, args: Sequence[Any]) -> Any:
-        return gate.run_graph(self._driver, (hooks, *args), higher_order=self.graph.has_higher_order)
+    def _execute(self, gate: Gate, hooks: StepHooks, args: Sequence[Any], stage: Stage | None = None) -> Any:
+        driver = self._driver if stage is None else partial(self._driver, stage=stage)
+        return gate.run_graph(driver, (hooks, *args), higher_order=self.graph.has_higher_order)
+
+    def _recording(self, engine: Engine) -> Stage | None:
+        """Returns what has the steps recorded, where they may be."""
+        if self._stage is None and self._recordable is not None and engine.step_graphs is not None:
+            self._stage = RecordingStage(
+                engine.step_graphs,
+                self.graph.name,
+                copied=self._recordable.copied,
+                in_place=self._recordable.in_place,
+                can_record=self._recordable.steps,
+                rise_bytes=lambda: max(step.rise_bytes or 0 for step in self.graph.steps),
+            )
+        return self._stage
 
     def _with_costs(self, gate: Gate, values: Mapping[Any, int], segment: GraphSegment, args: Sequence[Any]) -> Any:
         """Runs the graph and learns what its steps allocate: in its first run, and when its sizes outgrow that."""
@@ -235,7 +264,9 @@ class Backend:
         self.unsupported: list[str] = []
         self.gate = gate
         self.config = config
-        self._options = options
+        # Inductor's own graphs would keep a copy of every streamed weight.
+        self._options = {**options, "triton.cudagraphs": False}
+        self._records = bool(options.get("triton.cudagraphs")) and gate.engine.step_graphs is not None
         self._weights = {id(parameter): weight for parameter, weight in parameters}
         self._weight_bytes: list[int] = []
         self._buffers = {id(buffer) for buffer in buffers}
@@ -317,7 +348,16 @@ class Backend:
 
         began_s = time.perf_counter()
         try:
-            compiled = compile_steps(f"{called.name}c", called.module, example_inputs, weight_of, choose, self._options)
+            compiled = compile_steps(
+                f"{called.name}c",
+                called.module,
+                example_inputs,
+                weight_of,
+                is_buffer,
+                choose,
+                self._options,
+                records=self._records,
+            )
         except (UnsupportedGraphError, inductor_failure()) as error:
             logger.warning(
                 "%s cannot be compiled in steps (%s); its steps run as they were captured", called.name, error
@@ -333,7 +373,7 @@ class Backend:
             len(graph.steps),
             compiled.num_pieces,
         )
-        return [Program(graph, compiled.driver, self._weight_bytes, counts_flops=False)]
+        return [Program(graph, compiled.driver, self._weight_bytes, counts_flops=False, recordable=compiled.recordable)]
 
     def learn_sizes(self) -> None:
         """Brings the list of sizes, which is shared by all graphs, up to the engine's weights."""

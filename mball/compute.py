@@ -9,13 +9,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mball.config import Config, Io, own_cache
+from mball.config import Allocator, Config, Io, cache_directory, own_cache
 from mball.errors import ConfigError, DeviceError
 from mball.memory import CpuDevice, Device
+from mball.memory.allocator.library import load_library
+from mball.memory.allocator.segment_allocator import SegmentAllocator
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_link import measure_copies
 from mball.memory.cuda_plain import PlainCudaMemory
+from mball.memory.cuda_segments import SegmentRoom, TensorPool, TorchPool, open_segments
 from mball.memory.cuda_virtual import EXTENT_BYTES, CudaMemory
 from mball.memory.page_pool import PagePool
 from mball.memory.region import Region
@@ -97,14 +100,13 @@ def open_compute(config: Config, files: FileTable) -> Compute:
     try:
         if kind == "cpu":
             return Compute(device=CpuDevice(reader), reader=reader, choice=choice)
-        has_level = config.host_budget_bytes is not None
-        return replace(_open_cuda(reader, int(number) if number else None, has_level=has_level), choice=choice)
+        return replace(_open_cuda(reader, int(number) if number else None, config), choice=choice)
     except BaseException:
         reader.close()
         raise
 
 
-def _open_cuda(reader: Reader, ordinal: int | None, *, has_level: bool) -> Compute:
+def _open_cuda(reader: Reader, ordinal: int | None, config: Config) -> Compute:
     if not torch.backends.cuda.is_built():
         raise ConfigError(f"device is 'cuda', and this torch ({torch.__version__}) is built without CUDA: install one")
     if not torch.cuda.is_available():
@@ -117,7 +119,13 @@ def _open_cuda(reader: Reader, ordinal: int | None, *, has_level: bool) -> Compu
     if ordinal >= torch.cuda.device_count():
         raise DeviceError(f"device is 'cuda:{ordinal}', and torch sees {torch.cuda.device_count()} GPUs; count from 0")
     current_stream = torch.cuda.current_stream
-    return cuda_compute(reader, ordinal, lambda: int(current_stream(ordinal).cuda_stream), has_level=has_level)
+    return cuda_compute(
+        reader,
+        ordinal,
+        lambda: int(current_stream(ordinal).cuda_stream),
+        has_level=config.host_budget_bytes is not None,
+        make_pool=TorchPool if config.allocator is Allocator.MBALL else None,
+    )
 
 
 def cuda_compute(
@@ -130,23 +138,33 @@ def cuda_compute(
     region: Callable[..., Region] | None = None,
     place: torch.device | None = None,
     has_level: bool = False,
+    make_pool: Callable[[SegmentAllocator], TensorPool] | None = None,
 ) -> Compute:
     """Returns a GPU, its arena in extents; see `CudaDevice`. Copies `measured_bytes` to see how fast its link is.
 
+    With `make_pool` passes allocate in segments of the arena's pages.
+
     Raises:
-        DeviceError: there is no such GPU, no driver, or no package cuda-bindings.
+        DeviceError: there is no such GPU, no driver, or no package cuda-bindings; or segments are asked for, and there
+            is no virtual memory, no library for them, or another model has them.
     """
     with contextlib.ExitStack() as undo:
         driver = CudaDriver(ordinal)
         undo.callback(driver.close)
-        # What an arena gives up is for activations, and counts: so nothing is pooled.
-        memory: CudaMemory | PlainCudaMemory = (
-            CudaMemory(driver, pool=PagePool(driver, limit_bytes=0), extent_bytes=extent_bytes)
-            if driver.has_virtual_memory
-            else PlainCudaMemory(driver)
-        )
+        memory: CudaMemory | PlainCudaMemory
+        room = None
         link = measure_copies(driver, size_bytes=measured_bytes)
-        device = CudaDevice(driver, memory, reader, current_stream, region=region, place=place, has_level=has_level)
+        if make_pool is not None:
+            memory, room = _in_segments(driver, extent_bytes, make_pool)
+            undo.callback(room.close)
+        elif driver.has_virtual_memory:
+            # What an arena gives up is for activations, and counts: so nothing is pooled.
+            memory = CudaMemory(driver, pool=PagePool(driver, limit_bytes=0), extent_bytes=extent_bytes)
+        else:
+            memory = PlainCudaMemory(driver)
+        device = CudaDevice(
+            driver, memory, reader, current_stream, region=region, place=place, has_level=has_level, room=room
+        )
         undo.pop_all()
     _log.info("GPU %d copies %.1f GB/s out of pinned memory", ordinal, link.bandwidth_bytes_per_s / 1e9)
     return Compute(
@@ -158,3 +176,19 @@ def cuda_compute(
         link=link if has_level else replace(link, source=Tier.DISK),
         closer=memory.close_after_use,
     )
+
+
+def _in_segments(
+    driver: CudaDriver, extent_bytes: int, make_pool: Callable[[SegmentAllocator], TensorPool]
+) -> tuple[CudaMemory, SegmentRoom]:
+    if not driver.has_virtual_memory:
+        raise DeviceError(
+            f"allocator='mball' needs virtual memory, which GPU {driver.ordinal} does not have: leave it out"
+        )
+    library = load_library(cache_directory())
+    with driver.current():
+        _, total_bytes = driver.free_and_total_bytes()
+    # What is pooled goes to the segments as soon as they are told what they may have.
+    memory = CudaMemory(driver, pool=PagePool(driver, limit_bytes=total_bytes), extent_bytes=extent_bytes)
+    segments = open_segments(library, driver.ordinal, memory.extent_bytes)
+    return memory, SegmentRoom(segments, memory, make_pool(segments), total_bytes)

@@ -84,6 +84,18 @@ class Policy(Enum):
     FLEXGEN = "flexgen"
 
 
+class Allocator(Enum):
+    """Where passes on a GPU allocate what they compute.
+
+    TORCH is PyTorch's caching allocator, capped while a pass runs. MBALL gives it segments of the arena's own pages, so
+    that weights and activations trade memory without a call of the driver; it needs virtual memory of the GPU, and a C
+    compiler where mball was built without one. One model a GPU and process.
+    """
+
+    TORCH = "torch"
+    MBALL = "mball"
+
+
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -97,6 +109,7 @@ class Config:
         host_budget_bytes: `host_budget`, for a GPU: hard cap on host memory for weights on their way there. Plans then
             say what stays in it and what is read from disk in each pass. Without it all that is streamed is kept in
             host memory, as far as there is room.
+        allocator: where passes on a GPU allocate what they compute.
         swap_dir: directory of the swap file; default the variable MBALL_SWAP_DIR, else the system's directory for
             temporary files.
         capture: how mball learns what the model will read.
@@ -104,7 +117,7 @@ class Config:
         step_bytes: weights that one compiled step reads at most, unless a single one is larger; default by the budget.
             The cuts between steps decide what is fused: the same cuts give the same bits, whatever the budget. Without
             it a model that fits the budget is compiled in one piece.
-        mode: see `torch.compile`; for compiled steps.
+        mode: see `torch.compile`; for compiled steps. Where it means CUDA graphs, each step is one.
         options: Inductor's, see `torch.compile`; for compiled steps.
         fullgraph: see `torch.compile`.
         dynamic: see `torch.compile`.
@@ -123,6 +136,7 @@ class Config:
     swap_dir: Path
     device: str = "cpu"
     host_budget_bytes: int | None = None
+    allocator: Allocator = Allocator.TORCH
     capture: Capture = Capture.AUTO
     compile: Compile = Compile.EAGER
     step_bytes: int | None = None
@@ -148,6 +162,8 @@ class Config:
             raise ConfigError(f"device is {self.device!r}; give 'cpu', 'cuda' or 'cuda:' and a number")
         if self.host_budget_bytes is not None:
             self._check_host_budget(self.host_budget_bytes)
+        if self.allocator is Allocator.MBALL and self.device == "cpu":
+            raise ConfigError("allocator='mball' gives out memory of a GPU: add device='cuda', or leave it out")
         if self.compile is not Compile.INDUCTOR and (self.mode or self.options or self.step_bytes):
             raise ConfigError(
                 "mode, options and step_bytes are for compiled steps; add compile='inductor', or drop them"
@@ -199,13 +215,15 @@ class Config:
         if unknown := settings.keys() - known:
             raise ConfigError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
         directory = settings.pop("swap_dir", None) or os.environ.get("MBALL_SWAP_DIR") or tempfile.gettempdir()
-        for name, kind in (
-            ("capture", Capture),
-            ("compile", Compile),
-            ("io", Io),
-            ("policy", Policy),
-            ("swap_check", SwapCheck),
-        ):
+        kinds = {
+            "allocator": Allocator,
+            "capture": Capture,
+            "compile": Compile,
+            "io": Io,
+            "policy": Policy,
+            "swap_check": SwapCheck,
+        }
+        for name, kind in kinds.items():
             if name in settings:
                 settings[name] = _choice(kind, settings[name], name)
         for name in ("step_bytes", "swap_limit", "swap_high", "swap_low"):

@@ -20,7 +20,7 @@ from mball.schema import Machine, Plan
 from mball.units import format_names
 
 # On a GPU these are memory that PyTorch's allocator gives; the rest of a ledger mball takes from the driver itself.
-_IN_ALLOCATOR = frozenset({Kind.BUFFERS.value, Kind.ACTIVATIONS.value, Kind.CAPTURE.value})
+_IN_ALLOCATOR = frozenset({Kind.BUFFERS.value, Kind.ACTIVATIONS.value, Kind.CAPTURE.value, Kind.GRAPHS.value})
 NOT_COUNTED = ("Python and torch themselves", "tensors the user keeps")
 NOT_COUNTED_ON_GPU = (
     "the CUDA context",
@@ -64,7 +64,9 @@ def take_report(
         activation_bytes=activations,
         arena_bytes=arena,
         capture_bytes=engine.capture.held_bytes,
-        capture_is_counted=plan is not None and plan.budget_bytes < engine.budget_bytes,
+        capture_is_counted=engine.ledger.account(Kind.CAPTURE).current_bytes > 0,
+        step_graph_bytes=engine.ledger.account(Kind.GRAPHS).current_bytes,
+        step_graphs=0 if engine.step_graphs is None else engine.step_graphs.num_recorded,
         workspace_is_counted=engine.workspace_fits,
         weight_bytes=sum(weight.size_bytes for weight in engine.weights),
         resident_bytes=resident,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from mball.compute import Compute, OpenCompute, open_compute
 from mball.config import Config
 from mball.errors import MballError
 from mball.memory.arena import Arena
-from mball.memory.device import ArenaRead, Device, Event, Gauge
+from mball.memory.device import ArenaRead, Device, Event, Gauge, Graphs
 from mball.storage import FileTable
 
 
@@ -58,6 +59,12 @@ class DeviceAdaptor:
     def make_room(self) -> None:
         self.device.make_room()
 
+    def allocating(self) -> AbstractContextManager[None]:
+        return self.device.allocating()
+
+    def cap(self, left_bytes: int | None) -> int:
+        return self.device.cap(left_bytes)
+
     @property
     def computes_at_once(self) -> bool:
         return self.device.computes_at_once
@@ -81,6 +88,9 @@ class DeviceAdaptor:
 
     def gauge(self) -> Gauge:
         return self.device.gauge()
+
+    def graphs(self) -> Graphs | None:
+        return self.device.graphs()
 
     def synchronize(self) -> None:
         self.device.synchronize()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -136,6 +136,12 @@ class AdversarialDevice(DeviceAdaptor):
 
     def make_room(self) -> None:
         self.device.make_room()
+
+    def allocating(self) -> AbstractContextManager[None]:
+        return self.device.allocating()
+
+    def cap(self, left_bytes: int | None) -> int:
+        return self.device.cap(left_bytes)
 
     @property
     def computes_at_once(self) -> bool:

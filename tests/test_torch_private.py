@@ -6,12 +6,14 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mball import torch_private
 from mball.torch_private.dispatch import no_autocast_cache
+from mball.torch_private.recording import can_be_recorded
 
 
 def test_importing_them_imports_no_compiler() -> None:
@@ -37,3 +39,35 @@ def test_autocast_keeps_no_casts_of_slots(device: str) -> None:
         assert torch.is_autocast_cache_enabled()
     finally:
         torch.set_autocast_enabled(device, before)
+
+
+def _attends(dropout: float) -> Any:
+    def attends(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention(x, x, x, dropout)[0] + 1
+
+    return attends
+
+
+@pytest.mark.parametrize(
+    ("function", "can"),
+    [
+        (lambda x: (x @ x.mT).softmax(-1), True),
+        (_attends(0.0), True),
+        (_attends(0.5), False),
+        (lambda x: x + torch.rand_like(x), False),
+        (lambda x: x[x > 0], False),
+        (lambda x: x * x.sum().cpu(), False),
+        (lambda x: x.to("cpu"), False),
+        (lambda x: torch.where(x > 0, x, torch.full((), -1.0)), True),
+        (lambda x: x + torch.full((), 1.0).to("meta"), False),
+    ],
+)
+def test_what_can_be_recorded(function: Any, can: bool) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        x = torch.empty(2, 4, 8, 64, device="meta", dtype=torch.bfloat16)
+        graph = make_fx(function)(x)
+    assert can_be_recorded(graph) is can

@@ -57,10 +57,14 @@ class Scale:
         """Returns a budget of so many percent of the weights, and what is spared."""
         return weight_bytes(self.checkpoint) * percent // 100 + self.spare_bytes
 
-    def mball(self, percent: int) -> Loading:
-        """Returns how mball loads the model under a budget of so many percent."""
+    def mball(self, percent: int, steps: Way = Way.PLAIN) -> Loading:
+        """Returns how mball loads the model under a budget of so many percent, and runs its steps."""
         return Loading(
-            way=Way.MBALL, checkpoint=self.checkpoint, device=self.device, budget_bytes=self.budget_bytes(percent)
+            way=Way.MBALL,
+            checkpoint=self.checkpoint,
+            device=self.device,
+            budget_bytes=self.budget_bytes(percent),
+            steps=steps,
         )
 
 
@@ -84,13 +88,13 @@ def take_turns(
     return samples
 
 
-def decode(scale: Scale, percent: int, limit: Limit, say: Say) -> list[Measurement]:
+def decode(scale: Scale, percent: int, limit: Limit, say: Say, *, steps: Way = Way.PLAIN) -> list[Measurement]:
     """Returns a decode step over the copies of what it streams at the link's rate of the same round.
 
     Raises ContenderError.
     """
     with GpuContender(f"mball {percent} %") as child:
-        load_s = child.bring(scale.mball(percent))
+        load_s = child.bring(scale.mball(percent, steps))
         child.tell("work", prompt_tokens=DECODE_PROMPT_TOKENS)
         settled = child.tell("settle", kind=Kind.DECODE.value, passes=scale.settling)
         _gate(child, Kind.DECODE)
@@ -100,9 +104,10 @@ def decode(scale: Scale, percent: int, limit: Limit, say: Say) -> list[Measureme
             {"step": _steps_of(child, Kind.DECODE, scale.burst, reports), "bare": _bare_of(child, scale.copies)},
             scale.rounds, limit, say, f"decode {percent} %",
         )  # fmt: skip
-    name = f"decode_{percent}"
+    name = f"decode_{percent}" if steps is Way.PLAIN else f"decode_{percent}_{steps.value}"
     found = against_copies(name, f"a decode step, budget {percent} %", samples, reports, DECODE_TARGET)
     found += held(name, load_s, settled, reports[-1])
+    found += _recorded(name, steps, reports[-1])
     say(f"{name}: {statistics.median(samples['step']) * 1e3:.1f} ms a token, {found[0].figure()} of the copies")
     return found
 
@@ -154,7 +159,7 @@ def fits(scale: Scale, other: Way, limit: Limit, say: Say) -> list[Measurement]:
     """Returns a decode step of mball where all fits over one without it. Raises ContenderError."""
     loading = Loading(way=other, checkpoint=scale.checkpoint, device=scale.device)
     with GpuContender("mball 110 %") as child, GpuContender(other.value) as plain:
-        load_s = child.bring(scale.mball(110))
+        load_s = child.bring(scale.mball(110, other))
         plain.bring(loading)
         for each in (child, plain):
             each.tell("work", prompt_tokens=DECODE_PROMPT_TOKENS)
@@ -173,7 +178,11 @@ def fits(scale: Scale, other: Way, limit: Limit, say: Say) -> list[Measurement]:
             2 * scale.rounds, limit, say, f"fits, {other.value}",
         )  # fmt: skip
     name = f"fits_{'eager' if other is Way.PLAIN else other.value}"
-    without = "the same without mball" if other is Way.PLAIN else "the same by torch.compile, without mball"
+    without = {
+        Way.PLAIN: "the same without mball",
+        Way.COMPILED: "the same by torch.compile, without mball",
+        Way.GRAPHS: "the same by torch.compile(mode='reduce-overhead'), without mball",
+    }[other]
     found = ratio_measurements(
         name, ratio(samples["mball"], samples["plain"]), "a decode step, budget 110 % of the weights", without,
         FITS_TARGET, by_high=True,
@@ -187,6 +196,7 @@ def fits(scale: Scale, other: Way, limit: Limit, say: Say) -> list[Measurement]:
         ),
     ]  # fmt: skip
     found += held(name, load_s, mine, reports[-1])
+    found += _recorded(name, other, reports[-1])
     say(f"{name}: {found[0].figure()} of the time without mball")
     return found
 
@@ -308,6 +318,16 @@ def held(name: str, load_s: float, settled: dict[str, Any], report: dict[str, An
             compared_with=f"a budget of {format_bytes(told['budget_bytes'])}",
         ),
     ]  # fmt: skip
+
+
+def _recorded(name: str, steps: Way, report: dict[str, Any]) -> list[Measurement]:
+    if steps is not Way.GRAPHS:
+        return []
+    recorded = Measurement.of(
+        f"{name}_recorded", [report["step_graphs"]], unit="steps", description="launched as CUDA graphs",
+        compared_with=f"{report['steps']} steps of the plan",
+    )  # fmt: skip
+    return [recorded]
 
 
 def _steps_of(child: GpuContender, kind: Kind, timed: int, reports: list[dict[str, Any]]) -> Callable[[], float]:

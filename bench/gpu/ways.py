@@ -23,6 +23,7 @@ class Way(Enum):
     MBALL = "mball"
     PLAIN = "plain"  # transformers, all weights on the device
     COMPILED = "compiled"  # the same by torch.compile
+    GRAPHS = "graphs"  # and by torch.compile's mode="reduce-overhead"
     ACCELERATE = "accelerate"  # accelerate's CPU offload: what does not fit lies in host memory
 
 
@@ -37,6 +38,7 @@ class Loading:
         budget_bytes: for mball.
         resident_bytes: for accelerate, the weights that it may keep on the device.
         capture: for mball.
+        steps: for mball, how they run: as `way` PLAIN, COMPILED or GRAPHS runs the model.
     """
 
     way: Way
@@ -45,6 +47,7 @@ class Loading:
     budget_bytes: int = 0
     resident_bytes: int = 0
     capture: str = "graphs"
+    steps: Way = Way.PLAIN
 
     def order(self) -> dict[str, Any]:
         """Returns it as the values of an order to a child."""
@@ -55,12 +58,18 @@ class Loading:
             "budget_bytes": self.budget_bytes,
             "resident_bytes": self.resident_bytes,
             "capture": self.capture,
+            "steps": self.steps.value,
         }
 
     @classmethod
     def of(cls, order: dict[str, Any]) -> Loading:
         """Returns what an order says."""
-        return cls(**{**order, "way": Way(order["way"]), "checkpoint": Path(order["checkpoint"])})
+        ways = {name: Way(order[name]) for name in ("way", "steps")}
+        return cls(**{**order, **ways, "checkpoint": Path(order["checkpoint"])})
+
+
+# torch.compile's mode, for ways that compile.
+_MODES = {Way.COMPILED: None, Way.GRAPHS: "reduce-overhead"}
 
 
 def load(loading: Loading) -> Any:
@@ -68,14 +77,16 @@ def load(loading: Loading) -> Any:
     if loading.way is Way.MBALL:
         # The link is measured and not the disk: the file was just written and is in the page cache.
         settings: dict[str, Any] = {"device": loading.device, "capture": loading.capture, "io": "buffered"}
+        if loading.steps in _MODES:
+            settings |= {"compile": "inductor", "mode": _MODES[loading.steps]}
         return from_pretrained(loading.checkpoint, budget=loading.budget_bytes, **settings)
     settings = {"dtype": torch.bfloat16, "local_files_only": True}
     if loading.way is Way.ACCELERATE:
         places = device_map(loading.checkpoint, loading.resident_bytes, loading.device)
         return AutoModelForCausalLM.from_pretrained(loading.checkpoint, device_map=places, **settings).eval()
     model = LlamaForCausalLM.from_pretrained(loading.checkpoint, **settings).eval().to(loading.device)
-    if loading.way is Way.COMPILED:
-        model.compile()
+    if loading.way in _MODES:
+        model.compile(mode=_MODES[loading.way])
     return model
 
 
@@ -125,6 +136,6 @@ def report(model: Any) -> dict[str, Any]:
         said = mball.report(model)
         names = ("budget_bytes", "arena_bytes", "activation_bytes", "peak_bytes", "weight_bytes", "resident_bytes")
         names += ("streamed_bytes_per_pass", "bytes_read_last_pass", "pass_s", "compute_s", "stall_s", "predicted_s")
-        names += ("steps", "graphs", "unplanned_fetches", "link_bytes_per_s")
+        names += ("steps", "graphs", "unplanned_fetches", "link_bytes_per_s", "step_graphs")
         found |= {name: getattr(said, name) for name in names}
     return found

@@ -61,8 +61,9 @@ def open(
         framework: ``"pt"``; there is no other.
         device: where tensors go, as `torch.device` takes it.
         copy: whether tensors on the CPU get memory of their own. False: they are the file, mapped privately (writing to
-            one never changes the file). None maps what is in the page cache already, and copies the rest, unless that
-            does not fit into memory: either way the bytes are in memory once. GGUF is always copied.
+            one never changes the file); what is not in the page cache is read when it is touched. None maps what is in
+            the page cache, and copies the rest, unless that does not fit into memory: the bytes are in memory once.
+            PyTorch's files are mapped unless it is True; GGUF is always copied.
         in_flight_bytes: at most so many are being read at one time (one piece of 32 MiB always may); to another device
             that is what host memory is taken meanwhile. A number or text such as ``"256MiB"``.
 

@@ -21,8 +21,10 @@ class _Buffer:
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
-        whole = torch.empty(size_bytes + PAGE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        lead = -whole.data_ptr() % PAGE_BYTES
+        # Pinned memory begins at a page, and PyTorch rounds it up to a power of two.
+        spare_bytes = 0 if pinned else PAGE_BYTES
+        whole = torch.empty(size_bytes + spare_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        lead = min(-whole.data_ptr() % PAGE_BYTES, spare_bytes)
         self.bytes = whole[lead : lead + size_bytes]
         self._copied = torch.cuda.Event() if pinned else None
 
@@ -62,7 +64,9 @@ def load_to_device(
         (entry.offset_bytes, target.reshape(-1).view(torch.uint8))
         for entry, target in zip(entries, targets, strict=True)
     )
-    free = deque(_Buffer(_BUFFER_BYTES, device) for _ in range(max(2, settings.in_flight_bytes // _BUFFER_BYTES)))
+    chunks = list(_chunks(entries))
+    num_buffers = min(len(chunks), max(2, settings.in_flight_bytes // _BUFFER_BYTES))
+    free = deque(_Buffer(chunks[0][1], device) for _ in range(num_buffers))
     flights: deque[_Flight] = deque()
 
     def land() -> None:
@@ -74,7 +78,7 @@ def load_to_device(
         advance(flight.handle.size_bytes)
 
     try:
-        for offset_bytes, size_bytes in _chunks(entries):
+        for offset_bytes, size_bytes in chunks:
             if not free:
                 land()
             buffer = free.popleft()
@@ -92,7 +96,7 @@ def load_to_device(
 
 
 def _chunks(entries: Sequence[TensorEntry]) -> Iterator[tuple[int, int]]:
-    """Yields offset and size of whole pages that hold all entries."""
+    """Yields offset and size of whole pages that hold all entries; the first is the largest."""
     first = round_down(entries[0].offset_bytes, PAGE_BYTES)
     end = round_up(entries[-1].offset_bytes + entries[-1].size_bytes, PAGE_BYTES)
     for offset_bytes in range(first, end, _BUFFER_BYTES):

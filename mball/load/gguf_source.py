@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy
 import torch
 
 from mball.errors import CheckpointError, ConfigError
-from mball.load.source import Advance, Settings
+from mball.load.source import Advance, Settings, refuse_changed
 from mball.load.torch_source import TensorFacts
 from mball.storage import FileIdentity
 from mball.storage.header import AGAIN
@@ -75,16 +74,16 @@ class GgufSource:
         return sorted(self._tensors, key=lambda name: int(self._tensors[name].data_offset))
 
     def load(self, names: Iterable[str], advance: Advance) -> dict[str, torch.Tensor]:
-        self._check_unchanged()
+        refuse_changed([self._identity])
         loaded = {}
         for name in names:
             loaded[name] = self._read(name).to(self._settings.device)
             advance(self._entries[name].size_bytes)
-        self._check_unchanged()
+        refuse_changed([self._identity])
         return loaded
 
     def part(self, name: str, index: Any) -> torch.Tensor:
-        self._check_unchanged()
+        refuse_changed([self._identity])
         return self._read(name)[index].clone().to(self._settings.device)
 
     def close(self) -> None:
@@ -110,13 +109,3 @@ class GgufSource:
                 f"checkpoint {self._path}: tensor {name!r} is {kind}, which the package gguf cannot dequantise; "
                 "convert it"
             ) from error
-
-    def _check_unchanged(self) -> None:
-        try:
-            changes = self._identity.changes(os.stat(self._path))
-        except OSError as error:
-            changes = [f"it cannot be found any more ({error.strerror})"]
-        if changes:
-            raise CheckpointError(
-                f"checkpoint {self._path} changed since it was opened: {'; '.join(changes)}; open it again"
-            )

@@ -6,11 +6,12 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mball.errors import CheckpointError, DeviceError
+from mball.errors import CheckpointError, DeviceError, StorageError
 from mball.load.device_copy import load_to_device
 from mball.load.file_memory import MappedMemory, OwnMemory, TensorMemory
 from mball.load.source import Advance, Settings
@@ -27,7 +28,35 @@ from mball.storage import (
 )
 from mball.storage.cached import is_cached
 from mball.storage.chunks import DEFAULT_NUM_THREADS
-from mball.units import format_bytes
+from mball.units import MIB, format_bytes
+
+# What lies between two tensors is read with them, up to here.
+_GAP_BYTES = MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """Bytes `[first, end)` of a file, and the tensors in them, in the order of the file.
+
+    Attributes:
+        is_cached: whether they are in the page cache.
+    """
+
+    file: str
+    first: int
+    end: int
+    entries: tuple[TensorEntry, ...]
+    is_cached: bool
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes in memory."""
+        return self.end - self.first
+
+    @property
+    def mode(self) -> DirectIO:
+        """How it is read fastest."""
+        return DirectIO.OFF if self.is_cached else DirectIO.AUTO
 
 
 class SafetensorsSource:
@@ -42,14 +71,16 @@ class SafetensorsSource:
         self._settings = settings
         self._index = CheckpointIndex.open(path)
         self._readers: dict[DirectIO, Reader] = {}
-        with ExitStack() as stack:
-            self._tables = {mode: FileTable(direct=mode) for mode in (DirectIO.AUTO, DirectIO.OFF)}
-            for table in self._tables.values():
-                stack.callback(table.close)
-                for file in self._index.files:
-                    table.add_path(file.path)
+        self._files = FileTable()
+        self._closing = ExitStack()
+        self._closing.callback(self._files.close)
+        try:
+            for file in self._index.files:
+                self._files.add_path(file.path)
             self._check_unchanged()
-            self._closing = stack.pop_all()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def metadata(self) -> Mapping[str, str] | None:
@@ -64,20 +95,24 @@ class SafetensorsSource:
     def load(self, names: Iterable[str], advance: Advance) -> dict[str, torch.Tensor]:
         self._check_unchanged()
         entries = [self._index.entries[name] for name in names]
-        stretches = _stretches(entries)
-        tensors: dict[str, torch.Tensor] = {}
-        if self._settings.device.type != "cpu":
-            reader = self._reader(DirectIO.OFF if self._are_cached(stretches) else DirectIO.AUTO)
-            for part in stretches.values():
-                tensors |= load_to_device(part, reader, self._settings, advance)
-        else:
-            with ExitStack() as stack:
-                memories = self._memories(stretches, advance, stack)
-                for file, part in stretches.items():
-                    tensors |= {entry.name: memories[file].tensor(entry) for entry in part}
+        stretches = self._stretches(entries)
+        device = self._settings.device
+        tensors = {entry.name: _empty(entry, device) for entry in entries if not entry.size_bytes}
+        try:
+            if device.type == "cpu":
+                with ExitStack() as stack:
+                    for memory, stretch in zip(self._memories(stretches, advance, stack), stretches, strict=True):
+                        tensors |= {entry.name: memory.tensor(entry) for entry in stretch.entries}
+            else:
+                for stretch in stretches:
+                    reader = self._reader(stretch.mode)
+                    tensors |= load_to_device(stretch.entries, reader, self._settings, advance)
+        except (DeviceError, StorageError):
+            # Where the file was cut short meanwhile, that is the error to tell.
+            self._check_unchanged()
+            raise
         # A file that was written to meanwhile may have been read half old and half new.
         self._check_unchanged()
-        tensors |= {entry.name: _empty(entry, self._settings.device) for entry in entries if not entry.size_bytes}
         return {entry.name: tensors[entry.name] for entry in entries}
 
     def part(self, name: str, index: Any) -> torch.Tensor:
@@ -85,7 +120,7 @@ class SafetensorsSource:
         if not entry.size_bytes:
             return _empty(entry, self._settings.device)[index]
         self._check_unchanged()
-        memory = MappedMemory(self._descriptor(entry.file), *_range([entry]))
+        memory = MappedMemory(self._descriptor(entry.file), entry.offset_bytes, entry.offset_bytes + entry.size_bytes)
         try:
             # Nothing is read yet. A copy, so that the slice keeps neither the file mapped nor the rest in memory.
             found = memory.tensor(entry)[index].clone()
@@ -95,78 +130,97 @@ class SafetensorsSource:
         return found.to(self._settings.device)
 
     def close(self) -> None:
-        for reader in self._readers.values():
-            reader.close()
         self._closing.close()
 
-    def _memories(
-        self, stretches: Mapping[str, Sequence[TensorEntry]], advance: Advance, stack: ExitStack
-    ) -> dict[str, TensorMemory]:
-        """Returns memory with each file's stretch in it."""
-        cached = {file: is_cached(self._descriptor(file), *_range(part)) for file, part in stretches.items()}
-        copied = self._copied(stretches, cached)
-        memories: dict[str, TensorMemory] = {}
-        own: dict[DirectIO, list[OwnMemory]] = {mode: [] for mode in DirectIO}
-        for file, part in stretches.items():
-            if file not in copied:
-                mapped = MappedMemory(self._descriptor(file), *_range(part))
-                stack.callback(mapped.close)
-                try:
-                    for size_bytes in mapped.fill():
-                        advance(size_bytes)
-                except DeviceError:
-                    self._check_unchanged()
-                    raise
-                memories[file] = mapped
+    def _stretches(self, entries: Iterable[TensorEntry]) -> list[Stretch]:
+        """Returns what has to be read for `entries`: tensors that lie near each other together."""
+        near: list[list[TensorEntry]] = []
+        for entry in sorted(entries, key=_place):
+            if not entry.size_bytes:
+                continue
+            last = near[-1][-1] if near else None
+            if last and last.file == entry.file and entry.offset_bytes - _end(last) <= _GAP_BYTES:
+                near[-1].append(entry)
             else:
-                memory = OwnMemory(file, *_range(part))
+                near.append([entry])
+        return [
+            Stretch(
+                file=found[0].file,
+                first=found[0].offset_bytes,
+                end=_end(found[-1]),
+                entries=tuple(found),
+                is_cached=is_cached(self._descriptor(found[0].file), found[0].offset_bytes, _end(found[-1])),
+            )
+            for found in near
+        ]
+
+    def _memories(self, stretches: Sequence[Stretch], advance: Advance, stack: ExitStack) -> list[TensorMemory]:
+        """Returns memory with each stretch in it."""
+        is_copied = self._which_to_copy(stretches)
+        memories: list[TensorMemory] = []
+        own: dict[DirectIO, list[OwnMemory]] = {mode: [] for mode in DirectIO}
+        for stretch, copied in zip(stretches, is_copied, strict=True):
+            if copied:
+                memory = OwnMemory(stretch.file, stretch.first, stretch.end)
                 stack.callback(memory.close)
-                own[DirectIO.OFF if cached[file] else DirectIO.AUTO].append(memory)
-                memories[file] = memory
+                own[stretch.mode].append(memory)
+                memories.append(memory)
+            else:
+                mapped = MappedMemory(self._descriptor(stretch.file), stretch.first, stretch.end)
+                stack.callback(mapped.close)
+                # What is not there yet is read when somebody touches it: all of it may not fit.
+                for size_bytes in mapped.fill() if stretch.is_cached else (stretch.size_bytes,):
+                    advance(size_bytes)
+                memories.append(mapped)
         for mode, some in own.items():
             if some:
                 reads = (read for memory in some for read in memory.reads())
                 stream(reads, self._reader(mode), self._settings.in_flight_bytes, advance)
         return memories
 
-    def _copied(self, stretches: Mapping[str, Sequence[TensorEntry]], cached: Mapping[str, bool]) -> set[str]:
-        """Returns the files whose tensors get memory of their own. Raises DeviceError where that was asked in vain."""
+    def _which_to_copy(self, stretches: Sequence[Stretch]) -> list[bool]:
+        """Returns which get memory of their own. Raises DeviceError where that was asked for and is not there."""
         copy = self._settings.copy
-        copied = {file for file in stretches if copy or (copy is None and not cached[file])}
-        wanted_bytes, free_bytes = sum(_size_bytes(stretches[file]) for file in copied), headroom_bytes()
+        is_copied = [not stretch.is_cached if copy is None else copy for stretch in stretches]
+        wanted_bytes = sum(stretch.size_bytes for stretch, copied in zip(stretches, is_copied, strict=True) if copied)
+        free_bytes = headroom_bytes()
         if wanted_bytes <= free_bytes:
-            return copied
+            return is_copied
         if copy:
             raise DeviceError(
                 f"the tensors asked for of {self._index.path} take {format_bytes(wanted_bytes)} ({wanted_bytes} bytes) "
                 f"of memory, and {format_bytes(free_bytes)} ({free_bytes} bytes) are free on this machine and within "
                 "its cgroup limit; free memory, or map them with copy=False"
             )
-        return set()
-
-    def _are_cached(self, stretches: Mapping[str, Sequence[TensorEntry]]) -> bool:
-        return all(is_cached(self._descriptor(file), *_range(part)) for file, part in stretches.items())
+        return [False] * len(stretches)
 
     def _descriptor(self, file: str) -> int:
-        return self._tables[DirectIO.AUTO][file].buffered
+        return self._files[file].buffered
 
     def _reader(self, mode: DirectIO) -> Reader:
+        """Returns a reader that is kept until `close`."""
         if mode not in self._readers:
             # Through the page cache reading is copying: more threads than cores only take turns.
             num_cores = len(os.sched_getaffinity(0))
             num_threads = DEFAULT_NUM_THREADS if mode is DirectIO.AUTO else min(DEFAULT_NUM_THREADS, num_cores)
-            self._readers[mode] = choose_reader(num_threads=num_threads).open(self._tables[mode])
+            files = FileTable(direct=mode)
+            self._closing.callback(files.close)
+            for file in self._index.files:
+                # The same open file: by its path another one may be found by now.
+                files.add_descriptor(file.path, self._descriptor(file.path))
+            reader = choose_reader(num_threads=num_threads).open(files)
+            self._closing.callback(reader.close)
+            self._readers[mode] = reader
         return self._readers[mode]
 
     def _check_unchanged(self) -> None:
         """Raises CheckpointError when an open file is no longer what its header was read from."""
-        for table in self._tables.values():
-            for file in self._index.files:
-                if changes := file.changes(os.fstat(table[file.path].buffered)):
-                    raise CheckpointError(
-                        f"checkpoint file {file.path} changed while it was read: {'; '.join(changes)}. What was read "
-                        "may be of both versions and is not given out: load it again when it is whole"
-                    )
+        for file in self._index.files:
+            if changes := file.changes(os.fstat(self._descriptor(file.path))):
+                raise CheckpointError(
+                    f"checkpoint file {file.path} changed while it was open: {'; '.join(changes)}. What was read may "
+                    "be of both versions and is not given out: open it again when it is whole"
+                )
 
 
 def stream(reads: Iterator[Read], reader: Reader, in_flight_bytes: int, advance: Advance) -> None:
@@ -196,26 +250,12 @@ def stream(reads: Iterator[Read], reader: Reader, in_flight_bytes: int, advance:
         reader.drain()
 
 
-def _stretches(entries: Iterable[TensorEntry]) -> dict[str, list[TensorEntry]]:
-    """Returns the entries that have bytes, by file, in the order of the file."""
-    by_file: dict[str, list[TensorEntry]] = {}
-    for entry in sorted(entries, key=_place):
-        if entry.size_bytes:
-            by_file.setdefault(entry.file, []).append(entry)
-    return by_file
-
-
 def _place(entry: TensorEntry) -> tuple[str, int]:
     return entry.file, entry.offset_bytes
 
 
-def _range(entries: Sequence[TensorEntry]) -> tuple[int, int]:
-    return entries[0].offset_bytes, entries[-1].offset_bytes + entries[-1].size_bytes
-
-
-def _size_bytes(entries: Sequence[TensorEntry]) -> int:
-    first, end = _range(entries)
-    return end - first
+def _end(entry: TensorEntry) -> int:
+    return entry.offset_bytes + entry.size_bytes
 
 
 def _empty(entry: TensorEntry, device: torch.device) -> torch.Tensor:

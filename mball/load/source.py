@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
+from mball.errors import CheckpointError
+from mball.storage import FileIdentity
+
 # Told how many more bytes are there.
 Advance = Callable[[int], None]
 
@@ -64,3 +67,13 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Gives files and threads back; tensors stay. May be called again."""
+
+
+def refuse_changed(files: Iterable[FileIdentity]) -> None:
+    """Raises CheckpointError when one of the files is no longer what was opened."""
+    for file in files:
+        if changes := file.changes_on_disk():
+            raise CheckpointError(
+                f"checkpoint file {file.path} changed while it was open: {'; '.join(changes)}. What was read may be of "
+                "both versions and is not given out: open it again when it is whole"
+            )

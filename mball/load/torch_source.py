@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from mball.errors import CheckpointError
-from mball.load.source import Advance, Settings
+from mball.load.source import Advance, Settings, refuse_changed
+from mball.storage import FileIdentity
 from mball.storage.header import AGAIN
 from mball.storage.shards import Layout, check_names, check_regular, read_weight_map
 
@@ -53,10 +54,12 @@ class TorchSource:
         self._settings = settings
         if path.name.endswith(TORCH.index_suffix):
             promised = read_weight_map(path)
+            self._files = [FileIdentity.of(shard, check_regular(shard)) for shard in promised]
             shards = {shard: _read(shard) for shard in promised}
             check_names(path, promised, shards)
             self._tensors = {name: shards[shard][name] for shard, names in promised.items() for name in names}
         else:
+            self._files = [FileIdentity.of(path, check_regular(path))]
             self._tensors = _read(path)
         self._entries = {name: TensorFacts.of(tensor) for name, tensor in self._tensors.items()}
 
@@ -71,6 +74,9 @@ class TorchSource:
         return list(self._entries)
 
     def load(self, names: Iterable[str], advance: Advance) -> dict[str, torch.Tensor]:
+        refuse_changed(self._files)
+        if self._settings.copy or self._settings.device.type != "cpu":
+            self._read_ahead()
         # Tensors that share memory go on sharing it.
         storages: dict[int, torch.UntypedStorage] = {}
         loaded = {}
@@ -78,13 +84,21 @@ class TorchSource:
             tensor = self._tensors[name]
             loaded[name] = self._moved(tensor, storages)
             advance(tensor.nbytes)
+        refuse_changed(self._files)
         return loaded
 
     def part(self, name: str, index: Any) -> torch.Tensor:
+        refuse_changed(self._files)
         return self._tensors[name][index].clone().to(self._settings.device)
 
     def close(self) -> None:
         self._tensors = {}
+
+    def _read_ahead(self) -> None:
+        """Has the kernel bring the files: touching pages one after another would wait for each."""
+        for file in self._files:
+            with open(file.path, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def _moved(self, tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]) -> torch.Tensor:
         if self._settings.device.type == "cpu" and not self._settings.copy:
@@ -98,11 +112,9 @@ class TorchSource:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    check_regular(path)
     try:
         with path.open("rb") as file:
             is_mappable = file.read(4) == b"PK\x03\x04"
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable)
     except OSError as error:
         raise CheckpointError(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mball.memory.device import Device as Device
     from mball.memory.device import Event as Event
     from mball.memory.device import Gauge as Gauge
+    from mball.memory.device import Graphs as Graphs
+    from mball.memory.device import Recorded as Recorded
     from mball.memory.ledger import Account as Account
     from mball.memory.ledger import Kind as Kind
     from mball.memory.ledger import Ledger as Ledger
@@ -53,6 +55,7 @@ _HOMES = {
     "Event": "mball.memory.device",
     "Gauge": "mball.memory.device",
     "GpuLostError": "mball.memory.cuda_errors",
+    "Graphs": "mball.memory.device",
     "HostMemory": "mball.memory.virtual",
     "Kind": "mball.memory.ledger",
     "Ledger": "mball.memory.ledger",
@@ -62,6 +65,7 @@ _HOMES = {
     "PinnedSlab": "mball.memory.pinned",
     "PlainCudaMemory": "mball.memory.cuda_plain",
     "PrivateMapping": "mball.memory.mapping",
+    "Recorded": "mball.memory.device",
     "SegmentAllocator": "mball.memory.allocator.segment_allocator",
     "VirtualMemory": "mball.memory.virtual",
     "load_library": "mball.memory.allocator.library",
@@ -84,6 +88,7 @@ __all__ = [
     "Event",
     "Gauge",
     "GpuLostError",
+    "Graphs",
     "HostMemory",
     "Kind",
     "Ledger",
@@ -93,6 +98,7 @@ __all__ = [
     "PinnedSlab",
     "PlainCudaMemory",
     "PrivateMapping",
+    "Recorded",
     "SegmentAllocator",
     "VirtualMemory",
     "load_library",

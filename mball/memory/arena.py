@@ -150,6 +150,10 @@ class Arena:
         self._check_backed(offset, size)
         return self.address + offset
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Returns whether the tensor's memory is the arena's."""
+        return 0 <= tensor.data_ptr() - self.address < self.reserved_bytes
+
     def view(self, offset: int, size: int) -> memoryview:
         """Returns `size` bytes from `offset`, writable, format "B". Raises DeviceError if not all are backed."""
         self._check_backed(offset, size)

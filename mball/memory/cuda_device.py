@@ -18,14 +18,17 @@ import torch
 from mball.errors import DeviceError, MballError
 from mball.memory import facts
 from mball.memory.arena import Arena
+from mball.memory.cuda_cap import AllocatorCap
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_errors import GpuLostError
 from mball.memory.cuda_events import EventPool, StreamEvent
 from mball.memory.cuda_feed import DiskFeed, order
 from mball.memory.cuda_gauge import CudaGauge
+from mball.memory.cuda_graphs import CudaGraphs
 from mball.memory.cuda_region import CudaRegion
+from mball.memory.cuda_segments import SegmentRoom
 from mball.memory.cuda_streams import CudaStreams
-from mball.memory.device import ArenaRead, CopySource, Event, Gauge
+from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Graphs
 from mball.memory.host_level import HostLevel, Staged
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes
@@ -33,7 +36,7 @@ from mball.memory.pinned_ring import PinnedRing
 from mball.memory.pinned_tier import PinnedTier
 from mball.memory.region import Region
 from mball.memory.virtual import VirtualMemory
-from mball.units import MIB
+from mball.units import MIB, format_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ class CudaDevice:
         buffer_bytes: int = BUFFER_BYTES,
         region: Callable[..., Region] | None = None,
         has_level: bool = False,
+        room: AllocatorCap | SegmentRoom | None = None,
     ) -> None:
         """Makes two streams; no thread starts and no host memory is pinned before the first copy from disk.
 
@@ -78,6 +82,7 @@ class CudaDevice:
             buffer_bytes: what each takes, a multiple of the page.
             region: makes tensors on the GPU's memory; for memory that is none of torch's.
             has_level: whether plans say what host memory holds, see `below`; else what is expected is kept there.
+            room: what passes allocate in; torch's own allocator by default.
 
         Raises DeviceError.
         """
@@ -93,6 +98,7 @@ class CudaDevice:
         self._arena: Arena | None = None
         self._stream: int | None = None  # that passes computed on lately
         self._recorded: StreamEvent | None = None  # the end of all that was computed there
+        self._room = AllocatorCap(driver.ordinal) if room is None else room
         self._closed = False
         self._own_streams: list[int] = []
         node = facts.numa_node(driver.pci_address())
@@ -184,6 +190,10 @@ class CudaDevice:
 
     def follow(self) -> None:
         """Has the caller's stream wait for the last event of another one. Raises DeviceError."""
+        self._follow()
+        self._room.begin()
+
+    def _follow(self) -> None:
         stream = self._current_stream()
         if stream != self._stream:
             if self._recorded is not None:
@@ -192,8 +202,15 @@ class CudaDevice:
             self._stream = stream
 
     def make_room(self) -> None:
-        """Has torch's allocator give back the blocks that no tensor is in, where there are any."""
-        _empty_cache(self._driver.ordinal)
+        """Has torch's allocator give back what no tensor is in."""
+        self._room.make_room()
+
+    def cap(self, left_bytes: int | None) -> int:
+        """Binds torch's allocator, in all of this process, or segments; see `AllocatorCap` and `SegmentRoom`."""
+        return self._room.set(left_bytes)
+
+    def allocating(self) -> contextlib.AbstractContextManager[None]:
+        return self._room.routed()
 
     def record(self) -> Event:
         """Raises DeviceError when closed, or when the driver refuses.
@@ -201,7 +218,7 @@ class CudaDevice:
         Behind all that was computed before on another stream, whoever asks: memory may be given back after it.
         """
         self._check_open()
-        self.follow()
+        self._follow()
         event = StreamEvent(self._pool, 1)
         with self._driver.current():
             event.settle(self._pool.record(self._current_stream()))
@@ -211,7 +228,7 @@ class CudaDevice:
     def wait(self, event: Event) -> None:
         """The host blocks for reads from disk only, and raises their errors; and for events that are not the GPU's."""
         self._driver.refuse_fork()
-        self.follow()
+        self._follow()
         with self._driver.current():
             order(self._current_stream(), event)
 
@@ -232,23 +249,35 @@ class CudaDevice:
         self._driver.refuse_fork()
         self._tier.changed(file, offset_bytes, size_bytes)
 
-    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor | None:
         """Returns a tensor of the GPU on pinned memory, which kernels read over the link, row by row.
 
-        The first time it blocks until the table is there.
+        The first time it blocks until the table is there. None, and why is in the log, where the GPU does not read the
+        host's memory, or there is none for the table that can be pinned.
         """
-        if not self._driver.reads_pinned_memory():
-            raise DeviceError(
-                f"GPU {self._driver.ordinal} does not read the host's memory, so rows of a table of "
-                f"{home.nbytes} bytes cannot be looked up there"
+        try:
+            if not self._driver.reads_pinned_memory():
+                raise DeviceError(f"GPU {self._driver.ordinal} does not read the host's memory")
+            address = self._tier.table(reads)
+        except GpuLostError:
+            raise
+        except DeviceError as error:
+            _log.warning(
+                "a table of %s is copied whole, since its rows cannot be read over the link: %s",
+                format_bytes(home.nbytes),
+                str(error),  # the error itself holds the pass's frames, for as long as somebody keeps the record
             )
-        address = self._tier.table(reads)
+            return None
         span = sum((length - 1) * stride for length, stride in zip(home.shape, home.stride(), strict=True)) + 1
         region = self._region(address, span * home.element_size(), _nothing, what="pinned table")
         return region.tensor(0, home.dtype, (span,)).as_strided(home.shape, home.stride())
 
     def gauge(self) -> Gauge:
         return CudaGauge(self._driver.ordinal, lambda: 0 if self._arena is None else self._arena.taken_bytes)
+
+    def graphs(self) -> Graphs | None:
+        """None where the tensors are none of the GPU's own."""
+        return CudaGraphs(self._driver.ordinal) if self._place.type == "cuda" else None
 
     def synchronize(self) -> None:
         """Raises DeviceError when the driver does not tell: then copies may still write."""
@@ -269,6 +298,7 @@ class CudaDevice:
         if self._driver.is_forked:  # threads, streams and pinned memory are the parent's
             return
         try:
+            self._room.close()
             self._tier.stop()
             if self._level is not None:
                 self._level.close()
@@ -289,7 +319,7 @@ class CudaDevice:
 
     def _copied(self) -> Event:
         """Returns what is over once nothing is copied out of pinned homes any more that was asked for until now."""
-        self.follow()
+        self._follow()
         event = StreamEvent(self._pool, 2)
         with self._driver.current():
             event.settle(self._pool.record(self._home_stream))
@@ -324,12 +354,6 @@ class CudaDevice:
                     except DeviceError:
                         self._own_streams.append(stream)
                         raise
-
-
-def _empty_cache(ordinal: int) -> None:
-    if torch.cuda.is_initialized() and torch.cuda.memory_reserved(ordinal) > torch.cuda.memory_allocated(ordinal):
-        with torch.cuda.device(ordinal):
-            torch.cuda.empty_cache()
 
 
 def _nothing() -> None:

@@ -21,6 +21,7 @@ from functools import partial
 from typing import TypeVar
 
 from mball.errors import DeviceError
+from mball.memory.allocator.segment_allocator import SegmentAllocator
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_errors import INVALID_VALUE, DriverError
 from mball.memory.cuda_plain import PlainCudaMemory
@@ -120,6 +121,11 @@ class CudaMemory:
         return self._granule_bytes
 
     @property
+    def extent_bytes(self) -> int:
+        """Of the large pieces."""
+        return self._extent_bytes
+
+    @property
     def mapped_bytes(self) -> int:
         """Bytes of all pieces of all reservations."""
         return sum(space.end for space in list(self._spaces.values()))
@@ -201,6 +207,24 @@ class CudaMemory:
         size = self.pooled_bytes
         return self._exclusively(
             f"give back {format_bytes(size)} ({size} bytes) that are pooled", partial(self._pool.trim, keep_bytes)
+        )
+
+    def give_to(self, segments: SegmentAllocator) -> int:
+        """Hands all that is pooled over to segments; returns how many bytes that are. Raises DeviceError."""
+        size = self.pooled_bytes
+        if not size:
+            return 0
+        return self._exclusively(
+            f"hand over {format_bytes(size)} ({size} bytes)", partial(segments.lend_from, self._pool, size)
+        )
+
+    def take_from(self, segments: SegmentAllocator) -> int:
+        """Takes over what segments have pooled; returns how many bytes that are. Raises DeviceError."""
+        size = segments.statistics().pooled_bytes
+        if not size:
+            return 0
+        return self._exclusively(
+            f"take over {format_bytes(size)} ({size} bytes)", partial(segments.return_to, self._pool, size)
         )
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ two copies may land in any order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -87,6 +87,36 @@ class Gauge(Protocol):
         """Returns what this process uses of the device's memory now, arena included; 0 where that is not known."""
 
 
+class Recorded(Protocol):
+    """Work of the device that was recorded with the memory it reads and writes."""
+
+    def replay(self) -> None:
+        """Issues the work again, in the same memory, behind all compute that was issued before. Does not block."""
+
+    def close(self) -> None:
+        """Lets go of it; no replay is under way. Idempotent."""
+
+
+class Graphs(Protocol):
+    """Records work that is launched whole from then on, as CUDA graphs do."""
+
+    @property
+    def pool_bytes(self) -> int:
+        """What all that is recorded takes of the device's memory: for what `work` allocated itself."""
+
+    def pool_bytes_for(self, num_bytes: int) -> int:
+        """Returns what `pool_bytes` is expected to be for work that holds `num_bytes` of its own at most."""
+
+    def record(self, work: Callable[[], None]) -> Recorded:
+        """Records what `work` issues; nothing of it is computed before the first replay.
+
+        All that is recorded shares the memory that `work` allocates, so nothing there outlasts a replay, and replays
+        come one after the other. The rest of what it reads and writes is the caller's to keep.
+
+        Raises RuntimeError, as torch does, when `work` or a part of it cannot be recorded: nothing was computed.
+        """
+
+
 class Device(Protocol):
     """Where steps run: memory, copies into it, and the order of copies and compute."""
 
@@ -131,6 +161,16 @@ class Device(Protocol):
     def make_room(self) -> None:
         """Has others give back what they keep of the device's memory and nobody uses: the arena is about to grow."""
 
+    def cap(self, left_bytes: int | None) -> int:
+        """Lets compute allocate `left_bytes` beside what was allocated when the pass began (`follow`); None: no cap.
+
+        Operators that need more raise torch.OutOfMemoryError. Returns what the allocator holds for the pass beside what
+        tensors took at most since `make_room` was called; 0 on the CPU, whose allocator is the system's and has no cap.
+        """
+
+    def allocating(self) -> contextlib.AbstractContextManager[None]:
+        """What the calling thread computes within is allocated where the cap binds it. Around a pass."""
+
     def record(self) -> Event:
         """Returns the event that completes when all compute issued so far has finished. Does not block."""
 
@@ -157,18 +197,21 @@ class Device(Protocol):
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
         """Says that these bytes of a file are others now. Nobody computes any more with what copies of them bring."""
 
-    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
+    def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor | None:
         """Returns what compute that looks up a few rows reads in the place of `home`, a mapping of a file.
 
         The CPU reads the home itself, page by page. Another device finds the bytes by the `reads` that bring them, one
-        behind the other, to the arena.
+        behind the other, to the arena. None: they cannot be brought where it reads them, so all of it has to come.
 
         Raises:
-            StorageError, DeviceError: they cannot be brought where the device reads them.
+            StorageError: they cannot be read.
         """
 
     def gauge(self) -> Gauge:
         """Returns what measures by how much the device's memory rises, the arena apart while it is not resized."""
+
+    def graphs(self) -> Graphs | None:
+        """Returns what records compute, anew with each call; None where launching it costs nothing."""
 
     def synchronize(self) -> None:
         """Blocks until no copy writes to the arena any more. Raises no error of a copy: it stays with its event."""
@@ -224,6 +267,13 @@ class CpuDevice:
     def make_room(self) -> None:
         """Does nothing: the kernel takes memory from whoever does not use it."""
 
+    def cap(self, left_bytes: int | None) -> int:
+        """Does nothing."""
+        return 0
+
+    def allocating(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def record(self) -> Event:
         return COMPLETE
 
@@ -260,6 +310,9 @@ class CpuDevice:
 
     def gauge(self) -> Gauge:
         return HostGauge()
+
+    def graphs(self) -> Graphs | None:
+        return None
 
     def synchronize(self) -> None:
         self._source.drain()

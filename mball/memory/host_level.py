@@ -157,6 +157,13 @@ class HostLevel:
     def make_room(self) -> None:
         """Does nothing."""
 
+    def cap(self, left_bytes: int | None) -> int:
+        """Does nothing: nobody computes here."""
+        return 0
+
+    def allocating(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def record(self) -> Event:
         self._taken = [event for event in self._taken if not event.done()]
         return _All(tuple(self._taken))
@@ -180,6 +187,9 @@ class HostLevel:
 
     def gauge(self) -> Gauge:
         return HostGauge()
+
+    def graphs(self) -> None:
+        """Nothing is computed here."""
 
     def synchronize(self) -> None:
         """Blocks until nothing is read any more, and the stream of copies has all that was asked for."""

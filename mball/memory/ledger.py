@@ -13,12 +13,14 @@ from mball.units import format_bytes
 
 
 class Kind(Enum):
-    """What bytes are for."""
+    """What bytes are for. SCRATCH is what an allocator of activations keeps beside them: rounding, free blocks."""
 
     BUFFERS = "buffers"
     ARENA = "arena"
     ACTIVATIONS = "activations"
     CAPTURE = "capture"
+    GRAPHS = "graphs"
+    SCRATCH = "scratch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

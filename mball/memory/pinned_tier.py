@@ -5,7 +5,8 @@ a file after another, pins memory of its size and reads it; whoever wants to cop
 it from the file as before. What the thread has ready changes hands when the engine next asks for something.
 
 [Note: what is kept] Plans take turns: one for prompts and one for tokens stream almost the same. What the next few
-expectations do not name goes, and at once where memory for what they do name is short.
+expectations do not name goes, and at once where memory for what they do name is short; a table goes that nobody asked
+for while as many came.
 
 [Note: what is written] The files' bytes are the truth. `changed` says that some are others now: what has the old ones
 is let go, also what is just being read. A slab goes when no stream can copy from it any more.
@@ -99,6 +100,7 @@ class PinnedTier:
         self._headroom = headroom
         self._shared = _Shared()
         self._tables: dict[tuple[tuple[str, int, int], ...], PinnedSlab] = {}
+        self._not_asked: dict[tuple[tuple[str, int, int], ...], int] = {}  # in how many expectations, of each table
         self._retired: list[tuple[PinnedSlab, Event]] = []
         self._left_out: dict[PinnedRange, int] = {}  # by how many of the last expectations
         self._is_full = False  # that is said once
@@ -109,6 +111,7 @@ class PinnedTier:
         self._settle()
         stretches = _stretches(reads)
         self._let_go(stretches)
+        self._let_tables_go()
         missing = [s for s in stretches if self._homes.find(s.file, s.first, s.end - s.first) is None]
         shared = self._shared
         with shared.changed:
@@ -138,6 +141,7 @@ class PinnedTier:
             if any(name == file and first < end and offset_bytes < first + size for name, first, size in key):
                 self._retire(self._tables[key])
                 del self._tables[key]
+                self._not_asked.pop(key, None)
 
     def find(self, file: str, offset_bytes: int, size_bytes: int) -> tuple[PinnedSlab, int] | None:
         """Returns the slab that has all of these bytes by now, and where in it; None if there is none."""
@@ -169,6 +173,7 @@ class PinnedTier:
                 slab.close()
                 raise
             self._tables[key] = slab
+        self._not_asked[key] = 0
         return slab.address + shift
 
     def finish(self) -> None:
@@ -241,6 +246,15 @@ class PinnedTier:
                     self._retire(home.slab)
                     self._homes.remove(home)
         self._left_out = {home: count for home, count in left_out.items() if count <= KEPT_FOR}
+
+    def _let_tables_go(self) -> None:
+        """Retires tables that nobody asked for while several plans came and went."""
+        for key in list(self._tables):
+            self._not_asked[key] = self._not_asked.get(key, 0) + 1
+            if self._not_asked[key] > KEPT_FOR:
+                self._retire(self._tables[key])
+                del self._tables[key]
+                self._not_asked.pop(key, None)
 
     def _retire(self, slab: PinnedSlab) -> None:
         """Has a slab go after its last copy. First of all: what lets go of it first would have it go at once."""

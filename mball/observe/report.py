@@ -43,6 +43,7 @@ class Report:
         policy: who plans what stays and what is streamed; ``"mball"`` unless the user chose another.
         peak_bytes: the most that weights, buffers and predicted activations took together.
         capture_bytes: what captured graphs hold, in the compiler too; in the budget if `capture_is_counted`.
+        step_graph_bytes: of the budget, what is kept for steps that are recorded; `step_graphs` of them are.
         workspace_is_counted: whether there is room in the budget for what operators allocate inside.
         streamed_bytes_per_pass: what the plan brings in each pass, rows of tables that stay home included.
         bytes_read: all bytes read so far; `bytes_read_last_pass` those of the last pass.
@@ -67,6 +68,8 @@ class Report:
     arena_bytes: int
     capture_bytes: int
     capture_is_counted: bool
+    step_graph_bytes: int
+    step_graphs: int
     workspace_is_counted: bool
     weight_bytes: int
     resident_bytes: int
@@ -105,6 +108,11 @@ class Report:
         """Returns the fields by name."""
         return asdict(self)
 
+    def _graphs_in_words(self) -> str:
+        if not self.step_graph_bytes:
+            return ""
+        return f", graphs of {self.step_graphs} steps {format_bytes(self.step_graph_bytes)}"
+
     def __str__(self) -> str:
         ratio = "-" if self.measured_over_roofline is None else f"{self.measured_over_roofline:.2f}"
         rows = (
@@ -113,7 +121,8 @@ class Report:
             (
                 "in it",
                 f"arena {format_bytes(self.arena_bytes)}, activations {format_bytes(self.activation_bytes)}, "
-                f"buffers {format_bytes(self.buffer_bytes)}",
+                f"buffers {format_bytes(self.buffer_bytes)}"
+                f"{self._graphs_in_words()}",
             ),
             (
                 "weights",

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from mball.lookups import gathered_bytes, is_index, is_table, lookup_of
 from mball.run.segments import OperatorReads
 from mball.torch_private.dispatch import TorchDispatchMode
-from mball.torch_private.operators import writes_and_aliases
+from mball.torch_private.operators import can_run_again, writes_and_aliases
 from mball.torch_private.tensors import storage_key
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class BindingMode(TorchDispatchMode):
         self.engine = engine
         self.paused = False
         self.watched = 0  # operators so far
+        self._entered: tuple[int, int] | None = None  # where the engine was when the last operator entered
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -54,17 +55,40 @@ class BindingMode(TorchDispatchMode):
                 live.read(tensor, key)
             elif weight not in weights:
                 weights.append(weight)
-        if not weights or not isinstance(func, torch._ops.OpOverload):
-            result = func(*args, **kwargs)
-        else:
+        try:
             result = self._run(func, args, kwargs, tuple(weights))
+        except torch.OutOfMemoryError as error:
+            result = self._run_again(func, args, kwargs, tuple(weights), error)
         for tensor in _tensors_among((result,)):
             key = storage_key(tensor)
             if key not in weight_of_storage:
                 live.born(tensor, key)
         return result
 
+    def _run_again(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        weights: tuple[int, ...],
+        error: torch.OutOfMemoryError,
+    ) -> Any:
+        """Returns the result of an operator that found no memory, once residents have made room.
+
+        Raises the error where they cannot, or where the first attempt may have changed something.
+        """
+        entered = self._entered
+        while can_run_again(func, args, kwargs) and self.engine.make_room(entered):
+            try:
+                return self._run(func, args, kwargs, weights)
+            except torch.OutOfMemoryError:
+                continue
+        raise error
+
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weights: tuple[int, ...]) -> Any:
+        self._entered = None
+        if not weights or not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)
         writes, returns_alias = _facts(func)
         if returns_alias and not writes:
             return func(*args, **kwargs)
@@ -78,6 +102,7 @@ class BindingMode(TorchDispatchMode):
                 return func(*args, **kwargs)
         lookup = self._lookup(func, args, kwargs, weights)
         reads = OperatorReads(tuple(sorted(weights)), None if lookup is None else lookup[1])
+        self._entered = self.engine.here
         views = self.engine.enter_operator(reads, str(func))
         try:
             if lookup is not None:
@@ -101,7 +126,7 @@ class BindingMode(TorchDispatchMode):
         None if it reads more than rows of one weight, or so many that all of it is better read.
         """
         lookup = lookup_of(func, args, kwargs)
-        if lookup is None or len(weights) > 1:
+        if lookup is None or len(weights) > 1 or not self.engine.execution.rows.are_possible:
             return None
         home = self.engine.homes.homes[weights[0]]
         table, indices = lookup

@@ -73,6 +73,7 @@ class Gate:
         Raises:
             AutogradError: autograd would record through streamed weights.
             WrapError: a weight was exchanged, converted or added behind mball's back; or autocast cannot be followed.
+            DeviceError: an operator found no memory.
         """
         engine = self.engine
         with engine.lock:
@@ -90,9 +91,12 @@ class Gate:
             check_autocast(self.engine.place)
             self._follow_requires_grad()
             self.mode.paused = False
-            with no_autocast_cache(), self.mode:
+            with no_autocast_cache(), self.engine.execution.device.allocating(), self.mode:
                 result = call(*args, **kwargs)
             self.engine.end_pass()
+        except torch.OutOfMemoryError as error:
+            self.engine.recover()
+            raise self.engine.refused(error) from error
         except BaseException:
             self.engine.recover()
             raise

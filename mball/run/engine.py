@@ -16,18 +16,22 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 
-from mball.errors import BudgetError, WrapError
+from mball.errors import BudgetError, DeviceError, WrapError
+from mball.memory import GpuLostError
 from mball.memory.ledger import Kind, Ledger
 from mball.run.activations import LiveBytes
+from mball.run.allocator_room import AllocatorRoom
 from mball.run.capture_cost import CaptureCost
 from mball.run.correction import Correction
 from mball.run.execution import Bound, Execution
 from mball.run.homes import Home, HomeFile, Homes
-from mball.run.operator_room import OperatorRoom
+from mball.run.operator_room import GROWTH_SHARE, OperatorRoom
 from mball.run.pass_meter import PassEnd, PassMeter, Retimer
 from mball.run.pass_plans import PassPlan, PassPlans, Planner, Stretch
 from mball.run.segments import OperatorReads, OperatorSegment, Segment
+from mball.run.step_graphs import StepGraphs
 from mball.schema import Plan, Trace
+from mball.units import format_bytes
 
 # A plan that keeps less for operators takes over when this part of the budget becomes free for weights.
 WORTHWHILE_SHARE = 32
@@ -89,7 +93,25 @@ class Engine:
         self._handed: Bound = ()
         self._stale = False  # the active plan was made with less knowledge than there is now
         self.capture = CaptureCost(execution.device.gauge(), execution.arena)
-        self.plans = PassPlans(plan, self.room, self.capture, correction, ledger.budget_bytes)
+        self.step_graphs: StepGraphs | None = None
+        if (graphs := execution.device.graphs()) is not None:
+            self.step_graphs = StepGraphs(
+                graphs,
+                catch_up=execution.catch_up,
+                replan=self._plan_anew,
+                is_slot=execution.arena.holds,
+                budget_bytes=lambda: self.budget_bytes,
+            )
+        self.allocator = AllocatorRoom(execution.device, self.step_graphs)
+        self.plans = PassPlans(
+            plan,
+            self.room,
+            self.capture,
+            self.allocator,
+            correction,
+            ledger.budget_bytes,
+            lambda: self.step_graph_bytes,
+        )
         self._unclear = False  # a pass began and did not end
         self._collecting = False  # written homes are being found
         self._closed = False
@@ -138,10 +160,14 @@ class Engine:
         self._unclear = True
         self._verify_files()
         self._notice_writes()
+        if self.plans.gathers and not self.execution.rows.are_possible:
+            self.plans.gathers = False
+            self.plans.clear()
+            self._stale = True
         self.room.begin_pass(kind)
         self._tape = []
         self.capture.abandon()
-        self.execution.device.follow()
+        self.allocator.begin()
         self.meter.begin()
 
     def continue_pass(self) -> None:
@@ -185,6 +211,8 @@ class Engine:
             raise WrapError("this model was unwrapped; wrap it again")
         if self._unclear:
             self.recover()
+        if self.step_graphs is not None:
+            self.step_graphs.forget()
         before, booked = self.plans.state(), self.ledger.state()
         try:
             self.plans.set_budget(budget_bytes)
@@ -208,7 +236,8 @@ class Engine:
 
     def _give_all_back(self) -> None:
         self.execution.empty()
-        for kind in (Kind.ARENA, Kind.ACTIVATIONS, Kind.CAPTURE):
+        self.allocator.lift()
+        for kind in (Kind.ARENA, Kind.ACTIVATIONS, Kind.CAPTURE, Kind.GRAPHS, Kind.SCRATCH):
             self.ledger.set(kind, 0)
         self.ledger.set_budget(self.budget_bytes)
 
@@ -225,6 +254,9 @@ class Engine:
     def note_capture(self) -> None:
         """Says that a graph was captured: what that took shares the budget from now on."""
         self.capture.end()
+        self._plan_anew()
+
+    def _plan_anew(self) -> None:
         self.plans.clear()
         self._stale = True
 
@@ -239,6 +271,7 @@ class Engine:
 
     def recover(self) -> None:
         """Makes everything consistent after a pass that did not end well."""
+        self.allocator.lift()
         self.execution.abort()
         if self._active is None:
             self.execution.empty()
@@ -256,12 +289,15 @@ class Engine:
         self.meter.end(ended)
         active, tape = self._active, tuple(self._tape)
         if active is not None and tape == active.tape.keys and self.meter.calls_for_another_plan(active):
-            self.plans.clear()
-            self._stale = True
+            self._plan_anew()
         peak = self.live.end_pass()
         has_operators = self._has_operators(tape)
         if has_operators:
             self.room.note_peak(peak)
+        knows_all = active is not None and not self._stale and active.reserve >= self._reserve_of(active)
+        if self.allocator.end(is_steady=knows_all):
+            self.plans.clear()
+            self._stale = True
         if tape:
             known = self._next.get(tape[0])
             # Another order of operators is tolerated while it costs little: plans for each would take turns.
@@ -429,20 +465,98 @@ class Engine:
         plan, ledger = planned.plan, self.ledger
         if self.budget_bytes > ledger.budget_bytes:
             ledger.set_budget(self.budget_bytes)
-        ledger.set(Kind.ACTIVATIONS, 0)
-        ledger.set(Kind.CAPTURE, 0)
-        ledger.set(Kind.ARENA, self.execution.arena.bytes_of(plan.arena_bytes))
+        for kind in (Kind.ACTIVATIONS, Kind.CAPTURE, Kind.GRAPHS, Kind.SCRATCH):
+            ledger.set(kind, 0)
+        if self.step_graphs is not None:  # what has no room is given back before the arena grows
+            self.step_graphs.grant(planned.graph_bytes)
+        arena_bytes = self.execution.arena.bytes_of(plan.arena_bytes)
+        beside_bytes = self.budget_bytes - planned.graph_bytes - plan.budget_bytes
+        scratch_bytes = min(self.allocator.kept_bytes, beside_bytes)
+        capture_bytes = beside_bytes - scratch_bytes
+        ledger.set(Kind.ARENA, arena_bytes)
         ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
-        ledger.set(Kind.CAPTURE, self.budget_bytes - plan.budget_bytes)
+        ledger.set(Kind.GRAPHS, planned.graph_bytes)
+        ledger.set(Kind.SCRATCH, scratch_bytes)
+        ledger.set(Kind.CAPTURE, capture_bytes)
         self._active = None  # until the plan is adopted whole: `recover` sees by this what an interrupt left
         gathered = [{gather.tensor for gather in step.gathers} for step in planned.tape.trace.steps]
         self.execution.adopt(plan, planned.tape.handed, gathered)
         self.execution.recorder.adopt(planned.tape.trace, plan)
         self._active = planned
+        self.allocator.adopt(
+            (planned.tape.keys, planned.reserve),
+            left_bytes=self.budget_bytes - arena_bytes - self.fixed_bytes - planned.graph_bytes - capture_bytes,
+            planned_bytes=plan.activation_bytes,
+            is_affordable=scratch_bytes == self.allocator.kept_bytes,
+        )
         self.meter.adopted(plan)
         self._stale = False
         if self.budget_bytes < ledger.budget_bytes:
             ledger.set_budget(self.budget_bytes)
+
+    def make_room(self, entered: tuple[int, int] | None) -> bool:
+        """Has residents yield to an operator outside graphs that found no memory, and that will run again.
+
+        Args:
+            entered: what was `here` before `enter_operator`, if the operator reads weights and has left again.
+
+        Returns whether there is more room now.
+        """
+        planned = self._with_more_room()
+        if planned is None:
+            return False
+        if entered is not None:
+            self._position = entered[0]
+            del self._tape[entered[1] :]
+        self.allocator.hold()
+        self._adopt(planned)
+        return True
+
+    @property
+    def here(self) -> tuple[int, int]:
+        """Where the pass is: what comes next in the active tape, and how much ran."""
+        return self._position, len(self._tape)
+
+    def refused(self, error: torch.OutOfMemoryError) -> DeviceError:
+        """Returns what to raise where a pass found no memory and has ended; the next one is planned with more room."""
+        left_bytes, arena_bytes = self.allocator.left_bytes, self.execution.arena.taken_bytes
+        self.allocator.forget()
+        if self._with_more_room() is not None:
+            self._stale = True
+            way_out = "the next call leaves more room; call it again, or"
+        else:
+            way_out = "no plan leaves more:"
+        left = "" if left_bytes is None else f", which leaves {left_bytes} bytes to operators"
+        return DeviceError(
+            f"an operator found no memory under a budget of {format_bytes(self.budget_bytes)} ({self.budget_bytes} "
+            f"bytes), of which the arena has {arena_bytes} bytes{left}: {way_out} raise the budget "
+            f"(mball.set_budget), or compute less at one time. The device said: {str(error).partition(' If ')[0]}"
+        )
+
+    def _with_more_room(self) -> PassPlan | None:
+        """Returns a plan like the active one with a smaller arena; None if there is none, and nothing is changed."""
+        active, room, allocator = self._active, self.room, self.allocator
+        if active is None:
+            return None
+        before = room.missed_bytes, allocator.kept_bytes
+        while max(room.missed_bytes, allocator.kept_bytes) < self.budget_bytes:
+            # Nobody tells how much it was: twice as much each time.
+            if active.has_operators:
+                room.missed_bytes = max(2 * room.missed_bytes, self.budget_bytes // GROWTH_SHARE)
+            else:
+                allocator.kept_bytes = max(2 * allocator.kept_bytes, self.budget_bytes // GROWTH_SHARE)
+                self.plans.clear()
+            try:
+                planned = self._planned(active.tape.keys)
+            except BudgetError:
+                break
+            if planned.plan.arena_bytes < active.plan.arena_bytes:
+                return planned
+        room.missed_bytes, allocator.kept_bytes = before
+        return None
+
+    def _reserve_of(self, planned: PassPlan) -> int:
+        return self.room.needed_bytes if planned.has_operators else 0
 
     def _predict(self, key: Hashable) -> tuple[Hashable, ...]:
         """Returns the whole pass that segment `key` is expected to belong to."""
@@ -470,6 +584,11 @@ class Engine:
         return self._active is None or self._active.workspace_fits
 
     @property
+    def step_graph_bytes(self) -> int:
+        """What is held for recorded steps, or will be once a plan leaves room for it."""
+        return 0 if self.step_graphs is None else self.step_graphs.wanted_bytes
+
+    @property
     def plan(self) -> Plan | None:
         """The plan that is executed now."""
         return self._active.plan if self._active else None
@@ -479,6 +598,11 @@ class Engine:
         if not self._closed:
             self._closed = True
             try:
-                self.execution.close()
+                with contextlib.suppress(GpuLostError):  # `execution.close` says what that means
+                    if self.step_graphs is not None:
+                        self.step_graphs.forget()
             finally:
-                self.homes.close()
+                try:
+                    self.execution.close()
+                finally:
+                    self.homes.close()

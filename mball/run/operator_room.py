@@ -34,12 +34,14 @@ class OperatorRoom:
         self._budget_bytes = budget_bytes
         self._measured: dict[_Room, int] = {}
         self._settled: set[_Room] = set()  # what had to do, with nothing measured
+        self._missed: dict[_Room, int] = {}  # what more is wished for, since an operator got no memory
 
     def set_budget(self, budget_bytes: int) -> None:
         """Says that there is another budget now. What was measured stays known."""
         self._budget_bytes = budget_bytes
         self._measured = {room: size for room, size in self._measured.items() if room not in self._settled}
         self._settled = set()
+        self._missed = {}
 
     def state(self) -> RoomState:
         """Returns what `restore` takes."""
@@ -74,8 +76,17 @@ class OperatorRoom:
 
     @property
     def wished_bytes(self) -> int:
-        """The same with room to grow into."""
-        return round_up(self.needed_bytes, max(self._budget_bytes // GROWTH_SHARE, 1))
+        """The same with room to grow into, and for what an operator did not get."""
+        return round_up(self.needed_bytes + self.missed_bytes, max(self._budget_bytes // GROWTH_SHARE, 1))
+
+    @property
+    def missed_bytes(self) -> int:
+        """What passes like the open one are wished to have beside that, since an operator got no memory."""
+        return self._missed.get((self.kind, self.captured), 0)
+
+    @missed_bytes.setter
+    def missed_bytes(self, size_bytes: int) -> None:
+        self._missed[self.kind, self.captured] = size_bytes
 
     def note_live(self, live_bytes: int) -> None:
         """Says that the operators of the open pass hold this much now."""
@@ -84,10 +95,12 @@ class OperatorRoom:
             self._measured[self.kind, self.captured] = _bucket(live_bytes)
 
     def note_peak(self, peak_bytes: int) -> None:
-        """Says what the operators of a whole pass held at most."""
+        """Says what the operators of a whole pass that ended well held at most."""
         self._settled.discard((self.kind, self.captured))
         known = self._measured.get((self.kind, self.captured), 0)
-        self._measured[self.kind, self.captured] = max(known, _bucket(peak_bytes))
+        self._measured[self.kind, self.captured] = now = max(known, _bucket(peak_bytes))
+        if missed_bytes := self.missed_bytes:  # of which this is a part
+            self.missed_bytes = max(missed_bytes - (now - known), 0)
 
     def settle_for(self, size_bytes: int) -> None:
         """Says that there is no more than this, and nobody knows what is needed: pass the error on when it is more."""

@@ -8,8 +8,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mball.errors import BudgetError
+from mball.run.allocator_room import AllocatorRoom
 from mball.run.capture_cost import CaptureCost
 from mball.run.correction import Correction
 from mball.run.operator_room import OperatorRoom, RoomState
@@ -52,6 +54,7 @@ class PassPlan:
         reserve: the bytes that are kept for operators outside graphs.
         has_operators: whether there are such operators.
         workspace_fits: whether there is room for what operators allocate inside.
+        graph_bytes: the bytes that are kept for steps that are recorded.
     """
 
     tape: Tape
@@ -61,6 +64,16 @@ class PassPlan:
     reserve: int
     has_operators: bool
     workspace_fits: bool
+    graph_bytes: int
+
+
+class _Fit(NamedTuple):
+    """What a plan is to leave: bytes for operators, and of the limit for recorded steps; and whether for workspace."""
+
+    reserve: int
+    limit: int
+    workspace: bool
+    graph_bytes: int
 
 
 # By the keys of the tape and what was wished to be kept for operators.
@@ -74,19 +87,34 @@ class PassPlans:
         plan: makes plans.
         room: what operators outside graphs need.
         capture: what captured graphs hold.
+        allocator: what the allocator keeps beside tensors.
         correction: what is known of the time that passes take.
         budget_bytes: the budget; see `set_budget`.
+        graph_bytes: returns what steps that are recorded would take.
+
+    Attributes:
+        gathers: whether rows of tables are looked up at home; else plans have a place for the tables.
     """
 
     def __init__(
-        self, plan: Planner, room: OperatorRoom, capture: CaptureCost, correction: Correction, budget_bytes: int
+        self,
+        plan: Planner,
+        room: OperatorRoom,
+        capture: CaptureCost,
+        allocator: AllocatorRoom,
+        correction: Correction,
+        budget_bytes: int,
+        graph_bytes: Callable[[], int],
     ) -> None:
         self._plan = plan
         self._room = room
         self._capture = capture
+        self._allocator = allocator
         self._correction = correction
         self._budget_bytes = budget_bytes
+        self._graph_bytes = graph_bytes
         self._known: _Known = OrderedDict()
+        self.gathers = True
 
     @property
     def budget_bytes(self) -> int:
@@ -119,7 +147,8 @@ class PassPlans:
                 continue
             operators = any(isinstance(segment, OperatorSegment) for segment in segments)
             reserve = self._room.largest_bytes if operators else 0
-            tape = make_tape(f"pass of {len(segments)} segments", weights, segments, reserve, workspace=False)
+            name = f"pass of {len(segments)} segments"
+            tape = make_tape(name, weights, segments, reserve, workspace=False, gathers=self.gathers)
             try:
                 self._plan(tape.trace, self._budget_bytes, None)
             except BudgetError as error:
@@ -151,7 +180,7 @@ class PassPlans:
 
     def fits(self, weights: tuple[Tensor, ...], segment: Segment) -> bool:
         """Returns whether a pass of this segment alone fits, with what its operators allocate inside."""
-        tape = make_tape("a segment alone", weights, [segment], 0, workspace=True)
+        tape = make_tape("a segment alone", weights, [segment], 0, workspace=True, gathers=self.gathers)
         try:
             self._plan(tape.trace, self._budget_bytes, None)
         except BudgetError:
@@ -172,7 +201,7 @@ class PassPlans:
         self, weights: tuple[Tensor, ...], segments: Sequence[Segment], previous: Plan | None, operators: bool
     ) -> PassPlan:
         began_s = time.perf_counter()
-        tape, plan, reserve, workspace_fits = self._fit(weights, segments, previous, operators)
+        tape, plan, fit = self._fit(weights, segments, previous, operators)
         positions: dict[Hashable, tuple[int, ...]] = {}
         for position, segment in enumerate(segments):
             positions[segment.key] = (*positions.get(segment.key, ()), position)
@@ -185,43 +214,56 @@ class PassPlans:
             format_bytes(plan.prediction.streamed_bytes),
             format_bytes(plan.activation_bytes),
         )
-        return PassPlan(tape, plan, _stretches(tape, plan), positions, reserve, operators, workspace_fits)
+        return PassPlan(
+            tape, plan, _stretches(tape, plan), positions, fit.reserve, operators, fit.workspace, fit.graph_bytes
+        )
 
     def _fit(
         self, weights: tuple[Tensor, ...], segments: Sequence[Segment], previous: Plan | None, operators: bool
-    ) -> tuple[Tape, Plan, int, bool]:
-        """Returns a tape of these segments, its plan, what that keeps for operators, and whether for workspace too.
+    ) -> tuple[Tape, Plan, _Fit]:
+        """Returns a tape of these segments, its plan, and what that leaves for others.
 
-        What is only wished for, measured or guessed yields: room to grow first, then capture, then workspace.
+        What is only wished for, measured or guessed yields: recorded steps first, then room to grow, then capture and
+        what the allocator keeps, then workspace.
         """
         name, budget = f"pass of {len(segments)} segments", self._budget_bytes
-        without_capture = budget - self._capture.share_of(budget)
+        without_capture = budget - self._capture.share_of(budget) - self._allocator.share_of(budget)
         needed, wished = (self._room.needed_bytes, self._room.wished_bytes) if operators else (0, 0)
         slower = self._correction.slower(tuple(segment.key for segment in segments))
-        attempts = [(wished, without_capture, True), (needed, without_capture, True)]
-        attempts += [(needed, budget, True), (needed, budget, False)]
+        graphs = self._graph_bytes()
+        attempts = [_Fit(wished, without_capture, True, graphs), _Fit(needed, without_capture, True, graphs)]
+        attempts += [_Fit(wished, without_capture, True, 0), _Fit(needed, without_capture, True, 0)]
+        attempts += [_Fit(needed, budget, True, 0), _Fit(needed, budget, False, 0)]
         refused: list[BudgetError] = []
-        for reserve, limit, workspace in dict.fromkeys(attempts):
-            tape = make_tape(name, weights, segments, reserve, workspace=workspace, slower=slower)
+        for fit in dict.fromkeys(attempts):
+            tape = make_tape(
+                name,
+                weights,
+                segments,
+                fit.reserve,
+                workspace=fit.workspace,
+                gathers=self.gathers,
+                slower=slower,
+            )
             try:
-                plan = self._plan(tape.trace, limit, previous)
+                plan = self._plan(tape.trace, fit.limit - fit.graph_bytes, previous)
             except BudgetError as error:
                 refused.append(error)
                 continue
-            if not workspace:
+            if not fit.workspace:
                 logger.warning(
                     "operators take workspace that does not fit the budget of %s: %s would hold it too; it is on top",
                     format_bytes(budget),
                     format_bytes(refused[-1].smallest_bytes),
                 )
-            return tape, plan, reserve, workspace
+            return tape, plan, fit
         # Nothing is known yet of what operators allocate: keep what there is, and refuse once they hold more.
         spare = budget - (refused[-1].smallest_bytes - needed)
         if self._room.is_measured or not needed or spare < 0:
             raise refused[-1]
         self._room.settle_for(spare)
-        tape = make_tape(name, weights, segments, spare, workspace=False, slower=slower)
-        return tape, self._plan(tape.trace, budget, previous), spare, False
+        tape = make_tape(name, weights, segments, spare, workspace=False, gathers=self.gathers, slower=slower)
+        return tape, self._plan(tape.trace, budget, previous), _Fit(spare, budget, False, 0)
 
 
 def _stretches(tape: Tape, plan: Plan) -> tuple[Stretch, ...]:

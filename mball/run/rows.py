@@ -17,18 +17,29 @@ class RowsAtHome:
     Args:
         device: what compute reads in the place of a home.
         homes: where the tables lie.
+
+    Attributes:
+        are_possible: whether rows were found at home so far. Where they were not once, plans bring whole tables.
     """
 
     def __init__(self, device: Device, homes: Homes) -> None:
         self._device = device
         self._homes = homes
         self._asked_bytes: dict[int, int] = {}  # of each table, what the step said that it would read
+        self.are_possible = True
 
     def view(self, weight: int) -> torch.Tensor:
-        """Returns a weight as it lies at home, for a step that looks up rows of it; call `leave` when that is over."""
+        """Returns a weight as it lies at home, for a step that looks up rows of it; call `leave` when that is over.
+
+        Where compute cannot read it there that is a copy of all of it, beside what is planned, for this once.
+        """
         self._asked_bytes[weight] = 0
         reads = [FileRead.of(piece, 0) for piece in self._homes.pieces(weight)]
-        home = self._device.rows_of(self._homes.look_up(weight), reads)
+        mapped = self._homes.look_up(weight)
+        home = self._device.rows_of(mapped, reads) if self.are_possible else None
+        if home is None:
+            self.are_possible = False
+            home = mapped.to(self._device.place)
         with torch.inference_mode(False):
             return home.data.requires_grad_(self._homes.requires_grad[weight])
 

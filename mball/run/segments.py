@@ -111,6 +111,7 @@ def make_tape(
     operator_activation_bytes: int,
     *,
     workspace: bool = True,
+    gathers: bool = True,
     slower: float = 1.0,
 ) -> Tape:
     """Joins segments to the trace of one pass.
@@ -121,6 +122,7 @@ def make_tape(
         segments: in the order they run; at least one.
         operator_activation_bytes: peak of the tensors that operators outside graphs hold, assumed throughout.
         workspace: see Segment.describe.
+        gathers: whether rows are looked up at home; else steps read the tables.
         slower: times that steps take longer than they were measured to.
     """
     steps: list[Step] = []
@@ -132,7 +134,7 @@ def make_tape(
         own_steps, own_activations = segment.describe(workspace=workspace)
         # The same graph twice in a pass is two stretches: a plan must not merge across them.
         suffix = f"#{position}"
-        for step in own_steps:
+        for step in own_steps if gathers else map(_with_tables, own_steps):
             graph = None if step.graph is None else step.graph + suffix
             steps.append(replace(step, graph=graph, time_s=None if step.time_s is None else step.time_s * slower))
         activations += [activation.within(activation.name + suffix, start) for activation in own_activations]
@@ -142,3 +144,9 @@ def make_tape(
     trace = Trace(name=name, tensors=(*weights, *activations), steps=tuple(steps))
     handed = tuple(weights for segment in segments for weights in segment.handed)
     return Tape(segments=tuple(segments), starts=tuple(starts), handed=handed, trace=trace)
+
+
+def _with_tables(step: Step) -> Step:
+    """Returns a step that reads whole tables in the place of their rows."""
+    tables = tuple(gather.tensor for gather in step.gathers)
+    return replace(step, reads=tuple(sorted({*step.reads, *tables})), gathers=())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
 import os
 import struct
 from collections.abc import Callable
+from mmap import PAGESIZE
 from typing import Any
 
 from mball.storage.mounts import file_system_of
@@ -30,7 +30,7 @@ def is_cached(descriptor: int, first: int, end: int) -> bool:
     nothing. False where the file system cannot tell, or the file cannot be read: whoever reads it learns why.
     """
     byte = bytearray(1)
-    num_samples, num_misses = min(_NUM_SAMPLES, end - first), 0
+    num_samples, num_misses = min(_NUM_SAMPLES, -(-(end - first) // PAGESIZE)), 0
     for number in range(num_samples):
         try:
             os.preadv(descriptor, [byte], first + (end - first) * number // num_samples, os.RWF_NOWAIT)
@@ -52,7 +52,7 @@ def is_all_cached(descriptor: int, offset_bytes: int, size_bytes: int) -> bool:
     counts = ctypes.create_string_buffer(_COUNTS.size)
     if _syscall()(ctypes.c_long(_CACHESTAT), ctypes.c_uint(descriptor), stretch, counts, ctypes.c_uint(0)):
         return False
-    return int(_COUNTS.unpack(counts)[0]) * mmap.PAGESIZE >= size_bytes
+    return int(_COUNTS.unpack(counts)[0]) * PAGESIZE >= size_bytes
 
 
 @functools.cache

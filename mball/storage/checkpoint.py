@@ -69,11 +69,7 @@ class CheckpointIndex:
             CheckpointError: a file was written to since `open`; also if it was replaced or deleted, if `look` says so.
         """
         for file in self.files:
-            try:
-                changes = file.changes(look(file.path))
-            except OSError as error:
-                changes = [f"it cannot be found any more ({error.strerror})"]
-            if changes:
+            if changes := file.changes_on_disk(look):
                 raise CheckpointError(
                     f"checkpoint file {file.path} changed while in use: {'; '.join(changes)}. Its weights are read in "
                     "place, so results would be wrong: put the file back, or unwrap the model and wrap it anew"

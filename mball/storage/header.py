@@ -10,7 +10,7 @@ import os
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -96,6 +96,13 @@ class FileIdentity:
             device=facts.st_dev,
             inode=facts.st_ino,
         )
+
+    def changes_on_disk(self, look: Callable[[str], os.stat_result] = os.stat) -> list[str]:
+        """Returns `changes` of the file that `look` finds for the path: the one that is there now."""
+        try:
+            return self.changes(look(self.path))
+        except OSError as error:
+            return [f"it cannot be found any more ({error.strerror})"]
 
     def changes(self, now: os.stat_result) -> list[str]:
         """Returns for a person what differs between this identity and `now`; empty when nothing does."""

@@ -187,6 +187,8 @@ class SwapContent:
 
     def _bytes(self, first: int, end: int) -> bytearray:
         """Returns bytes of the file as they are or will be; the lock is held."""
+        if self._queue.stopping:  # its descriptor may be another file's by now
+            raise StorageError(f"{self._queue.target.label} is closed")
         content = bytearray(end - first)
         done = 0
         with memoryview(content) as view:

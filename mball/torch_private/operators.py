@@ -26,6 +26,22 @@ def writes_and_aliases(func: Any) -> tuple[frozenset[str | int], bool]:
     return frozenset(writes), any(result.alias_info is not None for result in schema.returns)
 
 
+def can_run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Returns whether a call of operator `func` that failed left everything as it was.
+
+    It writes nothing that it was given, and draws no random numbers (or none, since its `dropout_p` is 0).
+    """
+    if not isinstance(func, torch._ops.OpOverload) or writes_and_aliases(func)[0]:
+        return False
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return True
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return bool(given == 0)
+    return False
+
+
 def count_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     """Returns the floating point operations of one operator call, 0 when no formula is known."""
     from torch.utils.flop_counter import flop_registry

@@ -45,6 +45,10 @@ _USED = (
         "torch._functorch._aot_autograd.descriptors.PlainAOTInput",
         "finds weights in the graph of basic operators (compile='inductor')",
     ),
+    (
+        "torch._inductor.utils.get_first_incompatible_cudagraph_node",
+        "finds steps that cannot be CUDA graphs (mode='reduce-overhead')",
+    ),
     ("torch._TorchCompileInductorWrapper", "checks mode and options (compile='inductor')"),
     ("torch._guards.Source.name", "names the weights of graphs that come without their module"),
     ("torch._ops.OpOverload", "tells views and writes from reads"),

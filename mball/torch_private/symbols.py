@@ -46,6 +46,13 @@ def symbols_of(value: Any) -> dict[Any, Any]:
     return found
 
 
+def is_known_late(value: Any) -> bool:
+    """Returns whether this fake value, or a size of it, depends on data, so that nobody knows it before it is there."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return any(free_unbacked_symbols(size) for size in _sizes_of(value) if isinstance(size, torch.SymInt))
+
+
 def known_of(symbols: Mapping[Any, Any], names: Mapping[Any, Any]) -> Hashable:
     """Returns what a compiler may take for granted of symbols, in order, under these names: ranges and relations.
 

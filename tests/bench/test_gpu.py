@@ -175,7 +175,7 @@ def test_accelerate_keeps_what_is_used_first(tmp_path: Path) -> None:
 
 
 def test_an_order_says_what_to_load(tmp_path: Path) -> None:
-    loading = Loading(way=Way.ACCELERATE, checkpoint=tmp_path, budget_bytes=3, resident_bytes=7)
+    loading = Loading(way=Way.ACCELERATE, checkpoint=tmp_path, budget_bytes=3, resident_bytes=7, steps=Way.GRAPHS)
     assert Loading.of(json.loads(json.dumps(loading.order()))) == loading
 
 
@@ -252,6 +252,15 @@ def test_fits(scale: Scale) -> None:
     found = streaming.fits(scale, Way.PLAIN, Limit(60), quiet)
     assert {"fits_eager", "fits_eager_s", "fits_eager_plain_s", "fits_eager_read"} <= names_of(found)
     assert next(m for m in found if m.name == "fits_eager_read").median == 0
+
+
+@pytest.mark.slow
+def test_compiled_steps(scale: Scale) -> None:
+    """On a CPU, which has no graphs: torch.compile takes the mode there too."""
+    found = names_of(streaming.fits(scale, Way.GRAPHS, Limit(60), quiet))
+    assert {"fits_graphs", "fits_graphs_plain_s", "fits_graphs_recorded"} <= found
+    found = names_of(streaming.decode(scale, 50, Limit(60), quiet, steps=Way.GRAPHS))
+    assert {"decode_50_graphs", "decode_50_graphs_recorded"} <= found
 
 
 def test_peers(scale: Scale) -> None:

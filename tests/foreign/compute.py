@@ -9,10 +9,11 @@ import torch
 
 from mball.compute import Compute
 from mball.config import Config
-from mball.memory import ArenaRead, CpuDevice, Event, Gauge
+from mball.memory import ArenaRead, CopySource, CpuDevice, Event, Gauge, Graphs
 from mball.memory.arena import Arena
-from mball.storage import FileTable, ThreadedReader
+from mball.storage import CheckedReader, FileTable, ThreadedReader
 from tests.foreign import device as foreign
+from tests.foreign.graphs import ForeignGraphs
 from tests.foreign.region import ForeignRegion
 
 
@@ -33,8 +34,44 @@ class ForeignGauge:
         return foreign.memory_allocated()
 
 
+class ForeignCap:
+    """The allocator's cap, as `AllocatorCap` is of torch's."""
+
+    def __init__(self) -> None:
+        self._base_bytes = self._allocated_bytes = 0
+        self.left_bytes: int | None = None
+        self.num_passes = 0  # that began under a cap
+
+    def begin(self) -> None:
+        self._base_bytes, self._allocated_bytes = foreign.memory_held(), foreign.memory_allocated()
+
+    def make_room(self) -> None:
+        foreign.reset_peak_memory_stats()
+        foreign.empty_cache()
+
+    def set(self, left_bytes: int | None) -> int:
+        self.num_passes += left_bytes is not None
+        self.left_bytes = left_bytes
+        foreign.cap_memory(None if left_bytes is None else self._base_bytes + left_bytes)
+        taken_bytes = foreign.max_memory_allocated() - self._allocated_bytes
+        return max(foreign.memory_reserved() - self._base_bytes - taken_bytes, 0)
+
+
 class ForeignDevice(CpuDevice):
     """Compute is over when its call returns, as on the CPU, but its tensors are foreign, and it maps no files."""
+
+    def __init__(self, source: CopySource) -> None:
+        super().__init__(source)
+        self.allocator = ForeignCap()
+
+    def follow(self) -> None:
+        self.allocator.begin()
+
+    def make_room(self) -> None:
+        self.allocator.make_room()
+
+    def cap(self, left_bytes: int | None) -> int:
+        return self.allocator.set(left_bytes)
 
     @property
     def place(self) -> torch.device:
@@ -72,6 +109,9 @@ class ForeignDevice(CpuDevice):
     def gauge(self) -> Gauge:
         return ForeignGauge()
 
+    def graphs(self) -> Graphs:
+        return ForeignGraphs()
+
 
 def _memory(address: int, size_bytes: int) -> memoryview:
     return memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
@@ -80,5 +120,5 @@ def _memory(address: int, size_bytes: int) -> memoryview:
 def open_foreign(config: Config, files: FileTable) -> Compute:
     """Opens the foreign device, whatever `config` names."""
     foreign.load()
-    reader = ThreadedReader(files, num_threads=config.io_threads)
+    reader = CheckedReader(ThreadedReader(files, num_threads=config.io_threads), files)
     return Compute(device=ForeignDevice(reader), reader=reader)

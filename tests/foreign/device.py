@@ -37,8 +37,10 @@ def load(library: Path | None = None) -> None:
     torch.utils.rename_privateuse1_backend(_NAME)
     torch.ops.load_library(path)
     loaded = ctypes.CDLL(path)
-    for name in ("foreign_allocated_bytes", "foreign_peak_bytes"):
-        getattr(loaded, name).restype = ctypes.c_int64
+    for name in ("allocated_bytes", "peak_bytes", "held_bytes", "reserved_bytes"):
+        getattr(loaded, f"foreign_{name}").restype = ctypes.c_int64
+    for name in ("cap", "round"):
+        getattr(loaded, f"foreign_{name}").argtypes = [ctypes.c_int64]
     loaded.foreign_begin()
     loaded.foreign_tell(_let_go)
     # Tensors may outlive the interpreter; nobody is there to be told then.
@@ -169,13 +171,42 @@ def reset_peak_memory_stats(device: Any = None) -> None:
 
 
 reset_max_memory_allocated = reset_peak_memory_stats
-# Nothing is kept back.
-memory_reserved = memory_allocated
-max_memory_reserved = max_memory_allocated
+
+
+def memory_held(device: Any = None) -> int:
+    """Bytes of all foreign tensors, each rounded up as `round_sizes_to` says."""
+    assert _library is not None
+    return int(_library.foreign_held_bytes())
+
+
+def memory_reserved(device: Any = None) -> int:
+    """The most that `memory_held` was since `empty_cache`: what is freed is kept back."""
+    assert _library is not None
+    return int(_library.foreign_reserved_bytes())
 
 
 def empty_cache() -> None:
-    pass
+    """Keeps nothing back that no tensor is in."""
+    assert _library is not None
+    _library.foreign_empty_cache()
+
+
+def cap_memory(num_bytes: int | None) -> None:
+    """Has allocations that would make `memory_held` more than that raise torch.OutOfMemoryError; None: none does."""
+    assert _library is not None
+    _library.foreign_cap(-1 if num_bytes is None else num_bytes)
+
+
+def route_memory(give: Any = None, take: Any = None) -> None:
+    """Has two functions of a C library, as torch.cuda.MemPool calls them, give memory and take it back; None: none."""
+    assert _library is not None
+    _library.foreign_route(*(ctypes.cast(function, ctypes.c_void_p) for function in (give, take)))
+
+
+def round_sizes_to(num_bytes: int) -> None:
+    """Has tensors take a multiple of that from now on; 1: what they need."""
+    assert _library is not None
+    _library.foreign_round(num_bytes)
 
 
 # -- Dynamo -----------------------------------------------------------------------------------------------------------

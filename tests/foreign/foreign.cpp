@@ -4,6 +4,9 @@
 // very same memory, so the results are the CPU's bit for bit, and writes land where they should. What the kernel made
 // is foreign afterwards. Before that, tensors of two devices in one operator are refused as CUDA refuses them.
 
+#include <limits>
+#include <mutex>
+#include <map>
 #include <atomic>
 #include <cstdlib>
 #include <vector>
@@ -43,6 +46,27 @@ const Device kDevice(kForeign, 0);
 std::atomic<int64_t> allocated_bytes{0};
 std::atomic<int64_t> peak_bytes{0};
 
+// As a caching allocator has it: sizes are rounded up, what is freed is kept, and at the cap there is an error.
+std::atomic<int64_t> rounding_bytes{1};
+std::atomic<int64_t> held_bytes{0};
+std::atomic<int64_t> reserved_bytes{0};
+std::atomic<int64_t> cap_bytes{std::numeric_limits<int64_t>::max()};
+
+int64_t hold(int64_t bytes) {
+  const int64_t step = rounding_bytes.load();
+  const int64_t rounded = (bytes + step - 1) / step * step;
+  const int64_t now = held_bytes.fetch_add(rounded) + rounded;
+  if (now > cap_bytes.load()) {
+    held_bytes -= rounded;
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "foreign out of memory. Tried to allocate ", bytes, " bytes with ",
+                     now - rounded, " held of ", cap_bytes.load(), " that are allowed");
+  }
+  int64_t reserved = reserved_bytes.load();
+  while (now > reserved && !reserved_bytes.compare_exchange_weak(reserved, now)) {
+  }
+  return rounded;
+}
+
 void count(int64_t bytes) {
   const int64_t now = allocated_bytes.fetch_add(bytes) + bytes;
   int64_t peak = peak_bytes.load();
@@ -50,24 +74,67 @@ void count(int64_t bytes) {
   }
 }
 
-// Memory that the CPU's allocator gave. What a CPU kernel made becomes foreign without a copy, and counts from then on.
+// Who gives memory in the CPU allocator's place, by the functions that torch.cuda.MemPool would call; nobody at first.
+using Malloc = void* (*)(ssize_t, int, void*);
+using Free = void (*)(void*, ssize_t, int, void*);
+std::atomic<Malloc> route_malloc{nullptr};
+std::atomic<Free> route_free{nullptr};
+
+// As torch does it keeps what is freed, until it is told to empty its cache, for tensors of about that size.
+std::mutex kept_mutex;
+std::multimap<int64_t, void*> kept;
+
+void* routed(int64_t bytes, int64_t* size) {
+  const int64_t step = rounding_bytes.load();
+  *size = (bytes + step - 1) / step * step;
+  {
+    std::lock_guard<std::mutex> guard(kept_mutex);
+    auto found = kept.lower_bound(*size);
+    if (found != kept.end() && found->first <= 2 * *size) {
+      void* address = found->second;
+      *size = found->first;
+      kept.erase(found);
+      return address;
+    }
+  }
+  return route_malloc.load()(static_cast<ssize_t>(*size), 0, nullptr);
+}
+
+// Memory that the CPU's allocator gave, or whoever is in its place. What a CPU kernel made becomes foreign without a copy, and counts from then on.
 struct Counted {
   c10::DataPtr memory;
   Storage storage;  // of the CPU tensor that it was, or none
   int64_t bytes;
+  int64_t held;
+  void* routed;  // memory that is kept when it is freed
 };
 
 void uncount(void* context) {
   auto* counted = static_cast<Counted*>(context);
   allocated_bytes -= counted->bytes;
+  held_bytes -= counted->held;
+  if (counted->routed) {
+    std::lock_guard<std::mutex> guard(kept_mutex);
+    kept.emplace(counted->held, counted->routed);
+  }
   delete counted;
 }
 
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
+    if (route_malloc.load() && bytes) {
+      int64_t size = 0;
+      void* address = routed(static_cast<int64_t>(bytes), &size);
+      TORCH_CHECK_WITH(OutOfMemoryError, address, "foreign out of memory. Tried to allocate ", bytes, " bytes");
+      auto* counted = new Counted{c10::DataPtr(), Storage(), static_cast<int64_t>(bytes), size, address};
+      held_bytes += size;
+      count(counted->bytes);
+      return {address, counted, &uncount, kDevice};
+    }
+    const int64_t held = hold(static_cast<int64_t>(bytes));
     auto memory = c10::GetAllocator(c10::kCPU)->allocate(bytes);
     void* address = memory.get();
-    auto* counted = new Counted{std::move(memory), Storage(), static_cast<int64_t>(bytes)};
+    auto* counted = new Counted{std::move(memory), Storage(), static_cast<int64_t>(bytes), held, nullptr};
     count(counted->bytes);
     return {address, counted, &uncount, kDevice};
   }
@@ -83,7 +150,13 @@ Allocator allocator;
 REGISTER_ALLOCATOR(kForeign, &allocator)
 
 c10::DataPtr adopted(const Storage& host) {
-  auto* counted = new Counted{c10::DataPtr(), host, static_cast<int64_t>(host.nbytes())};
+  const int64_t bytes = static_cast<int64_t>(host.nbytes());
+  if (route_malloc.load()) {
+    auto memory = allocator.allocate(host.nbytes());
+    allocator.copy_data(memory.get(), host.data(), host.nbytes());
+    return memory;
+  }
+  auto* counted = new Counted{c10::DataPtr(), host, bytes, hold(bytes), nullptr};
   count(counted->bytes);
   return {host.mutable_data(), counted, &uncount, kDevice};
 }
@@ -800,6 +873,38 @@ int64_t foreign_peak_bytes() {
 
 void foreign_reset_peak() {
   peak_bytes.store(allocated_bytes.load());
+}
+
+int64_t foreign_held_bytes() {
+  return held_bytes.load();
+}
+
+int64_t foreign_reserved_bytes() {
+  return reserved_bytes.load();
+}
+
+void foreign_empty_cache() {
+  reserved_bytes.store(held_bytes.load());
+  std::lock_guard<std::mutex> guard(kept_mutex);
+  for (const auto& [size, address] : kept)
+    route_free.load()(address, size, 0, nullptr);
+  kept.clear();
+}
+
+// What tensors hold together, rounded up each, before an allocation is an error; negative: nothing is.
+void foreign_cap(int64_t bytes) {
+  cap_bytes.store(bytes < 0 ? std::numeric_limits<int64_t>::max() : bytes);
+}
+
+// Has others give memory from now on, and take back what they gave when the cache is emptied; null: nobody gives any.
+void foreign_route(Malloc give, Free take) {
+  if (take)
+    route_free.store(take);
+  route_malloc.store(give);
+}
+
+void foreign_round(int64_t bytes) {
+  rounding_bytes.store(bytes);
 }
 
 // Says who is told which `keep` is let go, on whichever thread drops it; nobody at the end of the process.

@@ -100,5 +100,5 @@ def test_a_file_that_changes_while_open(file: Path, tmp_path: Path) -> None:
     copy.write_bytes(file.read_bytes())
     with mball.open(copy) as checkpoint:
         os.utime(copy, ns=(0, 1))
-        with pytest.raises(CheckpointError, match=r"model\.gguf changed since it was opened: modification time"):
+        with pytest.raises(CheckpointError, match=r"model\.gguf changed while it was open: modification time"):
             checkpoint.get_tensor("quantised")

@@ -269,6 +269,25 @@ def test_too_little_memory(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         mball.load_file(file, copy=True)
 
 
+def test_what_lies_between_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = {name: torch.full((3 * MIB,), at, dtype=torch.uint8) for at, name in enumerate("abcd")}
+    save_file(tensors, path)
+    read_bytes = 0
+    monkeypatch.setattr(safetensors_source, "choose_reader", lambda **_: ReaderChoice())  # threads of Python
+    real = ThreadedReader.submit
+
+    def submit(reader: Any, reads: Any) -> Any:
+        nonlocal read_bytes
+        read_bytes += sum(read.size_bytes for read in reads)
+        return real(reader, reads)
+
+    monkeypatch.setattr(ThreadedReader, "submit", submit)
+    with mball.open(path, copy=True) as checkpoint:
+        assert_same(checkpoint.get_tensors(["d", "a"]), {name: tensors[name] for name in "ad"})
+    assert 6 * MIB <= read_bytes < 6 * MIB + 65536
+
+
 # -- files that change -----------------------------------------------------------------------------------------
 
 
@@ -302,6 +321,20 @@ def test_a_file_that_is_replaced_while_open_is_read_as_it_was(tmp_path: Path, co
         os.replace(tmp_path / "other", path)
         assert int(checkpoint.get_tensor("a").sum()) == MIB
         assert int(checkpoint.get_slice("a")[:7].sum()) == 7
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_file_that_is_cut_short_while_it_is_read(
+    tmp_path: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped or copied, what is missing is an error and no signal."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(4 * MIB, dtype=torch.uint8)}, path)
+    monkeypatch.setattr(safetensors_source, "is_cached", lambda *_: cached)
+    for function in (safetensors_source.OwnMemory.reads, safetensors_source.MappedMemory.fill):
+        monkeypatch.setattr(function, "__defaults__", (MIB,))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was open: size"):
+        mball.load_file(path, in_flight_bytes=1, progress=lambda done, total: os.truncate(path, 2 * MIB))
 
 
 def test_a_file_that_is_written_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

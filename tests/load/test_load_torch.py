@@ -62,6 +62,16 @@ def test_a_copy_is_not_the_file(tmp_path: Path) -> None:
     assert int(found["embed"].sum()) == sum(range(60))
 
 
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_file_that_changes_while_open(tmp_path: Path, copy: bool | None) -> None:
+    torch.save(tied(), tmp_path / "model.pt")
+    with mball.open(tmp_path / "model.pt", copy=copy) as checkpoint:
+        os.utime(tmp_path / "model.pt", ns=(0, 1))
+        for ask in (lambda: checkpoint.get_tensor("alone"), lambda: checkpoint.get_slice("alone")[:1]):
+            with pytest.raises(CheckpointError, match=r"model\.pt changed while it was open: modification time"):
+                ask()
+
+
 def test_ties_on_another_device(tmp_path: Path, foreign: ModuleType) -> None:
     torch.save(tied(), tmp_path / "model.pt")
     found = mball.load_file(tmp_path / "model.pt", "foreign")

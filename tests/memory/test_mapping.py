@@ -417,3 +417,21 @@ def test_pages_of_a_range_alone_are_given_back(file: Path) -> None:
     assert torch.equal(values, expected)
     with pytest.raises(DeviceError, match="whole pages"):
         mapping.drop_clean(8 * PAGE, SIZE + PAGE)
+
+
+def test_populated_pages_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(data(SIZE, 5))
+    descriptor = os.open(path, os.O_RDONLY)
+    mapping = PrivateMapping(descriptor, 0, SIZE)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    mapping.populate(0, 8 * PAGE)
+    assert mapping.touched_bytes() >= 8 * PAGE
+    assert not mapping.written()
+    os.truncate(path, PAGE)
+    os.close(descriptor)
+    with pytest.raises(DeviceError, match=rf"bytes \[{2 * PAGE}, {3 * PAGE}\) .* cannot be read: Bad address"):
+        mapping.populate(2 * PAGE, 3 * PAGE)
+    with pytest.raises(DeviceError, match="no whole pages"):
+        mapping.populate(1, PAGE)

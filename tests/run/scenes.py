@@ -15,10 +15,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
+import pytest
 import torch
 from torch import nn
 
 import mball
+from mball.errors import DeviceError
 from mball.observe.report import Report
 from tests.run.harness import DifferentError, assert_same, assert_streamed, engine_of, make, run, weight_bytes
 from tests.run.there import There, tensors_in
@@ -96,12 +98,15 @@ class Row(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(num_layers))
         self.is_broken = False
+        self.hungry_bytes = 0  # what an operator takes at the end, in one piece
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for number, layer in enumerate(self.layers):
             if self.is_broken and number == len(self.layers) // 2:
                 x = x @ x.new_ones(3, 3)
             x = x + layer(x)
+        if self.hungry_bytes:
+            x = x + x.repeat(self.hungry_bytes // x.nbytes, 1).sum() * 0
         return x
 
 
@@ -109,14 +114,20 @@ class Row(nn.Module):
 
 
 def streams_as_resident(
-    place: Place, kind: str, *, capture: str, swap_dir: Path, hostility: Hostility = Hostility.POISONED
+    place: Place,
+    kind: str,
+    *,
+    capture: str,
+    swap_dir: Path,
+    hostility: Hostility = Hostility.POISONED,
+    **settings: Any,
 ) -> Report:
     """All calls of a kind of model, three times over."""
     specimen = place.specimens[kind]
     expected = resident(place, make(specimen.make), specimen.runs)
     model = make(specimen.make)
     budget_bytes = int(weight_bytes(model) * specimen.budget) + place.activation_bytes
-    with place.wrapped(model, budget_bytes, swap_dir=swap_dir, hostility=hostility, capture=capture):
+    with place.wrapped(model, budget_bytes, swap_dir=swap_dir, hostility=hostility, capture=capture, **settings):
         for attempt in range(3):
             for number, call in enumerate(specimen.runs):
                 compare(place, model, call, expected[number], f"{kind}, attempt {attempt}, call {number}")
@@ -293,6 +304,35 @@ def unwrapped_it_is_as_before(place: Place, *, swap_dir: Path, used_bytes: Calla
     return {"before": before, "wrapped": wrapped, "after": used_bytes()}
 
 
+def steps_are_recorded(place: Place, *, swap_dir: Path, hostility: Hostility) -> None:
+    """Steps as graphs, under budgets that move their slots: the bits of steps that are launched as they are."""
+    width = 2 * place.width
+    layer_bytes = 4 * width**2
+    plain, model = (make(lambda: Row(width)) for _ in range(2))
+    inputs = [noise(3, width, seed=seed).to(place.name) for seed in range(5)]
+    calls = [lambda m, x=x: m(x) for x in inputs]
+    settings: dict[str, Any] = {"compile": "inductor", "step_bytes": layer_bytes, "capture": "graphs"}
+
+    def budget_bytes(num_slots: int) -> int:
+        return num_slots * layer_bytes + place.page_bytes + 2 * place.activation_bytes
+
+    with place.wrapped(plain, budget_bytes(16), swap_dir=swap_dir, hostility=Hostility.NONE, **settings):
+        expected = [run(plain, call).cpu() for call in calls]
+    settings["mode"] = "reduce-overhead"
+    with place.wrapped(model, budget_bytes(3), swap_dir=swap_dir, hostility=hostility, **settings):
+        for num_slots in (3, 5, 2, 16):
+            mball.set_budget(model, budget_bytes(num_slots))
+            # Nobody looks at a result before all were issued.
+            found = [run(model, call) for call in (*calls, *calls)]
+            place.finish()
+            for number, got in enumerate(found):
+                assert_same(got.cpu(), expected[number % len(calls)], f"{num_slots} slots, call {number}")
+            report = mball.report(model)
+            assert report.step_graphs == NUM_LAYERS, report
+            assert report.peak_bytes <= report.budget_bytes, report
+            assert (report.bytes_read_last_pass == 0) == (num_slots > NUM_LAYERS), report
+
+
 # -- what they share --------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +417,30 @@ def write_shifted(model: nn.Module, path: Path, shift_bytes: int) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         for value in state.values():
             file.write(value.flatten().view(torch.uint8).numpy().data)
+
+
+def residents_yield(place: Place, *, swap_dir: Path, allocator: str = "torch") -> None:
+    """An operator finds no memory under the cap that the budget is to the allocator: it gets the arena's."""
+    plain, model = (make(lambda: Row(place.width)) for _ in range(2))
+    x = noise(3, place.width).to(place.name)
+    (expected,) = resident(place, plain, [lambda m: m(x)])
+    budget_bytes = 6 * place.layer_bytes + place.page_bytes + place.activation_bytes
+    with place.wrapped(model, budget_bytes, swap_dir=swap_dir, capture="operators", allocator=allocator):
+        for attempt in range(5):  # the first ones are not capped
+            compare(place, model, lambda m: m(x), expected, f"attempt {attempt}")
+        arena = engine_of(model).execution.arena
+        before = arena.backed_bytes
+        model.hungry_bytes = 3 * place.layer_bytes
+        compare(place, model, lambda m: m(x), expected, "hungry")
+        assert arena.backed_bytes < before, "nothing yielded"
+        for attempt in range(3):
+            compare(place, model, lambda m: m(x), expected, f"hungry, attempt {attempt}")
+        if allocator == "torch":  # segments are large beside this budget: what they keep may be on top of it
+            model.hungry_bytes = budget_bytes
+            with pytest.raises(DeviceError, match=f"no memory under a budget of .*{budget_bytes} bytes"):
+                run(model, lambda m: m(x))
+        model.hungry_bytes = 0
+        compare(place, model, lambda m: m(x), expected, "after an error")
 
 
 @contextmanager

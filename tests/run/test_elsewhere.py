@@ -247,12 +247,6 @@ def test_a_device_is_told_of_passes_and_of_an_arena_that_grows(tmp_path: Path) -
     assert device.calls == ["make room", "follow"]
 
 
-@pytest.mark.parametrize("settings", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}])
-def test_graphs_that_would_copy_weights_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="CUDA graphs, which would keep a copy"):
-        mball.wrap(make(llama), "1GiB", device="cuda", compile="inductor", swap_dir=tmp_path, **settings)
-
-
 def test_autocast_is_refused_where_it_cannot_reach_weights(tmp_path: Path) -> None:
     model = wrap_there(make(llama), int(weight_bytes(make(llama)) * 0.7), swap_dir=tmp_path)
     torch.set_autocast_enabled("foreign", True)

@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 import torch
 
+from mball.errors import DeviceError
 from mball.memory import facts
+from mball.memory.allocator.library import load_library
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_streams import CudaStreams
@@ -138,6 +140,11 @@ def test_passes_follow_each_other(
     )
 
 
+@pytest.mark.parametrize("hostility", [Hostility.POISONED, Hostility.LATE_COPIES], ids=lambda each: each.value)
+def test_steps_are_recorded(hostility: Hostility, place: Place, tmp_path: Path) -> None:
+    play(lambda: scenes.steps_are_recorded(place, swap_dir=tmp_path, hostility=hostility))
+
+
 @pytest.mark.parametrize("hostility", [Hostility.LATE_COPIES, Hostility.LATE_COMPUTE], ids=lambda each: each.value)
 @pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "by-nobody"])
 def test_streams_take_turns(ordered: bool, hostility: Hostility, place: Place, tmp_path: Path) -> None:
@@ -151,6 +158,34 @@ def test_writes_are_noticed(capture: str, place: Place, tmp_path: Path) -> None:
 
 def test_budgets_follow_each_other(place: Place, tmp_path: Path) -> None:
     play(lambda: scenes.budgets_follow_each_other(place, swap_dir=tmp_path))
+
+
+@pytest.fixture(params=["torch", "mball"])
+def allocator(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Skips where this GPU or machine cannot have it."""
+    if request.param == "mball":
+        driver = CudaDriver()
+        has_virtual_memory = driver.has_virtual_memory
+        driver.close()
+        if not has_virtual_memory:
+            pytest.skip("GPU 0 has no virtual memory")
+        try:
+            load_library(tmp_path)
+        except DeviceError as error:
+            pytest.skip(str(error))
+    return str(request.param)
+
+
+def test_residents_yield(allocator: str, place: Place, tmp_path: Path) -> None:
+    before = torch.cuda.get_per_process_memory_fraction(0)
+    play(lambda: scenes.residents_yield(place, swap_dir=tmp_path, allocator=allocator))
+    assert torch.cuda.get_per_process_memory_fraction(0) == before
+
+
+@pytest.mark.parametrize("allocator", ["mball"], indirect=True)
+@pytest.mark.parametrize(("kind", "capture"), [("llama-fp32", "graphs"), ("sequential", "operators")])
+def test_streams_in_segments(kind: str, capture: str, allocator: str, place: Place, tmp_path: Path) -> None:
+    play(lambda: scenes.streams_as_resident(place, kind, capture=capture, swap_dir=tmp_path, allocator=allocator))
 
 
 @pytest.mark.parametrize("capture", ["graphs", "operators"])

@@ -206,7 +206,7 @@ def test_damaged_headers(folder: Path, raw: bytes) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60_000)
+@settings(max_examples=20_000)
 @given(raw=damaged_files())
 def test_damaged_headers_at_length(folder: Path, raw: bytes) -> None:
     check_damaged(folder / "damaged.safetensors", raw)

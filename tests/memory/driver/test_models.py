@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import mball
+from mball.api import trace_and_plan
 from mball.errors import DeviceError
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_errors import GpuLostError
@@ -26,6 +27,7 @@ from tests.foreign import device as foreign
 from tests.memory.driver.models import wrapped_over_the_driver
 from tests.memory.driver.standin import CODES, Order, StandIn
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
+from tests.run.test_gathers import Reader, tokens
 from tests.run.there import PLACE, compare
 from tests.run.zoo import ZOO, ids, llama, logits
 
@@ -113,6 +115,32 @@ def test_the_budget_holds_whatever_comes(standin: StandIn, tmp_path: Path) -> No
                 assert seen + activations <= budget, f"{share}, {rows} x {length}"
                 assert seen <= mball.report(model).arena_bytes
             compare(model, plain, logits(2, 5), f"{share}")
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+@pytest.mark.parametrize("why", ["not pinned", "not read"])
+def test_tables_that_cannot_be_read_over_the_link_are_brought(
+    why: str, capture: str, standin: StandIn, tmp_path: Path
+) -> None:
+    plain = make(Reader)
+    if why == "not read":
+        standin.configure(host_addresses=False)
+    with wrapped(make(Reader), 1.2, swap_dir=tmp_path, capture=capture) as model:
+        if why == "not pinned":
+            standin.fail(1, 10_000, code=CODES["OUT_OF_MEMORY"], function="cuMemHostRegister")
+        compare(model, plain, lambda m: m(tokens(2, 6)))
+        assert not engine_of(model).execution.rows.are_possible
+        for _ in range(3):
+            compare(model, plain, lambda m: m(tokens(2, 6)))
+        trace, plan = trace_and_plan(model)
+        assert not any(step.gathers for step in trace.steps)
+        table = next(number for number, tensor in enumerate(trace.tensors) if tensor.name == "table.weight")
+        assert any(table in bundle.tensors for bundle in plan.bundles), "nobody plans for it"
+        size = weight_bytes(plain)
+        mball.set_budget(model, int(size * 0.8))
+        for _ in range(3):
+            compare(model, plain, lambda m: m(tokens(2, 6)))
+        assert assert_streamed(model).bytes_read_last_pass
 
 
 FAILING = ["cuMemcpyHtoDAsync", "cuEventRecord", "cuStreamWaitEvent", "cuMemCreate", "cuMemMap", "cuMemHostRegister"]

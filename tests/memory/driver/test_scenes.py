@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from mball.trace import inductor
 from mball.units import GIB, KIB, MIB
 from tests.foreign import device as foreign
+from tests.foreign.pieces import as_it_is
 from tests.memory.driver.models import wrapped_over_the_driver
 from tests.memory.driver.standin import EXTENT_BYTES, GRANULE_BYTES, Order, StandIn
 from tests.run import scenes
@@ -119,6 +121,11 @@ def test_passes_follow_each_other(
     assert bool(spins) == (hostility is not Hostility.NONE)
 
 
+def test_steps_are_recorded(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(inductor, "compile_piece", as_it_is)
+    scenes.steps_are_recorded(place, swap_dir=tmp_path, hostility=Hostility.POISONED)
+
+
 @pytest.mark.parametrize("ordered", [True, False])
 def test_streams_take_turns(ordered: bool, place: Place, tmp_path: Path) -> None:
     scenes.streams_take_turns(place, ordered=ordered, swap_dir=tmp_path, hostility=Hostility.NONE)
@@ -136,6 +143,15 @@ def test_a_table_that_is_written_lies_elsewhere(large_place: Place, tmp_path: Pa
 
 def test_budgets_follow_each_other(place: Place, tmp_path: Path) -> None:
     scenes.budgets_follow_each_other(place, swap_dir=tmp_path)
+
+
+@pytest.mark.parametrize("allocator", ["torch", "mball"])
+def test_residents_yield(allocator: str, large_place: Place, tmp_path: Path) -> None:
+    foreign.round_sizes_to(512)
+    try:
+        scenes.residents_yield(large_place, swap_dir=tmp_path, allocator=allocator)
+    finally:
+        foreign.round_sizes_to(1)
 
 
 @pytest.mark.parametrize("capture", ["graphs", "operators"])
