@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from mball.errors import StorageError
+from mball.storage.cached import is_all_cached
 from mball.storage.chunks import (
     CLOSED,
     DEFAULT_CHUNK_BYTES,
@@ -32,7 +33,6 @@ from mball.storage.chunks import (
     refuse_waiting,
 )
 from mball.storage.files import FileTable
-from mball.storage.page_cache import is_cached
 from mball.storage.reader import Read, ReadStatistics
 
 
@@ -88,7 +88,7 @@ def _read(chunk: Chunk) -> tuple[int, int]:
     done = direct_bytes = num_requests = 0
     buffered = False
     if chunk.alignment_bytes is not None and chunk.may_be_cached:
-        buffered = is_cached(chunk.file.buffered, chunk.offset_bytes, chunk.required_bytes)
+        buffered = is_all_cached(chunk.file.buffered, chunk.offset_bytes, chunk.required_bytes)
     while done < chunk.required_bytes:
         # After a short read at an odd place only the page cache can go on.
         alignment_bytes = None if buffered else chunk.alignment_bytes

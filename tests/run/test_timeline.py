@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from mball.errors import BudgetError, WrapError
 from mball.observe.timeline import Lane, Timeline
 from mball.run.execution import Execution
 from mball.snapshot import take_timeline
-from mball.storage.threads import _Chunk
+from tests.preads import SetPreadv
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes, wrap_hostile
 from tests.run.test_passes import Pieces
 from tests.run.zoo import noise
@@ -150,21 +151,21 @@ def test_events_that_know_no_times_last_from_asking_to_landing(settled: Any) -> 
 
 
 @pytest.mark.parametrize("capture", ["graphs", "operators"])
-def test_the_reader_knows_when_a_read_really_ran(capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reader_knows_when_a_read_really_ran(capture: str, tmp_path: Path, set_preadv: SetPreadv) -> None:
     model = wrapped(tmp_path, capture)
     for _ in range(4):
         run(model, call)
     times: list[tuple[float, float]] = []
-    read_chunk = _Chunk.run
+    preadv = os.preadv
 
-    def slow(self: _Chunk) -> tuple[int, int]:
+    def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         began_s = time.perf_counter()
         time.sleep(0.003)
-        result = read_chunk(self)
+        result = preadv(descriptor, buffers, offset)
         times.append((began_s, time.perf_counter()))
         return result
 
-    monkeypatch.setattr(_Chunk, "run", slow)
+    set_preadv(slow)
     engine_of(model).execution.device.synchronize()
     run(model, call)
     engine_of(model).execution.device.synchronize()
@@ -190,19 +191,19 @@ def gate() -> Iterator[threading.Event]:
 
 
 def test_a_read_across_the_end_of_a_pass_is_in_both(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_preadv: SetPreadv, gate: threading.Event
 ) -> None:
     # Where there is room for one step only, what the first one reads has to wait for the last one, in every plan.
     model = smallest(tmp_path)
     settle(model)
-    leave, enter, read_chunk = Execution.leave, Execution.enter, _Chunk.run
+    leave, enter, preadv = Execution.leave, Execution.enter, os.preadv
     begun = threading.Event()
 
-    def gated(self: _Chunk) -> tuple[int, int]:
+    def gated(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         if not gate.is_set():
             begun.set()
         assert gate.wait(60)
-        return read_chunk(self)
+        return preadv(descriptor, buffers, offset)
 
     def leave_and_close(self: Execution, step: int) -> None:
         assert self.plan is not None
@@ -216,7 +217,7 @@ def test_a_read_across_the_end_of_a_pass_is_in_both(
         gate.set()
         return enter(self, step)
 
-    monkeypatch.setattr(_Chunk, "run", gated)
+    set_preadv(gated)
     monkeypatch.setattr(Execution, "leave", leave_and_close)
     monkeypatch.setattr(Execution, "enter", open_and_enter)
     run(model, call)

@@ -12,8 +12,8 @@ import pytest
 from mball.storage import DirectIO, FileTable, Reader, file_system_of
 from mball.storage import files as files_module
 from mball.storage.alignment import Alignment, alignment_of
+from mball.storage.cached import is_all_cached
 from mball.storage.mounts import FileSystem, page_cache_reason
-from mball.storage.page_cache import is_cached
 from tests.preads import SetPreadv
 from tests.storage.reads import FILE_BYTES, MakeReader, memory, opened, read
 from tests.storage.test_reader_direct import is_direct
@@ -119,9 +119,9 @@ def test_a_disk_that_wants_64_kib(
 def test_what_is_cached_is_read_from_there_if_asked(path: str, content: bytes, make_reader: MakeReader) -> None:
     with open(path, "rb") as file:
         file.read()
-        if not is_cached(file.fileno(), 0, FILE_BYTES):
+        if not is_all_cached(file.fileno(), 0, FILE_BYTES):
             pytest.skip("this kernel does not tell what is cached")
-        assert not is_cached(file.fileno(), 0, FILE_BYTES + 65536), "there is no more"
+        assert not is_all_cached(file.fileno(), 0, FILE_BYTES + 65536), "there is no more"
     for mode, direct_bytes in ((DirectIO.UNCACHED, 0), (DirectIO.ALWAYS, 3 * KIB_64)):
         files = FileTable(direct=mode)
         files.add_path(path)
@@ -147,7 +147,7 @@ def test_what_is_not_cached_is_read_past_the_page_cache(
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if is_cached(file.fileno(), 0, 4096):
+        if is_all_cached(file.fileno(), 0, 4096):
             pytest.skip("the page cache keeps it")
     reader: Reader = make_reader(files)
     destination = memory(FILE_BYTES)

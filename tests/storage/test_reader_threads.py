@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 
 import numpy
 import pytest
@@ -62,6 +63,26 @@ def test_idle_threads_hold_no_destination(reader: Reader, path: str) -> None:
     reader.drain()
     del array
     assert gone() is None
+
+
+def test_what_nobody_waited_for_is_let_go_of_too(reader: Reader, path: str, held_reads: HeldReads) -> None:
+    for look in (lambda: reader.submit([]), reader.drain, lambda: reader.statistics):
+        held_reads.begun.clear()
+        held_reads.let_go.clear()
+        array = numpy.empty(4096, dtype=numpy.uint8)
+        gone = weakref.ref(array)
+        reader.submit([read(path, 0, 4096, array.data)])  # and the handle is dropped
+        del array
+        assert held_reads.begun.wait(60)
+        gc.collect()
+        assert gone() is not None, "memory went away under a read"
+        held_reads.let_go.set()
+
+        def is_gone(gone: weakref.ref[object] = gone, look: Callable[[], object] = look) -> bool:
+            look()
+            return gone() is None
+
+        assert soon(is_gone)
 
 
 def test_a_reader_closed_before_its_first_submit_stays_closed(files: FileTable, make_reader: MakeReader) -> None:
