@@ -210,7 +210,8 @@ class SwapFile:
     def free(self, offset_bytes: int) -> None:
         """Gives back the extent that `allocate` returned this offset of. Nothing may use it any more.
 
-        What is still to be written to it is waited for. Its place on disk is kept for the next extent; see `trim`.
+        One of no bytes is none. What is still to be written to it is waited for. Its place on disk is kept for the next
+        extent; see `trim`.
 
         Raises:
             StorageError: there is no such extent.
@@ -220,8 +221,6 @@ class SwapFile:
             start = offset_bytes - offset_bytes % PAGE_BYTES
             extent = self._extents.find(start)
             if extent is None or extent.start != start:
-                if not self._extents.end and not start:
-                    return  # of no bytes
                 raise StorageError(f"{self._name}: no extent begins at {offset_bytes} B; give what allocate returned")
             self._queue.settle(extent.start, extent.end)
             self._extents.free(extent)
