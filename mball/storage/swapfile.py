@@ -274,6 +274,7 @@ class SwapFile:
 
         After an error or an interrupt nothing of it is under way any more.
         """
+        self._check_process()  # before locks, which a thread may have held at the fork
         self.fd  # noqa: B018 - raises when closed
         handles: list[PendingWrites] = []
         try:
@@ -324,6 +325,7 @@ class SwapFile:
 
     def begin(self, read: Read) -> tuple[list[Read], list[BlockSum]]:
         """Brings what still waits to be written from memory; returns what is left to read, and what to check then."""
+        self._check_process()
         return self._content.begin(read)
 
     def check(self, read: Read, sums: Sequence[BlockSum]) -> None:
@@ -332,6 +334,7 @@ class SwapFile:
         Raises:
             StorageError: something else was written; it names file, offset and both sums.
         """
+        self._check_process()
         self._content.check(read, sums)
 
     def verify(self, offset_bytes: int, size_bytes: int) -> None:
@@ -340,6 +343,7 @@ class SwapFile:
         Raises:
             StorageError: as `check`.
         """
+        self._check_process()
         self._content.verify(offset_bytes, offset_bytes + size_bytes)
 
     # -- inside --------------------------------------------------------------------------------------------------

@@ -298,7 +298,20 @@ def test_a_forked_child_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     with opened(tmp_path) as (swap, reader):
         start = swap.allocate(MIB)
         swap.write(start, content(MIB))
+        finished = reader.submit([Read(file=swap.name, offset_bytes=start, size_bytes=PAGE, destination=memory(PAGE))])
+        reader.drain()
+        held, let_go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with swap._queue.lock:
+                held.set()
+                let_go.wait()
+
+        # As a writing thread may do at any time; in the child nobody releases it.
+        threading.Thread(target=hold, daemon=True).start()
+        held.wait()
         child = os.fork()
+        let_go.set()
         if not child:
             code = 1
             try:
@@ -307,6 +320,9 @@ def test_a_forked_child_is_refused_and_harms_nothing(tmp_path: Path) -> None:
                     lambda: swap.allocate(MIB),
                     lambda: swap.free(start),
                     swap.trim,
+                    lambda: read_back(swap, reader, start, PAGE),
+                    lambda: swap.verify(start, PAGE),
+                    finished.wait,
                 )
                 refused = 0
                 for act in acts:
