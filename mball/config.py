@@ -61,7 +61,7 @@ class SwapCheck(Enum):
     """When what comes back from the swap file is held against its checksum.
 
     FIRST does it in the first read after a write: it finds what was written wrongly, and costs nothing from then on.
-    ALWAYS also finds what goes bad later, for 0.06 s of a core a GB with xxhash installed, 0.25 s without. OFF makes no
+    ALWAYS also finds what goes bad later, for 0.07 s of a core a GB with xxhash installed, 0.25 s without. OFF makes no
     checksums.
     """
 

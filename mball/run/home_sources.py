@@ -52,8 +52,9 @@ def write_homes(weights: Sequence[OwnedWeight], swap: SwapFile) -> tuple[HomeFil
         swap.flush()
         return map_homes(swap.name, swap.fd, swap, placed)
     except BaseException:
-        swap.free(start)
-        swap.trim()
+        if end:
+            swap.free(start)
+            swap.trim()
         raise
 
 

@@ -210,7 +210,8 @@ class SwapFile:
     def free(self, offset_bytes: int) -> None:
         """Gives back the extent that `allocate` returned this offset of. Nothing may use it any more.
 
-        What is still to be written to it is waited for. Its place on disk is kept for the next extent; see `trim`.
+        One of no bytes is none. What is still to be written to it is waited for. Its place on disk is kept for the next
+        extent; see `trim`.
 
         Raises:
             StorageError: there is no such extent.
@@ -220,8 +221,6 @@ class SwapFile:
             start = offset_bytes - offset_bytes % PAGE_BYTES
             extent = self._extents.find(start)
             if extent is None or extent.start != start:
-                if not self._extents.end and not start:
-                    return  # of no bytes
                 raise StorageError(f"{self._name}: no extent begins at {offset_bytes} B; give what allocate returned")
             self._queue.settle(extent.start, extent.end)
             self._extents.free(extent)
@@ -275,6 +274,7 @@ class SwapFile:
 
         After an error or an interrupt nothing of it is under way any more.
         """
+        self._check_process()  # before locks, which a thread may have held at the fork
         self.fd  # noqa: B018 - raises when closed
         handles: list[PendingWrites] = []
         try:
@@ -325,6 +325,7 @@ class SwapFile:
 
     def begin(self, read: Read) -> tuple[list[Read], list[BlockSum]]:
         """Brings what still waits to be written from memory; returns what is left to read, and what to check then."""
+        self._check_process()
         return self._content.begin(read)
 
     def check(self, read: Read, sums: Sequence[BlockSum]) -> None:
@@ -333,6 +334,7 @@ class SwapFile:
         Raises:
             StorageError: something else was written; it names file, offset and both sums.
         """
+        self._check_process()
         self._content.check(read, sums)
 
     def verify(self, offset_bytes: int, size_bytes: int) -> None:
@@ -341,6 +343,7 @@ class SwapFile:
         Raises:
             StorageError: as `check`.
         """
+        self._check_process()
         self._content.verify(offset_bytes, offset_bytes + size_bytes)
 
     # -- inside --------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class _Watch:
 _watch = _Watch()
 
 
-def watched(handle: Waited, wait: Callable[[], None], doing: Callable[[], str]) -> None:
+def watched(handle: Waited, wait: Callable[[], object], doing: Callable[[], str]) -> None:
     """Calls `wait`, and warns once if that takes longer than `SLOW_S`.
 
     Args:

@@ -246,7 +246,16 @@ class WriteQueue:
     def wait_for_room(self) -> None:
         """Blocks while the queue is full; the caller holds the lock, once."""
         while self.full and not self.stopping:
-            self.changed.wait()
+            watched(self, self.changed.wait, lambda: f"writing to {self.target.label}")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that wait or are being written."""
+        return self.queued_bytes
+
+    def done(self) -> bool:
+        """Whether there is room for more."""
+        return not self.full
 
     def put(self, writes: Sequence[Write]) -> PendingWrites:
         """Queues writes; the caller holds the lock."""
@@ -281,7 +290,7 @@ class WriteQueue:
         while found := self.overlapping(first, end):
             for chunk in found:
                 chunk.handle.urgent = True
-            self.changed.wait()
+            watched(found[0].handle, self.changed.wait, lambda: f"writing to {self.target.label}")
 
     # -- for who reads -------------------------------------------------------------------------------------------
 

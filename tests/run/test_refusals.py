@@ -449,7 +449,7 @@ def test_a_full_disk_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pyt
 
     model = make(tied_sequential)
     before = dict(model.state_dict())
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(StorageError, match="No space left"):
         mball.wrap(model, budget="1MiB", swap_dir=tmp_path)
     assert type(model) is nn.Sequential

@@ -7,6 +7,7 @@ import errno
 import gc
 import logging
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -297,7 +298,20 @@ def test_a_forked_child_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     with opened(tmp_path) as (swap, reader):
         start = swap.allocate(MIB)
         swap.write(start, content(MIB))
+        finished = reader.submit([Read(file=swap.name, offset_bytes=start, size_bytes=PAGE, destination=memory(PAGE))])
+        reader.drain()
+        held, let_go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with swap._queue.lock:
+                held.set()
+                let_go.wait()
+
+        # As a writing thread may do at any time; in the child nobody releases it.
+        threading.Thread(target=hold, daemon=True).start()
+        held.wait()
         child = os.fork()
+        let_go.set()
         if not child:
             code = 1
             try:
@@ -306,6 +320,9 @@ def test_a_forked_child_is_refused_and_harms_nothing(tmp_path: Path) -> None:
                     lambda: swap.allocate(MIB),
                     lambda: swap.free(start),
                     swap.trim,
+                    lambda: read_back(swap, reader, start, PAGE),
+                    lambda: swap.verify(start, PAGE),
+                    finished.wait,
                 )
                 refused = 0
                 for act in acts:
@@ -409,3 +426,101 @@ def test_a_slow_disk_is_named_once(
         assert "2.00 MiB, asked for and not done after 0 s" in said[0]
         assert read_back(swap, reader, start, PAGE) == content(2 * MIB)[:PAGE]
         assert len(caplog.records) == 1
+
+
+def test_a_queue_that_stays_full_is_named(
+    impatient: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    let_go, real = threading.Event(), os.pwritev
+
+    def slow(*arguments: Any) -> int:
+        let_go.wait(10)
+        return int(real(*arguments))
+
+    monkeypatch.setattr(os, "pwritev", slow)
+    with opened(tmp_path, high_bytes=MIB, low_bytes=0) as (swap, _), caplog.at_level(logging.WARNING):
+        start = swap.allocate(2 * MIB)
+        swap.submit([write(start, content(MIB))])
+        threading.Timer(0.4, let_go.set).start()
+        swap.submit([write(start + MIB, content(MIB))])
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert said.startswith(f"writing to {swap.name} in {tmp_path}: 1.00 MiB, asked for and not done")
+
+
+# -- all of it, by chance ----------------------------------------------------------------------------------------
+
+
+def campaign(seed: int, num_steps: int, directory: Path, patch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Extents come and go, writes fail, stop short and are done again, bits flip: what is read is right, or refused."""
+    chance, real, seen = random.Random(seed), os.pwritev, dict.fromkeys(("read", "refused", "failed"), 0)
+    luck = threading.Lock()
+
+    def unreliable(descriptor: int, views: list[memoryview], offset: int) -> int:
+        with luck:
+            draw, number = chance.random(), chance.choice(list(ERRORS))
+        if draw < 0.15:
+            raise OSError(number, os.strerror(number))
+        return real(descriptor, views if draw > 0.3 else [views[0][: max(1, len(views[0]) // 3)]], offset)
+
+    patch.setattr(os, "pwritev", unreliable)
+    with opened(directory, SwapCheck.ALWAYS, num_threads=2, high_bytes=MIB, low_bytes=MIB // 2) as (swap, reader):
+        extents: dict[int, bytearray] = {}
+
+        def persist(start: int, first: int, source: memoryview) -> None:
+            while True:
+                try:
+                    return swap.write(start + first, source)
+                except StorageError as error:
+                    if "failed (" not in str(error):
+                        raise
+                    seen["failed"] += 1
+
+        for step in range(num_steps):
+            with luck:
+                act = chance.choice(["allocate", "write", "write", "read", "read", "flip", "free"])
+                size = chance.choice([PAGE, 3 * PAGE, BLOCK_BYTES, 5 * BLOCK_BYTES + PAGE])
+                start = chance.choice(list(extents)) if extents else None
+                first = chance.randrange(len(extents[start])) if start is not None else 0
+                length = chance.randint(1, len(extents[start]) - first) if start is not None else 0
+            if act == "allocate" or start is None:
+                start = swap.allocate(size)
+                assert start not in extents
+                extents[start] = bytearray(content(size, seed=step))
+                persist(start, 0, memoryview(bytes(extents[start])))
+            elif act == "write":
+                source = content(length, seed=step)
+                extents[start][first : first + length] = source
+                persist(start, first, source)
+            elif act == "free":
+                swap.free(start)
+                del extents[start]
+                swap.trim()
+            else:
+                if act == "flip":
+                    flip(swap, start + first)
+                try:
+                    got = read_back(swap, reader, start + first, length)
+                    assert act == "read"
+                    assert got == extents[start][first : first + length]
+                    seen["read"] += 1
+                except StorageError:
+                    if act != "flip":
+                        raise
+                    seen["refused"] += 1
+                    flip(swap, start + first)
+        for start, expected in extents.items():
+            assert read_back(swap, reader, start, len(expected)) == expected
+        assert swap.statistics.used_bytes == sum(map(len, extents.values()))
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_by_chance(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert min(campaign(seed, 500, tmp_path, monkeypatch).values()) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_by_chance_for_long(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert min(campaign(seed, 20_000, tmp_path, monkeypatch).values()) > 100
