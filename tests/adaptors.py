@@ -14,7 +14,7 @@ from mball.compute import Compute, OpenCompute, open_compute
 from mball.config import Config
 from mball.errors import MballError
 from mball.memory.arena import Arena
-from mball.memory.device import ArenaRead, Device, Event, Gauge
+from mball.memory.device import ArenaRead, Device, Event, Gauge, Pinned
 from mball.storage import FileTable
 
 
@@ -61,6 +61,9 @@ class DeviceAdaptor:
 
     def allocating(self) -> AbstractContextManager[None]:
         return self.device.allocating()
+
+    def pinned(self) -> Pinned:
+        return self.device.pinned()
 
     def cap(self, left_bytes: int | None) -> int:
         return self.device.cap(left_bytes)

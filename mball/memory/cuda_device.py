@@ -27,7 +27,7 @@ from mball.memory.cuda_gauge import CudaGauge
 from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_segments import SegmentRoom
 from mball.memory.cuda_streams import CudaStreams
-from mball.memory.device import ArenaRead, CopySource, Event, Gauge
+from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Pinned
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes
 from mball.memory.pinned_ring import PinnedRing
@@ -249,6 +249,9 @@ class CudaDevice:
         span = sum((length - 1) * stride for length, stride in zip(home.shape, home.stride(), strict=True)) + 1
         region = self._region(address, span * home.element_size(), _nothing, what="pinned table")
         return region.tensor(0, home.dtype, (span,)).as_strided(home.shape, home.stride())
+
+    def pinned(self) -> Pinned:
+        return self._streams.pinned()
 
     def gauge(self) -> Gauge:
         return CudaGauge(self._driver.ordinal, lambda: 0 if self._arena is None else self._arena.taken_bytes)

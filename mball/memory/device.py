@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,14 @@ from mball.memory.arena import Arena
 from mball.memory.facts import addresses_are_free, machine_memory
 from mball.memory.gauge import HostGauge
 from mball.memory.virtual import HostMemory, VirtualMemory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pinned:
+    """Host memory that a device copies from or reads, and how long pinning took, of what is given back too."""
+
+    size_bytes: int = 0
+    time_s: float = 0.0
 
 
 class Event(Protocol):
@@ -170,6 +179,9 @@ class Device(Protocol):
             StorageError: they cannot be read.
         """
 
+    def pinned(self) -> Pinned:
+        """Returns what the device has pinned of the host's memory, beside any budget."""
+
     def gauge(self) -> Gauge:
         """Returns what measures by how much the device's memory rises, the arena apart while it is not resized."""
 
@@ -263,6 +275,9 @@ class CpuDevice:
 
     def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
         return home
+
+    def pinned(self) -> Pinned:
+        return Pinned()
 
     def gauge(self) -> Gauge:
         return HostGauge()

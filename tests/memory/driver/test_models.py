@@ -22,6 +22,7 @@ from mball.api import trace_and_plan
 from mball.errors import DeviceError
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_errors import GpuLostError
+from mball.units import format_bytes
 from tests.adaptors import DeviceAdaptor, PoisonedDevice
 from tests.foreign import device as foreign
 from tests.memory.driver.models import wrapped_over_the_driver
@@ -77,6 +78,11 @@ def test_what_streams_is_read_from_disk_once(
         for _ in range(4):
             compare(model, plain, logits(1, 6))
         device_of(model)._tier.finish()
+        report = mball.report(model)
+        assert report.pinned_bytes == standin.registered_bytes > 0
+        assert 0 < report.pinning_s < 60
+        assert f"{format_bytes(report.pinned_bytes)} of host memory, pinned in" in str(report)
+        assert 0 < report.slot_bytes <= report.arena_bytes - report.resident_bytes
         submitted.clear()
         for _ in range(3):
             compare(model, plain, logits(1, 6))
