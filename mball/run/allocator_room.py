@@ -87,6 +87,9 @@ class AllocatorRoom:
             if self._is_measuring:
                 self._device.make_room()
             self._apply()
+        else:  # another budget, which holds from now on
+            self._device.make_room()
+            self._device.cap(None)
         if not is_affordable and not self._said:
             self._said = True
             _log.warning(

@@ -446,7 +446,7 @@ class Engine:
             ledger.set(kind, 0)
         arena_bytes = self.execution.arena.bytes_of(plan.arena_bytes)
         beside_bytes = self.budget_bytes - plan.budget_bytes
-        scratch_bytes = min(self.allocator.kept_bytes, beside_bytes)
+        scratch_bytes = min(self.allocator.share_of(self.budget_bytes), beside_bytes)
         ledger.set(Kind.ARENA, arena_bytes)
         ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
         ledger.set(Kind.SCRATCH, scratch_bytes)
