@@ -14,7 +14,7 @@ from mball.compute import Compute, OpenCompute, open_compute
 from mball.config import Config
 from mball.errors import MballError
 from mball.memory.arena import Arena
-from mball.memory.device import ArenaRead, Device, Event, Gauge, Pinned
+from mball.memory.device import ArenaRead, Device, Event, Gauge, Held, Pinned
 from mball.storage import FileTable
 
 
@@ -65,7 +65,7 @@ class DeviceAdaptor:
     def pinned(self) -> Pinned:
         return self.device.pinned()
 
-    def cap(self, left_bytes: int | None) -> int:
+    def cap(self, left_bytes: int | None) -> Held:
         return self.device.cap(left_bytes)
 
     @property

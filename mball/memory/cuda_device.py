@@ -27,7 +27,7 @@ from mball.memory.cuda_gauge import CudaGauge
 from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_segments import SegmentRoom
 from mball.memory.cuda_streams import CudaStreams
-from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Pinned
+from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Held, Pinned
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes
 from mball.memory.pinned_ring import PinnedRing
@@ -187,7 +187,7 @@ class CudaDevice:
         """Has torch's allocator give back what no tensor is in."""
         self._room.make_room()
 
-    def cap(self, left_bytes: int | None) -> int:
+    def cap(self, left_bytes: int | None) -> Held:
         """Binds torch's allocator, in all of this process, or segments; see `AllocatorCap` and `SegmentRoom`."""
         return self._room.set(left_bytes)
 

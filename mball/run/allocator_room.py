@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 from mball.memory import Device
+from mball.memory.device import Held
 from mball.units import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -107,9 +108,11 @@ class AllocatorRoom:
         `is_steady` says that it ran under one plan, which knew all else that it takes.
         """
         tells_more = self._is_measuring or self._stays_capped
-        kept_bytes = self.lift()
+        held = self.lift()
         if not (is_steady and tells_more) or self._left_bytes is None:
             return False
+        # Also what tensors took that nobody planned for.
+        kept_bytes = held.kept_bytes + max(held.tensor_bytes - self._planned_bytes, 0)
         more_bytes = self._planned_bytes + kept_bytes - self._left_bytes
         if more_bytes > 0:
             self.kept_bytes = max(self.kept_bytes, kept_bytes)
@@ -124,8 +127,8 @@ class AllocatorRoom:
         """Says that what was measured does not hold any more: an allocation failed. It is measured anew."""
         self._kept.clear()
 
-    def lift(self) -> int:
-        """Ends the cap, whatever became of the pass; returns what the allocator keeps beside tensors."""
+    def lift(self) -> Held:
+        """Ends the cap, whatever became of the pass; returns what the allocator holds for it."""
         self._is_open = self._stays_capped = False
         return self._device.cap(None)
 
