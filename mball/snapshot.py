@@ -20,14 +20,16 @@ from mball.schema import Machine, Plan
 from mball.units import format_names
 
 # On a GPU these are memory that PyTorch's allocator gives; the rest of a ledger mball takes from the driver itself.
-_IN_ALLOCATOR = frozenset({Kind.BUFFERS.value, Kind.ACTIVATIONS.value, Kind.CAPTURE.value, Kind.GRAPHS.value})
+_IN_ALLOCATOR = frozenset(
+    kind.value for kind in (Kind.BUFFERS, Kind.ACTIVATIONS, Kind.CAPTURE, Kind.GRAPHS, Kind.SCRATCH)
+)
 NOT_COUNTED = ("Python and torch themselves", "tensors the user keeps")
 NOT_COUNTED_ON_GPU = (
     "the CUDA context",
     "workspaces of CUDA's libraries",
-    "blocks that PyTorch's allocator keeps",
     "tensors the user keeps",
 )
+KEPT_BLOCKS = "blocks that PyTorch's allocator keeps"  # until it is capped
 
 
 def take_report(
@@ -45,11 +47,15 @@ def take_report(
     """
     plan, last, place, swap = engine.plan, engine.meter.last, engine.place, engine.homes.swap.statistics
     on_gpu = place.type == "cuda"
-    resident = streamed = arena = activations = 0
+    resident = streamed = arena = activations = slots = workspace = 0
     if plan is not None:
         resident = _weight_bytes(plan, [placement.bundle for placement in plan.residents], engine)
         streamed = plan.prediction.streamed_bytes
+        slots = plan.arena_bytes - sum(plan.bundles[placement.bundle].size_bytes for placement in plan.residents)
         arena, activations = engine.execution.arena.bytes_of(plan.arena_bytes), plan.activation_bytes
+    if engine.trace is not None:
+        workspace = max(step.scratch_bytes for step in engine.trace.steps)
+    pinned = engine.execution.device.pinned()
     compute_s = max(last.wall_s - last.stall_s, 0.0)
     link_bytes_per_s = machine.link.bandwidth_bytes_per_s
     roofline_s = max(compute_s, last.bytes_read / link_bytes_per_s)
@@ -63,6 +69,11 @@ def take_report(
         buffer_bytes=engine.fixed_bytes,
         activation_bytes=activations,
         arena_bytes=arena,
+        slot_bytes=slots,
+        workspace_bytes=workspace,
+        scratch_bytes=engine.ledger.account(Kind.SCRATCH).current_bytes,
+        pinned_bytes=pinned.size_bytes,
+        pinning_s=pinned.time_s,
         capture_bytes=engine.capture.held_bytes,
         capture_is_counted=engine.ledger.account(Kind.CAPTURE).current_bytes > 0,
         step_graph_bytes=engine.ledger.account(Kind.GRAPHS).current_bytes,
@@ -99,7 +110,7 @@ def take_report(
         swap_hit_bytes=swap.hit_bytes,
         swap_checked_bytes=swap.checked_bytes,
         held=take_gpu_memory(engine.ledger, ordinal=place.index or 0) if on_gpu else take_host_memory(engine.ledger),
-        not_counted=NOT_COUNTED_ON_GPU if on_gpu else NOT_COUNTED,
+        not_counted=not_counted(engine) if on_gpu else NOT_COUNTED,
     )
 
 
@@ -115,6 +126,11 @@ def _host_memory(engine: Engine, machine: Machine) -> HostMemory | None:
         disk_bytes_per_s=machine.disk_link.bandwidth_bytes_per_s,
         bytes_read=below.counters.bytes_read,
     )
+
+
+def not_counted(engine: Engine) -> tuple[str, ...]:
+    """Returns what the budget does not cover on a GPU now."""
+    return NOT_COUNTED_ON_GPU if engine.allocator.is_capped else (*NOT_COUNTED_ON_GPU, KEPT_BLOCKS)
 
 
 def take_host_memory(ledger: Ledger) -> Reconciliation:

@@ -14,7 +14,7 @@ from mball.compute import Compute, OpenCompute, open_compute
 from mball.config import Config
 from mball.errors import MballError
 from mball.memory.arena import Arena
-from mball.memory.device import ArenaRead, Device, Event, Gauge, Graphs
+from mball.memory.device import ArenaRead, Device, Event, Gauge, Graphs, Held, Pinned
 from mball.storage import FileTable
 
 
@@ -62,7 +62,10 @@ class DeviceAdaptor:
     def allocating(self) -> AbstractContextManager[None]:
         return self.device.allocating()
 
-    def cap(self, left_bytes: int | None) -> int:
+    def pinned(self) -> Pinned:
+        return self.device.pinned()
+
+    def cap(self, left_bytes: int | None) -> Held:
         return self.device.cap(left_bytes)
 
     @property

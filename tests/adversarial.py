@@ -10,7 +10,7 @@ import torch
 
 from mball.errors import MballError
 from mball.memory.arena import Arena
-from mball.memory.device import ArenaRead, Device, Event
+from mball.memory.device import ArenaRead, Device, Event, Held, Pinned
 from mball.torch_private.dispatch import without_dispatch
 from tests.adaptors import DeviceAdaptor
 from tests.streams import Entry, Kind, Pace, StreamError, StreamEvent, Streams
@@ -140,7 +140,10 @@ class AdversarialDevice(DeviceAdaptor):
     def allocating(self) -> AbstractContextManager[None]:
         return self.device.allocating()
 
-    def cap(self, left_bytes: int | None) -> int:
+    def pinned(self) -> Pinned:
+        return self.device.pinned()
+
+    def cap(self, left_bytes: int | None) -> Held:
         return self.device.cap(left_bytes)
 
     @property

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mball.memory.device import Held
+
 
 @dataclass(slots=True)
 class _Shared:
@@ -57,13 +59,13 @@ class AllocatorCap:
         self._base_bytes = unreleasable_bytes(self._ordinal)
         self._allocated_bytes = torch.cuda.memory_allocated(self._ordinal) if torch.cuda.is_initialized() else 0
 
-    def set(self, left_bytes: int | None) -> int:
+    def set(self, left_bytes: int | None) -> Held:
         """Lets the allocator hold so much beside what it held when the pass began; None lifts the cap.
 
-        Returns what it holds beside that now and beside what tensors took at most.
+        Returns what it holds beside that now.
         """
         if not torch.cuda.is_initialized():
-            return 0
+            return Held()
         with _lock:
             shared = _gpus.setdefault(self._ordinal, _Shared())
             if left_bytes is not None:
@@ -77,7 +79,7 @@ class AllocatorCap:
                 _apply(self._ordinal, _Shared(shared.before, others))
                 shared.allowed = others
         taken_bytes = torch.cuda.max_memory_allocated(self._ordinal) - self._allocated_bytes
-        return max(torch.cuda.memory_reserved(self._ordinal) - self._base_bytes - taken_bytes, 0)
+        return Held.of(torch.cuda.memory_reserved(self._ordinal) - self._base_bytes, taken_bytes)
 
 
 def _apply(ordinal: int, shared: _Shared) -> None:

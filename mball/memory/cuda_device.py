@@ -28,7 +28,7 @@ from mball.memory.cuda_graphs import CudaGraphs
 from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_segments import SegmentRoom
 from mball.memory.cuda_streams import CudaStreams
-from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Graphs
+from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Graphs, Held, Pinned
 from mball.memory.host_level import HostLevel, Staged
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes
@@ -205,7 +205,7 @@ class CudaDevice:
         """Has torch's allocator give back what no tensor is in."""
         self._room.make_room()
 
-    def cap(self, left_bytes: int | None) -> int:
+    def cap(self, left_bytes: int | None) -> Held:
         """Binds torch's allocator, in all of this process, or segments; see `AllocatorCap` and `SegmentRoom`."""
         return self._room.set(left_bytes)
 
@@ -271,6 +271,9 @@ class CudaDevice:
         span = sum((length - 1) * stride for length, stride in zip(home.shape, home.stride(), strict=True)) + 1
         region = self._region(address, span * home.element_size(), _nothing, what="pinned table")
         return region.tensor(0, home.dtype, (span,)).as_strided(home.shape, home.stride())
+
+    def pinned(self) -> Pinned:
+        return self._streams.pinned()
 
     def gauge(self) -> Gauge:
         return CudaGauge(self._driver.ordinal, lambda: 0 if self._arena is None else self._arena.taken_bytes)

@@ -21,6 +21,7 @@ from mball.errors import DeviceError
 from mball.memory.allocator.segment_allocator import SegmentAllocator
 from mball.memory.cuda_cap import unreleasable_bytes
 from mball.memory.cuda_virtual import CudaMemory
+from mball.memory.device import Held
 
 _log = logging.getLogger(__name__)
 
@@ -143,16 +144,16 @@ class SegmentRoom:
             self._pool.enter()
         self._memory.take_from(self._segments)
 
-    def set(self, left_bytes: int | None) -> int:
+    def set(self, left_bytes: int | None) -> Held:
         """Lets a pass have so much in segments, None: all there is; between passes what is pooled goes to the driver.
 
-        Returns the bytes of segments that are not the caller's, beside what tensors took at most.
+        Returns what is in segments that are not the caller's.
         """
         if self._closed:
-            return 0
+            return Held()
         self._memory.give_to(self._segments)
         self._left_bytes = left_bytes
-        return max(self._limit() - self._base_bytes - self._pool.rise_bytes(), 0)
+        return Held.of(self._limit() - self._base_bytes, self._pool.rise_bytes())
 
     def _limit(self) -> int:
         used_bytes = self._used_bytes

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 from mball.memory.cuda_driver import CudaDriver
+from mball.memory.device import Pinned
 
 
 class CudaStreams:
@@ -15,6 +19,9 @@ class CudaStreams:
 
     def __init__(self, driver: CudaDriver) -> None:
         self._driver = driver
+        self._registered: dict[int, int] = {}  # bytes of what is pinned, by address
+        self._registering_s = 0.0
+        self._lock = threading.Lock()
 
     @property
     def driver(self) -> CudaDriver:
@@ -76,8 +83,19 @@ class CudaStreams:
 
         Bytes stay as they are; others may use the memory meanwhile.
         """
+        began_s = time.perf_counter()
         self._driver.call("cuMemHostRegister", address, size_bytes, 0, size_bytes=size_bytes)
+        with self._lock:
+            self._registering_s += time.perf_counter() - began_s
+            self._registered[address] = size_bytes
 
     def unregister(self, address: int) -> None:
         """Unpins what was pinned from `address` on, which no copy under way uses. May block."""
         self._driver.call("cuMemHostUnregister", address)
+        with self._lock:
+            self._registered.pop(address, None)
+
+    def pinned(self) -> Pinned:
+        """Returns what is pinned now, and how long pinning took so far."""
+        with self._lock:
+            return Pinned(size_bytes=sum(self._registered.values()), time_s=self._registering_s)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -19,6 +20,32 @@ from mball.memory.arena import Arena
 from mball.memory.facts import addresses_are_free, machine_memory
 from mball.memory.gauge import HostGauge
 from mball.memory.virtual import HostMemory, VirtualMemory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What an allocator holds that it did not when the pass began.
+
+    Attributes:
+        tensor_bytes: what tensors took of it at most, since the device was told to make room.
+        kept_bytes: what it has beside that: rounding, and blocks that nobody uses.
+    """
+
+    tensor_bytes: int = 0
+    kept_bytes: int = 0
+
+    @classmethod
+    def of(cls, held_bytes: int, tensor_bytes: int) -> Self:
+        """Returns what `held_bytes` are, of which tensors took that many."""
+        return cls(tensor_bytes=max(tensor_bytes, 0), kept_bytes=max(held_bytes - max(tensor_bytes, 0), 0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pinned:
+    """Host memory that a device copies from or reads, and how long pinning took, of what is given back too."""
+
+    size_bytes: int = 0
+    time_s: float = 0.0
 
 
 class Event(Protocol):
@@ -161,11 +188,11 @@ class Device(Protocol):
     def make_room(self) -> None:
         """Has others give back what they keep of the device's memory and nobody uses: the arena is about to grow."""
 
-    def cap(self, left_bytes: int | None) -> int:
+    def cap(self, left_bytes: int | None) -> Held:
         """Lets compute allocate `left_bytes` beside what was allocated when the pass began (`follow`); None: no cap.
 
-        Operators that need more raise torch.OutOfMemoryError. Returns what the allocator holds for the pass beside what
-        tensors took at most since `make_room` was called; 0 on the CPU, whose allocator is the system's and has no cap.
+        Operators that need more raise torch.OutOfMemoryError. Returns what the allocator holds for the pass; nothing on
+        the CPU, whose allocator is the system's and has no cap.
         """
 
     def allocating(self) -> contextlib.AbstractContextManager[None]:
@@ -206,6 +233,9 @@ class Device(Protocol):
         Raises:
             StorageError: they cannot be read.
         """
+
+    def pinned(self) -> Pinned:
+        """Returns what the device has pinned of the host's memory, beside any budget."""
 
     def gauge(self) -> Gauge:
         """Returns what measures by how much the device's memory rises, the arena apart while it is not resized."""
@@ -267,9 +297,8 @@ class CpuDevice:
     def make_room(self) -> None:
         """Does nothing: the kernel takes memory from whoever does not use it."""
 
-    def cap(self, left_bytes: int | None) -> int:
-        """Does nothing."""
-        return 0
+    def cap(self, left_bytes: int | None) -> Held:
+        return Held()
 
     def allocating(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -307,6 +336,9 @@ class CpuDevice:
 
     def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
         return home
+
+    def pinned(self) -> Pinned:
+        return Pinned()
 
     def gauge(self) -> Gauge:
         return HostGauge()

@@ -26,7 +26,7 @@ from mball.memory import facts
 from mball.memory.arena import Arena
 from mball.memory.cuda_events import EventPool, StreamEvent
 from mball.memory.cuda_feed import order
-from mball.memory.device import ArenaRead, CopySource, Event, Gauge
+from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Held, Pinned
 from mball.memory.gauge import HostGauge
 from mball.memory.pinned import CHUNK_BYTES
 from mball.memory.pinned_memory import PinnedMemory
@@ -157,9 +157,9 @@ class HostLevel:
     def make_room(self) -> None:
         """Does nothing."""
 
-    def cap(self, left_bytes: int | None) -> int:
+    def cap(self, left_bytes: int | None) -> Held:
         """Does nothing: nobody computes here."""
-        return 0
+        return Held()
 
     def allocating(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -184,6 +184,10 @@ class HostLevel:
 
     def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
         return home
+
+    def pinned(self) -> Pinned:
+        """What is pinned here the GPU tells."""
+        return Pinned()
 
     def gauge(self) -> Gauge:
         return HostGauge()

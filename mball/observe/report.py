@@ -42,6 +42,11 @@ class Report:
     Attributes:
         policy: who plans what stays and what is streamed; ``"mball"`` unless the user chose another.
         peak_bytes: the most that weights, buffers and predicted activations took together.
+        slot_bytes: of the arena, what is not for residents.
+        workspace_bytes: of the activations, the most that is for what operators of one step allocate inside.
+        scratch_bytes: what the budget has for what the allocator keeps beside tensors.
+        pinned_bytes: host memory that is pinned for the device, beside the budget.
+        pinning_s: what pinning took so far.
         capture_bytes: what captured graphs hold, in the compiler too; in the budget if `capture_is_counted`.
         step_graph_bytes: of the budget, what is kept for steps that are recorded; `step_graphs` of them are.
         workspace_is_counted: whether there is room in the budget for what operators allocate inside.
@@ -66,6 +71,11 @@ class Report:
     buffer_bytes: int
     activation_bytes: int
     arena_bytes: int
+    slot_bytes: int
+    workspace_bytes: int
+    scratch_bytes: int
+    pinned_bytes: int
+    pinning_s: float
     capture_bytes: int
     capture_is_counted: bool
     step_graph_bytes: int
@@ -120,9 +130,15 @@ class Report:
             *((("policy", self.policy),) if self.policy != "mball" else ()),
             (
                 "in it",
-                f"arena {format_bytes(self.arena_bytes)}, activations {format_bytes(self.activation_bytes)}, "
-                f"buffers {format_bytes(self.buffer_bytes)}"
+                f"arena {format_bytes(self.arena_bytes)} (slots {format_bytes(self.slot_bytes)}), activations "
+                f"{format_bytes(self.activation_bytes)} (workspace {format_bytes(self.workspace_bytes)}), scratch "
+                f"{format_bytes(self.scratch_bytes)}, buffers {format_bytes(self.buffer_bytes)}"
                 f"{self._graphs_in_words()}",
+            ),
+            *(
+                (("beside it", f"{format_bytes(self.pinned_bytes)} of host memory, pinned in {self.pinning_s:.2f} s"),)
+                if self.pinned_bytes
+                else ()
             ),
             (
                 "weights",

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 from mball.memory import Device
+from mball.memory.device import Held
 from mball.run.step_graphs import StepGraphs
 from mball.units import format_bytes
 
@@ -91,6 +92,9 @@ class AllocatorRoom:
             if self._is_measuring:
                 self._device.make_room()
             self._apply()
+        else:  # another budget, which holds from now on
+            self._device.make_room()
+            self._device.cap(None)
         if not is_affordable and not self._said:
             self._said = True
             _log.warning(
@@ -108,12 +112,14 @@ class AllocatorRoom:
         `is_steady` says that it ran under one plan, which knew all else that it takes.
         """
         tells_more = self._is_measuring or self._stays_capped
-        kept_bytes = self.lift()
+        held, pool_bytes = self.lift(), 0
         if self._graphs is not None:
-            kept_bytes = max(kept_bytes - self._graphs.pool_bytes, 0)
+            pool_bytes = self._graphs.pool_bytes
             is_steady &= self._graphs.open_bytes == self._open_bytes
         if not (is_steady and tells_more) or self._left_bytes is None:
             return False
+        # Also what tensors took that nobody planned for.
+        kept_bytes = max(held.kept_bytes - pool_bytes, 0) + max(held.tensor_bytes - self._planned_bytes, 0)
         more_bytes = self._planned_bytes + kept_bytes - self._left_bytes
         if more_bytes > 0:
             self.kept_bytes = max(self.kept_bytes, kept_bytes)
@@ -128,8 +134,8 @@ class AllocatorRoom:
         """Says that what was measured does not hold any more: an allocation failed. It is measured anew."""
         self._kept.clear()
 
-    def lift(self) -> int:
-        """Ends the cap, whatever became of the pass; returns what the allocator keeps beside tensors."""
+    def lift(self) -> Held:
+        """Ends the cap, whatever became of the pass; returns what the allocator holds for it."""
         self._is_open = self._stays_capped = False
         return self._device.cap(None)
 

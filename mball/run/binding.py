@@ -57,25 +57,18 @@ class BindingMode(TorchDispatchMode):
                 weights.append(weight)
         try:
             result = self._run(func, args, kwargs, tuple(weights))
-        except torch.OutOfMemoryError as error:
-            result = self._run_again(func, args, kwargs, tuple(weights), error)
+        except torch.OutOfMemoryError:
+            result = self._run_again(func, args, kwargs, tuple(weights))
         for tensor in _tensors_among((result,)):
             key = storage_key(tensor)
             if key not in weight_of_storage:
                 live.born(tensor, key)
         return result
 
-    def _run_again(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        weights: tuple[int, ...],
-        error: torch.OutOfMemoryError,
-    ) -> Any:
+    def _run_again(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weights: tuple[int, ...]) -> Any:
         """Returns the result of an operator that found no memory, once residents have made room.
 
-        Raises the error where they cannot, or where the first attempt may have changed something.
+        Raises the error that is being handled where they cannot, or where the first attempt may have changed something.
         """
         entered = self._entered
         while can_run_again(func, args, kwargs) and self.engine.make_room(entered):
@@ -83,7 +76,7 @@ class BindingMode(TorchDispatchMode):
                 return self._run(func, args, kwargs, weights)
             except torch.OutOfMemoryError:
                 continue
-        raise error
+        raise
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weights: tuple[int, ...]) -> Any:
         self._entered = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ from mball.run.file_read import FileRead
 from mball.run.homes import Homes
 from mball.run.recorder import ReadRecord, Recorder
 from mball.run.rows import RowsAtHome
+from mball.run.slot_leaks import SlotView, watch
 from mball.schema import Bundle, Plan
 
 logger = logging.getLogger(__name__)
@@ -382,14 +384,23 @@ class Execution:
             try:
                 self.device.close()
             finally:
+                views = self._handed_out()
                 self._occupants.clear()
                 self._landing.clear()
                 self._views.clear()
                 self._bound.clear()
                 self.recorder = Recorder()  # events of copies may hold memory of the arena
                 self.arena.close()
+                watch(views)
                 if self.below is not None:
                     self.below.close()
+
+    def _handed_out(self) -> list[SlotView]:
+        names, taken_bytes = [home.name for home in self.homes.homes], self.arena.taken_bytes
+        return [
+            SlotView(names[weight], weakref.ref(view.untyped_storage()), taken_bytes)
+            for (weight, _), view in self._views.items()
+        ]
 
     # -- transfers -----------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from mball.compute import Compute
 from mball.config import Config
 from mball.memory import ArenaRead, CopySource, CpuDevice, Event, Gauge, Graphs
 from mball.memory.arena import Arena
+from mball.memory.device import Held
 from mball.storage import CheckedReader, FileTable, ThreadedReader
 from tests.foreign import device as foreign
 from tests.foreign.graphs import ForeignGraphs
@@ -49,12 +50,12 @@ class ForeignCap:
         foreign.reset_peak_memory_stats()
         foreign.empty_cache()
 
-    def set(self, left_bytes: int | None) -> int:
+    def set(self, left_bytes: int | None) -> Held:
         self.num_passes += left_bytes is not None
         self.left_bytes = left_bytes
         foreign.cap_memory(None if left_bytes is None else self._base_bytes + left_bytes)
         taken_bytes = foreign.max_memory_allocated() - self._allocated_bytes
-        return max(foreign.memory_reserved() - self._base_bytes - taken_bytes, 0)
+        return Held.of(foreign.memory_reserved() - self._base_bytes, taken_bytes)
 
     def take(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Makes what is no part of what the pass computes, so that the cap does not count it."""
@@ -81,7 +82,7 @@ class ForeignDevice(CpuDevice):
     def make_room(self) -> None:
         self.allocator.make_room()
 
-    def cap(self, left_bytes: int | None) -> int:
+    def cap(self, left_bytes: int | None) -> Held:
         return self.allocator.set(left_bytes)
 
     @property

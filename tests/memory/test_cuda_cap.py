@@ -10,6 +10,7 @@ import torch
 
 from mball.memory import cuda_cap
 from mball.memory.cuda_cap import AllocatorCap
+from mball.memory.device import Held
 from mball.units import GIB, MIB
 
 TOTAL_BYTES = 80 * GIB
@@ -62,7 +63,7 @@ def test_what_was_there_before_is_beside_it(allocator: Allocator) -> None:
     allocator.free_bytes, allocator.peak_bytes = 20 * MIB, 3 * GIB + 65 * MIB
     cap.set(50 * MIB)
     assert allocator.allowed_bytes == 3 * GIB + 55 * MIB, "the pass's own are not beside it"
-    assert cap.set(None) == 15 * MIB, "of 80 MiB"
+    assert cap.set(None) == Held(tensor_bytes=65 * MIB, kept_bytes=15 * MIB)
     assert allocator.fraction == 1.0
 
 

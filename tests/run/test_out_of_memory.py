@@ -12,7 +12,8 @@ import torch
 import mball
 from mball.errors import DeviceError
 from mball.memory import Kind
-from mball.units import KIB, MIB
+from mball.snapshot import KEPT_BLOCKS, not_counted
+from mball.units import KIB, MIB, format_bytes
 from tests.adaptors import DeviceAdaptor
 from tests.foreign import device as foreign
 from tests.foreign.compute import ForeignCap, ForeignDevice
@@ -102,7 +103,11 @@ def test_what_is_held_is_within_the_budget(capture: str, num_layers: float, tmp_
     assert cap_of(model).num_passes > num_passes
     held = foreign.memory_reserved() - before
     assert held + engine_of(model).execution.arena.taken_bytes <= ledger.budget_bytes
-    assert (ledger.account(Kind.SCRATCH).current_bytes > 0) == (num_layers < 7)
+    report = mball.report(model)
+    assert report.scratch_bytes == ledger.account(Kind.SCRATCH).current_bytes
+    assert (report.scratch_bytes > 0) == (num_layers < 7)
+    assert f"scratch {format_bytes(report.scratch_bytes)}" in str(report)
+    assert KEPT_BLOCKS not in not_counted(engine_of(model)), "they are in the budget"
 
 
 @pytest.mark.parametrize("capture", ["graphs", "operators"])
@@ -113,6 +118,7 @@ def test_no_pass_fails_for_what_nobody_could_know(capture: str, tmp_path: Path) 
     for rows in (8, 8, 8, 64, 8, 64, 8):
         assert_same(forward(model, rows), expected(rows))
     assert engine_of(model).allocator.kept_bytes > engine_of(model).budget_bytes
+    assert KEPT_BLOCKS in not_counted(engine_of(model))
 
 
 def test_the_cap_ends_with_the_pass(tmp_path: Path) -> None:

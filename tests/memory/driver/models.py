@@ -20,6 +20,7 @@ from mball.memory import Device, Event, Gauge, Graphs
 from mball.memory.allocator.segment_allocator import SegmentAllocator
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_streams import CudaStreams
+from mball.memory.device import Held
 from mball.storage import CheckedReader, FileTable, ThreadedReader
 from mball.units import MIB
 from tests.adaptors import DeviceAdaptor
@@ -69,7 +70,7 @@ class _AtOnce(DeviceAdaptor):
         if self._allocator is not None:
             self._allocator.make_room()
 
-    def cap(self, left_bytes: int | None) -> int:
+    def cap(self, left_bytes: int | None) -> Held:
         return self.device.cap(left_bytes) if self._allocator is None else self._allocator.set(left_bytes)
 
     def wait(self, event: Event) -> None:

@@ -21,11 +21,13 @@ import mball
 from mball.api import trace_and_plan
 from mball.errors import DeviceError
 from mball.memory.cuda_device import CudaDevice
+from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_errors import GpuLostError
+from mball.units import format_bytes
 from tests.adaptors import DeviceAdaptor, PoisonedDevice
 from tests.foreign import device as foreign
 from tests.memory.driver.models import wrapped_over_the_driver
-from tests.memory.driver.standin import CODES, Order, StandIn
+from tests.memory.driver.standin import CODES, GRANULE_BYTES, Order, StandIn
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
 from tests.run.test_gathers import Reader, tokens
 from tests.run.there import PLACE, compare
@@ -77,6 +79,11 @@ def test_what_streams_is_read_from_disk_once(
         for _ in range(4):
             compare(model, plain, logits(1, 6))
         device_of(model)._tier.finish()
+        report = mball.report(model)
+        assert report.pinned_bytes == standin.registered_bytes > 0
+        assert 0 < report.pinning_s < 60
+        assert f"{format_bytes(report.pinned_bytes)} of host memory, pinned in" in str(report)
+        assert 0 < report.slot_bytes <= report.arena_bytes - report.resident_bytes
         submitted.clear()
         for _ in range(3):
             compare(model, plain, logits(1, 6))
@@ -141,6 +148,44 @@ def test_tables_that_cannot_be_read_over_the_link_are_brought(
         for _ in range(3):
             compare(model, plain, lambda m: m(tokens(2, 6)))
         assert assert_streamed(model).bytes_read_last_pass
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_others_take_memory_between_planning_and_mapping(capture: str, standin: StandIn, tmp_path: Path) -> None:
+    """One clear error, and once they have given it back all is as before."""
+    plain = make(llama)
+    with wrapped(make(llama), 0.8, swap_dir=tmp_path, capture=capture) as model:
+        for _ in range(4):  # the first plans know less
+            compare(model, plain, logits(1, 6))
+        others = CudaDriver()
+        with others.current():
+            free_bytes, _ = others.free_and_total_bytes()
+            handle = others.create(free_bytes // GRANULE_BYTES * GRANULE_BYTES)
+            taken_bytes = standin.handle_bytes
+            with pytest.raises(
+                DeviceError, match=r"cuMemCreate .*OUT_OF_MEMORY.* are free; lower the budget, or free memory"
+            ):
+                mball.set_budget(model, int(weight_bytes(plain) * 1.2))
+            assert standin.handle_bytes == taken_bytes, "pages were lost, or are kept for nothing"
+            compare(model, plain, logits(1, 6), "under the budget of before")
+            others.destroy(handle)
+        others.close()
+        mball.set_budget(model, int(weight_bytes(plain) * 1.2))
+        compare(model, plain, logits(1, 6), "with more")
+        # The same in the middle of a pass, whose plan was made before.
+        before = engine_of(model).execution.arena.backed_bytes
+        engine_of(model)._give_all_back()
+        engine_of(model)._active = None
+        others = CudaDriver()
+        with others.current():
+            free_bytes, _ = others.free_and_total_bytes()
+            handle = others.create(free_bytes // GRANULE_BYTES * GRANULE_BYTES)
+            with pytest.raises(DeviceError, match=r"cuMemCreate .*OUT_OF_MEMORY"):
+                run(model, lambda m: m(ids(1, 6).to(PLACE)))
+            others.destroy(handle)
+        others.close()
+        compare(model, plain, logits(1, 6), "they have given it back")
+        assert engine_of(model).execution.arena.backed_bytes == before
 
 
 FAILING = ["cuMemcpyHtoDAsync", "cuEventRecord", "cuStreamWaitEvent", "cuMemCreate", "cuMemMap", "cuMemHostRegister"]

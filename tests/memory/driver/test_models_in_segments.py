@@ -120,6 +120,9 @@ def test_residents_yield_and_pages_change_owners(standin: StandIn, tmp_path: Pat
         model.hungry_bytes = 0
         for _ in range(3):
             assert_same(run(model, lambda m: m(x)), expected)
+        mball.set_budget(model, 5 * LAYER_BYTES)
+        assert standin.handle_bytes <= 5 * LAYER_BYTES, "pages are kept that no budget has"
+        assert_same(run(model, lambda m: m(x)), expected)
 
 
 def test_results_outlive_the_model(standin: StandIn, tmp_path: Path) -> None:
