@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from mball.config import Compile, Config
-from mball.errors import BudgetError
+from mball.errors import BudgetError, WrapError
 from mball.memory import libc
 from mball.run.doors import Gate, check_graph_inputs
 from mball.run.engine import Engine
+from mball.run.runners_by_weights import RunnersByWeights
 from mball.run.step_graphs import RecordingStage
 from mball.schema import Step, Tensor
 from mball.torch_private.dispatch import is_only_mode
@@ -286,7 +287,30 @@ class Backend:
 
     def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         weight_of = [self._weights.get(id(value)) for value in example_inputs]
-        return self.capture(module, example_inputs, weight_of) or module.forward
+        runner = self.capture(module, example_inputs, weight_of)
+        if runner is None:
+            return module.forward
+        return self._for_any_weights(runner, weight_of)
+
+    def _for_any_weights(self, runner: GraphRunner, weight_of: Sequence[int | None]) -> Callable[..., Any]:
+        """Returns what Dynamo calls, which may be for any layer that its guards take for the one that was captured."""
+        places = [(position, weight) for position, weight in enumerate(weight_of) if weight is not None]
+        if not places:
+            return runner
+        name = self._names()[places[0][1]]
+        runners = RunnersByWeights(runner, partial(self.renumbered, runner), name, [weight for _, weight in places])
+
+        def call(*args: Any) -> Any:
+            weights = [self._weights.get(id(args[position])) for position, _ in places]
+            found = tuple([weight for weight in weights if weight is not None])
+            if len(found) < len(weights):
+                raise WrapError(
+                    f"the graph that reads {name!r} is called with a Parameter that is none of the model's: make its "
+                    "module a part of the model before mball.wrap, or wrap with capture='operators'"
+                )
+            return runners.of(found)(*args)
+
+        return call
 
     def capture(
         self, module: torch.fx.GraphModule, example_inputs: Sequence[Any], weight_of: Sequence[int | None]

@@ -16,11 +16,11 @@ model goes with it, but for its homes: their place in the swap file is given bac
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from mball.run.engine import Engine
 from mball.run.graph_gate import GraphGate, Lodger
 from mball.run.home_sources import write_homes
 from mball.run.homes import Home, Homes
+from mball.run.runners_by_weights import RunnersByWeights
 from mball.run.segments import OperatorReads
 from mball.schema import Machine
 from mball.torch_private.inductor import compile_graph, inductor_failure
@@ -323,9 +324,8 @@ class DoorRunner:
         self._runner = runner
         self._positions = positions
         self._names = names
-        self._weights = tuple(weights)
-        self._numbers = itertools.count(1)
-        self._known = {self._weights: runner}
+        renumbered = partial(door.backend.renumbered, runner) if isinstance(runner, GraphRunner) else None
+        self._known = RunnersByWeights(runner, renumbered, names[0], weights)
 
     def __call__(self, *args: Any) -> Any:
         gate = self._door.gate
@@ -336,9 +336,7 @@ class DoorRunner:
         if len(lodgers) < len(parameters):
             lodgers = self._adopt(parameters)
         weights = tuple([lodger.weight for lodger in lodgers])
-        runner = self._known.get(weights)
-        if runner is None:
-            runner = self._renumbered(weights)
+        runner = self._known.of(weights, gate.living_weights)
         tenants = [
             Tenant(parameter, lodger.home, lodger.address, lodger.weight)
             for parameter, lodger in zip(parameters, lodgers, strict=True)
@@ -358,32 +356,11 @@ class DoorRunner:
         def steps(weights: Sequence[int]) -> list[OperatorReads]:
             if not isinstance(self._runner, GraphRunner):
                 return [OperatorReads((weight,)) for weight in weights]
-            now = self._replaced(weights)
+            now = self._known.replaced(weights)
             whole = [step.read_whole() for step in self._runner.graph.steps]
             return [OperatorReads(tuple(now[weight] for weight in weights)) for weights in whole if weights]
 
         return self._door.adopt(self._names, parameters, steps)
-
-    def _renumbered(self, weights: tuple[int, ...]) -> Callable[..., Any]:
-        """Returns what runs the graph for these weights."""
-        living = self._door.gate.living_weights()
-        for known in [known for known in self._known if known != self._weights and not living.issuperset(known)]:
-            del self._known[known]  # for a model that is gone
-        runner = self._runner
-        if isinstance(runner, GraphRunner):
-            runner = self._door.backend.renumbered(runner, f"@{next(self._numbers)}", self._replaced(weights))
-        self._known[weights] = runner
-        return runner
-
-    def _replaced(self, weights: Sequence[int]) -> dict[int, int]:
-        """Returns which of these takes the place of each weight that the graph was captured with."""
-        pairs = set(zip(self._weights, weights, strict=True))
-        if len(pairs) != len(set(self._weights)) or len(pairs) != len(set(weights)):
-            raise WrapError(
-                f"the graph that reads {self._names[0]!r} was captured where other weights were tied than in this "
-                "model: make tied weights one Parameter, or compile with other options"
-            )
-        return dict(pairs)
 
 
 class _MachineOnceKnown:

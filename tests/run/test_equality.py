@@ -10,7 +10,7 @@ from torch import nn
 
 import mball
 from tests.run.harness import assert_same, assert_streamed, make, run, weight_bytes, wrap_hostile
-from tests.run.zoo import ZOO, generate, llama, noise
+from tests.run.zoo import ZOO, BrokenLayers, generate, llama, noise
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -41,6 +41,29 @@ def test_operators_alone(name: str, tmp_path: Path) -> None:
         for number, call in enumerate(specimen.runs):
             assert_same(run(model, call), run(plain, call), f"{name}, call {number}")
         assert assert_streamed(model).graphs == 0
+
+
+@pytest.mark.parametrize("compiled", ["eager", "inductor"])
+def test_a_graph_of_one_layer_serves_equal_ones(compiled: str, tmp_path: Path) -> None:
+    """Dynamo calls the graph that it has for another layer, whose Parameters are other arguments."""
+    calls: list[nn.Module] = []
+    plain, model = (make(BrokenLayers) for _ in range(2))
+    for each in (plain, model):
+        for layer in each.layers:
+            layer.register_forward_hook(lambda module, _, __: calls.append(module))
+    wrap_hostile(model, int(weight_bytes(model) * 0.85), swap_dir=tmp_path, capture="graphs", compile=compiled)
+    for _ in range(3):
+        for call in (lambda m: m(noise(3, 64)), lambda m: m(noise(2, 3, 64))):
+            calls.clear()
+            expected, result = run(plain, call), run(model, call)
+            if compiled == "eager":
+                assert_same(result, expected)
+            else:
+                torch.testing.assert_close(result, expected)
+            assert [each.first.weight.data_ptr() for each in calls[7:]] == [
+                model.layers[number].first.weight.data_ptr() for number in (0, 1, 2, 1, 3, 4, 0)
+            ]
+    assert mball.report(model).graphs <= 4
 
 
 @pytest.mark.parametrize("capture", ["graphs", "operators"])

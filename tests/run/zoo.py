@@ -84,6 +84,35 @@ def logits(*shape: int) -> Run:
     return lambda model: model(ids(*shape), use_cache=False).logits
 
 
+class BrokenLayer(nn.Module):
+    """A layer that Dynamo captures in two graphs, which serve all layers like it; one weight of its own is tied."""
+
+    def __init__(self, width: int, shared: nn.Parameter) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        self.shared = shared
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x) @ self.shared
+        torch._dynamo.graph_break()
+        return x + self.second(y).relu()
+
+
+class BrokenLayers(nn.Module):
+    """Equal layers with a break in each, some of them used twice."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        shared = nn.Parameter(torch.randn(width, width) / width)
+        self.layers = nn.ModuleList(BrokenLayer(width, shared) for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number in (0, 1, 2, 1, 3, 4, 0):
+            x = self.layers[number](x)
+        return x
+
+
 class Breaks(nn.Module):
     """Graph breaks, an eager read of a child's weight, a parameter of its own, a buffer, a shared module."""
 
@@ -259,6 +288,9 @@ ZOO: dict[str, Specimen] = {
     ),
     "breaks": Specimen(
         make=Breaks, runs=(lambda m: m(noise(2, 3, 64)), lambda m: m.forward(noise(2, 3, 64))), budget=0.85
+    ),
+    "breaks-in-layers": Specimen(
+        make=BrokenLayers, runs=(lambda m: m(noise(3, 64)), lambda m: m(noise(2, 3, 64))), budget=0.85
     ),
     "convolutions": Specimen(
         make=Net, runs=(lambda m: m(noise(2, 3, 16, 16)), lambda m: m(noise(2, 3, 16, 14))), budget=1.95
