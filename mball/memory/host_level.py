@@ -211,7 +211,6 @@ class HostLevel:
         wait = not getattr(self._is_mine, "value", False)
         self._reads.shutdown(wait)
         self._copies.shutdown(wait)
-        self._source.drain()
 
     # -- copies to the GPU -------------------------------------------------------------------------------------------
 

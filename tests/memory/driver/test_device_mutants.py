@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from mball.errors import MballError
-from mball.memory import cuda_device, cuda_events, cuda_feed, pinned_ring, pinned_tier
+from mball.memory import cuda_device, cuda_events, cuda_feed, host_level, pinned_ring, pinned_tier
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_errors import DriverError
 from mball.memory.pinned_tier import KEPT_FOR
@@ -34,9 +34,10 @@ from tests.memory.device_scenes import (
     slots_in_turn,
 )
 from tests.memory.devices import NUM_PAGES, PAGE, PLACES, Bench, expect
+from tests.memory.driver.level_scenes import LEVEL_SCENES, levels
 from tests.memory.driver.standin import CODES, Order, StandIn
 
-MODULES = (cuda_device, cuda_events, cuda_feed, pinned_ring, pinned_tier)
+MODULES = (cuda_device, cuda_events, cuda_feed, host_level, pinned_ring, pinned_tier)
 # Calls that order work, where nothing uses what they return.
 _WAITS = {"wait", "order", "synchronize", "drain", "free", "record"}
 
@@ -328,6 +329,12 @@ def play(folder: Path, standin: StandIn) -> None:
                 with devices.cuda_on_the_stand_in(place, order=order, seed=seed, home_pages=pages) as bench:
                     scene(bench)
                 assert standin.is_idle(), "streams, events, pinned memory or work are left"
+        for number, level_scene in enumerate(LEVEL_SCENES):
+            place = folder / f"{order.name}{seed}level{number}"
+            place.mkdir()
+            with levels(place, order, seed) as both:
+                level_scene(both)
+            assert standin.is_idle(), "streams, events, pinned memory or work are left"
 
 
 def test_without_a_mutation_all_is_well(standin: StandIn, tmp_path: Path) -> None:

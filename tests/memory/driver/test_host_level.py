@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mball.errors import DeviceError, StorageError
-from mball.memory import Arena
-from mball.memory.cuda_device import CudaDevice
-from mball.memory.device import Event
-from mball.memory.host_level import HostLevel
-from mball.storage import ThreadedReader
-from tests.memory.devices import CHUNK_BYTES, NUM_PAGES, PAGE, Bench, Look, cuda_on_the_stand_in, expect
+from tests.memory.devices import CHUNK_BYTES, NUM_PAGES, PAGE, Look, expect
+from tests.memory.driver.level_scenes import LEVEL_SCENES, Levels, levels
 from tests.memory.driver.standin import CODES, Order, StandIn
 
 ORDERS = [Order.EARLIEST, Order.LATEST, Order.RANDOM]
-HOST_PAGES = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Levels:
-    """A GPU and the host memory below it."""
-
-    bench: Bench
-    level: HostLevel
-    host: Arena
-
-    def stage(self, page: int, count: int, place: int) -> Event:
-        """Reads pages of the file to a place of host memory."""
-        self.level.discard(place * PAGE, count * PAGE)
-        return self.level.copy([self.bench.read(page * PAGE, count * PAGE, place)], self.level.record())
-
-    def copy(self, page: int, count: int, to: int) -> Event:
-        """Copies pages to the GPU."""
-        return self.bench.device.copy([self.bench.read(page * PAGE, count * PAGE, to)], self.bench.device.record())
-
-    def see(self, event: Event, to: int, count: int) -> Look:
-        """What compute sees that waits for a copy."""
-        self.bench.device.wait(event)
-        return self.bench.look(to, to + count)
-
-    def pages(self, page: int, count: int) -> bytes:
-        """What is in the file."""
-        return self.bench.content[page * PAGE : (page + count) * PAGE]
-
-
-@contextmanager
-def levels(folder: Path, order: Order, seed: int = 0) -> Iterator[Levels]:
-    with ExitStack() as stack:
-        bench = stack.enter_context(cuda_on_the_stand_in(folder, order=order, seed=seed, has_level=True))
-        assert isinstance(bench.device, CudaDevice)
-        level = bench.device.below
-        assert level is not None
-        host = level.arena(HOST_PAGES * PAGE)
-        stack.callback(host.close)
-        host.resize(HOST_PAGES * PAGE)
-        host.poison(0, HOST_PAGES * PAGE)
-        yield Levels(bench=bench, level=level, host=host)
-        bench.device.close()
 
 
 @pytest.fixture(params=ORDERS, ids=lambda order: order.name.lower())
@@ -76,34 +27,9 @@ def both(request: pytest.FixtureRequest, standin: StandIn, tmp_path: Path) -> It
     assert not standin.registered_bytes
 
 
-class Gate:
-    """Holds up the thread that stages, before what it asks for is read."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.opened = threading.Event()
-        submit = ThreadedReader.submit
-
-        def late(reader: ThreadedReader, reads: Any) -> Any:
-            if threading.current_thread().name.startswith("mball-stage"):
-                assert self.opened.wait(60)
-            return submit(reader, reads)
-
-        patch.setattr(ThreadedReader, "submit", late)
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    return Gate(monkeypatch)
-
-
-def test_a_copy_waits_for_what_it_copies(both: Levels, gate: Gate) -> None:
-    both.stage(5, 3, 2)
-    event = both.copy(5, 3, 0)
-    assert not event.done()
-    gate.opened.set()
-    look = both.see(event, 0, 3)
-    both.bench.finish()
-    expect(look(), both.pages(5, 3))
+@pytest.mark.parametrize("scene", LEVEL_SCENES, ids=lambda scene: scene.__name__)
+def test_what_must_be_waited_for(scene: Callable[[Levels], None], both: Levels) -> None:
+    scene(both)
 
 
 def test_what_is_staged_is_read_once(both: Levels, submitted: list[Any]) -> None:
@@ -114,48 +40,6 @@ def test_what_is_staged_is_read_once(both: Levels, submitted: list[Any]) -> None
         expect(look(), both.pages(5, 3))
     assert len(submitted) == 1
     submitted.clear()
-
-
-def test_a_place_is_taken_when_its_last_copy_is_over(both: Levels, gate: Gate) -> None:
-    """The second read waits for the copy of what the first one brought, however late that is."""
-    gate.opened.set()
-    both.stage(5, 3, 2).wait()
-    first = both.copy(5, 3, 0)
-    both.stage(20, 3, 2)
-    second = both.copy(20, 3, 3)
-    looks = [both.see(first, 0, 3), both.see(second, 3, 3)]
-    both.bench.finish()
-    expect(looks[0](), both.pages(5, 3))
-    expect(looks[1](), both.pages(20, 3))
-
-
-def test_what_came_late_for_nobody_does_not_fall_on_what_came_after(
-    both: Levels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first read ends after the second one was asked for, at the same place."""
-    submit, begun = ThreadedReader.submit, threading.Event()
-
-    class Late:
-        def __init__(self, reader: ThreadedReader, reads: Any) -> None:
-            self.reader, self.reads = reader, reads
-
-        def done(self) -> bool:
-            return False
-
-        def wait(self) -> None:
-            begun.set()
-            submit(self.reader, self.reads).wait()
-
-    def late(reader: ThreadedReader, reads: Any) -> Any:
-        return Late(reader, reads) if reads[0].offset_bytes == 5 * PAGE else submit(reader, reads)
-
-    monkeypatch.setattr(ThreadedReader, "submit", late)
-    both.stage(5, 3, 2)
-    both.stage(20, 3, 2).wait()
-    look = both.see(both.copy(20, 3, 0), 0, 3)
-    both.bench.finish()
-    assert begun.is_set()
-    expect(look(), both.pages(20, 3))
 
 
 def test_what_is_not_there_comes_from_the_file(both: Levels, submitted: list[Any]) -> None:
@@ -209,19 +93,6 @@ def test_a_driver_that_refuses(call: str, standin: StandIn, tmp_path: Path) -> N
             expect(look(), both.pages(20, 3))
         assert standin.is_idle()
         assert not standin.registered_bytes
-
-
-def test_all_is_over_once_it_was_waited_for(both: Levels, gate: Gate) -> None:
-    threading.Timer(0.1, gate.opened.set).start()
-    unread = both.stage(5, 3, 2)
-    both.bench.device.synchronize()
-    assert unread.done()
-    gate.opened.clear()
-    threading.Timer(0.1, gate.opened.set).start()
-    both.stage(9, 3, 2)
-    copied = both.copy(9, 3, 0)
-    both.bench.device.synchronize()
-    assert copied.done()
 
 
 def test_it_may_be_closed_while_it_reads(standin: StandIn, tmp_path: Path) -> None:

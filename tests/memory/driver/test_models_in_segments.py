@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import mball
+from mball.c_library import CLibrary
 from mball.errors import ConfigError, DeviceError
 from mball.memory import Device, Event, Kind, cuda_segments
 from mball.memory.cuda_segments import SegmentRoom
@@ -160,7 +161,7 @@ def test_it_is_refused_where_it_cannot_be(standin: StandIn, tmp_path: Path, monk
     standin.configure(virtual_memory=False)
     refused("needs virtual memory, which GPU 0 does not have: leave it out")
     standin.configure()
-    monkeypatch.setattr("mball.memory.allocator.library.built", list)
+    monkeypatch.setattr(CLibrary, "built", lambda _: [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     refused("the allocator's C library is not there, and no C compiler to build it .* install one, and try again")
