@@ -107,8 +107,9 @@ class Config:
         budget_bytes: hard cap on weights, buffers and activations on the compute device.
         device: where steps run: "cpu", "cuda" (the current GPU) or "cuda:1".
         host_budget_bytes: `host_budget`, for a GPU: hard cap on host memory for weights on their way there. Plans then
-            say what stays in it and what is read from disk in each pass. Without it all that is streamed is kept in
-            host memory, as far as there is room.
+            say what stays in it and what is read from disk in each pass; pinned tables whose rows are looked up, and
+            the ring of what is read unplanned, are beside it. Without it all that is streamed is kept in host memory,
+            as far as there is room.
         allocator: where passes on a GPU allocate what they compute.
         swap_dir: directory of the swap file; default the variable MBALL_SWAP_DIR, else the system's directory for
             temporary files.
