@@ -10,8 +10,8 @@ from typing import Any, Self
 
 from mball.compute import Compute
 from mball.config import Allocator, Compile, Config, Io, Policy
-from mball.errors import ConfigError
-from mball.memory import Kind, Ledger, LedgerPage
+from mball.errors import ConfigError, DeviceError
+from mball.memory import Arena, Device, Kind, Ledger, LedgerPage
 from mball.plan import make_plan, simulate
 from mball.plan.baselines import BASELINES
 from mball.plan.simulate import trace_times
@@ -23,7 +23,7 @@ from mball.run.segments import OperatorReads
 from mball.schema import Machine, Plan, Trace
 from mball.storage import DirectIO, FileTable, QueueLimits, SwapFile, SwapSettings
 from mball.torch_private.inductor import inductor_settings
-from mball.units import round_up
+from mball.units import format_bytes, round_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,7 @@ class Machinery:
             below = compute.device.below
             host = None
             if below is not None and config.host_budget_bytes is not None:
-                room = below.arena(max(min(config.host_budget_bytes, _most_bytes(homes)), 1))
+                room = _host_arena(below, config.host_budget_bytes, homes)
                 undo.callback(room.close)
                 host = Execution(below, room, homes)
             engine = Engine(
@@ -185,9 +185,16 @@ def _plan(
     )
 
 
-def _most_bytes(homes: Homes) -> int:
-    """Returns what all weights take at most, each in pages of its own."""
-    return sum(round_up(home.span_bytes, PAGE_BYTES) + PAGE_BYTES for home in homes.homes)
+def _host_arena(below: Device, budget_bytes: int, homes: Homes) -> Arena:
+    """Returns an arena in host memory, no larger than all weights, each in pages of its own."""
+    most_bytes = sum(round_up(home.span_bytes, PAGE_BYTES) + PAGE_BYTES for home in homes.homes)
+    try:
+        return below.arena(max(min(budget_bytes, most_bytes), 1))
+    except DeviceError as error:
+        raise DeviceError(
+            f"a host budget of {format_bytes(budget_bytes)} ({budget_bytes} B) cannot be had: {error}; or give a "
+            "smaller host_budget"
+        ) from error
 
 
 def _retime(trace: Trace, plan: Plan, machine: Machine, longer: float) -> float:

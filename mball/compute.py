@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mball.config import Allocator, Config, Io, cache_directory, own_cache
+from mball.config import Allocator, Config, Io, own_cache
 from mball.errors import ConfigError, DeviceError
 from mball.memory import CpuDevice, Device
 from mball.memory.allocator.library import load_library
@@ -185,7 +185,7 @@ def _in_segments(
         raise DeviceError(
             f"allocator='mball' needs virtual memory, which GPU {driver.ordinal} does not have: leave it out"
         )
-    library = load_library(cache_directory())
+    library = load_library(own_cache())
     with driver.current():
         _, total_bytes = driver.free_and_total_bytes()
     # What is pooled goes to the segments as soon as they are told what they may have.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +31,10 @@ def whole_file(target: Path, size_bytes: int, what: str) -> Iterator[int]:
     """
     try:
         place = Path(os.path.realpath(target))
-        with _folder(place.parent) as folder, _hidden(place, size_bytes) as (descriptor, unfinished):
+        with _folder(place.parent) as folder, _hidden(place, size_bytes) as (descriptor, unfinished, has_name):
             yield descriptor
             os.fsync(descriptor)
-            if not unfinished.exists():
+            if not has_name:
                 # With a folder's descriptor, since only then Python has the link followed.
                 os.link(f"/proc/self/fd/{descriptor}", unfinished.name, dst_dir_fd=folder)
             os.replace(unfinished, place)
@@ -60,10 +61,10 @@ def write_all(descriptor: int, content: memoryview) -> None:
 
 
 @contextmanager
-def _hidden(place: Path, size_bytes: int) -> Iterator[tuple[int, Path]]:
-    unfinished = place.with_name(f".{place.name}.{os.getpid()}.unfinished")
-    descriptor = -1
-    unfinished.unlink(missing_ok=True)  # of a process that was killed
+def _hidden(place: Path, size_bytes: int) -> Iterator[tuple[int, Path, bool]]:
+    """Yields a descriptor, a name that nobody else has, on whatever machine, and whether the file has it already."""
+    unfinished = place.with_name(f".{place.name}.{secrets.token_hex(8)}.unfinished")
+    descriptor, has_name = -1, False
     try:
         try:
             descriptor = os.open(place.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
@@ -71,11 +72,12 @@ def _hidden(place: Path, size_bytes: int) -> Iterator[tuple[int, Path]]:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise
             descriptor = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+            has_name = True
         with contextlib.suppress(FileNotFoundError):
             os.fchmod(descriptor, os.stat(place).st_mode & 0o7777)
         if size_bytes:
             _reserve(descriptor, size_bytes)
-        yield descriptor, unfinished
+        yield descriptor, unfinished, has_name
     finally:
         if descriptor >= 0:
             os.close(descriptor)

@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mball
+from mball.api import _state_of
 from mball.config import Io
 from mball.errors import ConfigError
+from mball.storage import DirectIO
 from tests.preads import needs_a_compiler
 from tests.run.harness import make, weight_bytes
 
@@ -32,6 +34,9 @@ def test_each_way_reads_the_same(io: Io, tmp_path: Path) -> None:
     assert ("threads of Python" in text) == (io is Io.THREADS)
     assert ("buffered (asked for)" in text) == (io is Io.BUFFERED)
     assert ("8 threads of C, 2.00 MiB a request" in text) == (io is not Io.THREADS)
+    modes = {Io.BUFFERED: DirectIO.OFF, Io.DIRECT: DirectIO.ALWAYS, Io.CACHED: DirectIO.UNCACHED}
+    machinery = _state_of(model).machinery
+    assert machinery.files.mode is modes.get(io, DirectIO.AUTO)
     mball.unwrap(model)
 
 

@@ -177,8 +177,8 @@ class Slice:
         return list(self._shape)
 
     def get_dtype(self) -> str:
-        """Returns the type by safetensors' name, such as ``BF16``."""
-        return SAFETENSORS_NAMES[self._dtype]
+        """Returns the type by safetensors' name, such as ``BF16``; by torch's, where that has none."""
+        return SAFETENSORS_NAMES.get(self._dtype, self._dtype)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Returns a part, in memory of its own; indices are torch's. Only pages that it touches are read.

@@ -141,7 +141,14 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             f"checkpoint {path} holds {len(others)} things that are no tensors by name, such as {others[0]!r} "
             f"({type(found[others[0]]).__name__}); load it with torch.load(weights_only=True) and choose what you want"
         )
-    return {name: value.detach() for name, value in found.items()}
+    for name, value in found.items():
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            kind = "quantised" if value.is_quantized else "meta" if value.is_meta else f"of layout {value.layout}"
+            raise CheckpointError(
+                f"checkpoint {path}: tensor {name!r} is {kind}, not plain numbers in memory; load it with torch.load"
+            )
+    # What is conjugated or negated lazily is not what lies in its storage.
+    return {name: value.detach().resolve_conj().resolve_neg() for name, value in found.items()}
 
 
 def _first_line(error: BaseException) -> str:

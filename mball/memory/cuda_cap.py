@@ -71,7 +71,9 @@ class AllocatorCap:
             if left_bytes is not None:
                 if not shared.allowed:
                     shared.before = torch.cuda.get_per_process_memory_fraction(self._ordinal)
-                shared.allowed[self] = self._base_bytes, left_bytes
+                # What passes that began before had then is no base of this one: it is theirs.
+                base_bytes = min([self._base_bytes, *(base for base, _ in shared.allowed.values())])
+                shared.allowed[self] = base_bytes, left_bytes
                 _apply(self._ordinal, shared)
             elif self in shared.allowed:
                 # Last of all: after an interrupt it is lifted again.

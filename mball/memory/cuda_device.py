@@ -242,8 +242,7 @@ class CudaDevice:
         """
         self._driver.refuse_fork()
         self._check_open()
-        if self._level is None:
-            self._tier.expect(list(reads))
+        self._tier.expect(list(reads) if self._level is None else [])  # tables that nobody asks for go, either way
 
     def changed(self, file: str, offset_bytes: int, size_bytes: int) -> None:
         self._driver.refuse_fork()
@@ -301,7 +300,6 @@ class CudaDevice:
         if self._driver.is_forked:  # threads, streams and pinned memory are the parent's
             return
         try:
-            self._room.close()
             self._tier.stop()
             if self._level is not None:
                 self._level.close()
@@ -315,6 +313,7 @@ class CudaDevice:
             self._tier.close()
             if self._level is not None:
                 self._level.memory.unpin()
+            self._room.close()
         except GpuLostError as error:
             _log.warning("streams and pinned memory are left to the end of the process: %s", error)
         finally:

@@ -61,8 +61,9 @@ class TorchPool:
     def enter(self) -> None:
         if self._pool is None:
             self._pool = self._segments.pool()
-        self._entered = torch.cuda.use_mem_pool(self._pool, device=self._segments.ordinal)
-        self._entered.__enter__()
+        entering = torch.cuda.use_mem_pool(self._pool, device=self._segments.ordinal)
+        entering.__enter__()
+        self._entered = entering
 
     def leave(self) -> None:
         entered, self._entered = self._entered, None
@@ -127,8 +128,8 @@ class SegmentRoom:
             self._pool.enter()
             yield
         finally:
-            self._pool.leave()
             self._is_routed = False
+            self._pool.leave()
 
     def begin(self) -> None:
         """Says that a pass begins: what lives now is not the pass's."""

@@ -148,7 +148,9 @@ class HostLevel:
                 offset_bytes=read.arena_offset_bytes, size_bytes=read.size_bytes, landing=landing
             )
         # The last thing: who is interrupted before has asked for nothing, and after it is read for nothing.
-        landing.asked = self._reads.submit(self._read, list(reads), [*before, *([after] if after else [])])
+        # It waits for all copies out of here, also those that nobody told it of: what came unplanned has no step here.
+        before += [self.record()] if after is None else [after, self.record()]
+        landing.asked = self._reads.submit(self._read, list(reads), before)
         return landing
 
     def follow(self) -> None:
@@ -201,7 +203,9 @@ class HostLevel:
             if not self._closed:
                 thread.submit(_nothing).result()
         self._source.drain()
+        # Of a copy that an interrupt kept from being asked for nobody will ever say that it is over.
         self._landings.clear()
+        self._taken.clear()
 
     def close(self) -> None:
         self._closed = True

@@ -45,11 +45,17 @@ class AllocatorRoom:
         self._is_affordable = True
         self._is_open = False
         self._stays_capped = False  # the open pass does
+        self._was_capped = False
         self._said = False  # that it does not fit
 
     def share_of(self, budget_bytes: int) -> int:
         """Returns the bytes of the budget that are for what is kept: 0 when they are too much and come on top."""
         return self.kept_bytes if self.kept_bytes <= budget_bytes * LARGEST_SHARE else 0
+
+    @property
+    def was_capped(self) -> bool:
+        """Whether the pass that is open is, or the last one was when it ended."""
+        return self.is_capped if self._is_open else self._was_capped
 
     @property
     def left_bytes(self) -> int | None:
@@ -111,7 +117,8 @@ class AllocatorRoom:
 
         `is_steady` says that it ran under one plan, which knew all else that it takes.
         """
-        tells_more = self._is_measuring or self._stays_capped
+        # After residents have yielded the peak is of a larger arena's time.
+        tells_more = self._is_measuring
         held, pool_bytes = self.lift(), 0
         if self._graphs is not None:
             pool_bytes = self._graphs.pool_bytes
@@ -136,6 +143,8 @@ class AllocatorRoom:
 
     def lift(self) -> Held:
         """Ends the cap, whatever became of the pass; returns what the allocator holds for it."""
+        if self._is_open:
+            self._was_capped = self.is_capped
         self._is_open = self._stays_capped = False
         return self._device.cap(None)
 

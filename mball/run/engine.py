@@ -211,13 +211,14 @@ class Engine:
             raise WrapError("this model was unwrapped; wrap it again")
         if self._unclear:
             self.recover()
-        if self.step_graphs is not None:
-            self.step_graphs.forget()
         before, booked = self.plans.state(), self.ledger.state()
         try:
             self.plans.set_budget(budget_bytes)
             known = dict.fromkeys(self._next.values())
             self.plans.check(self.weights, [[self._segments[key] for key in tape] for tape in known])
+            if self.step_graphs is not None:
+                self.step_graphs.forget()
+            self.allocator.kept_bytes = 0  # it is measured anew
             planned = None
             if self._active is not None:
                 with contextlib.suppress(BudgetError):  # then it has a substitute, or is of a pass that never ended
@@ -271,8 +272,10 @@ class Engine:
 
     def recover(self) -> None:
         """Makes everything consistent after a pass that did not end well."""
-        self.allocator.lift()
-        self.execution.abort()
+        try:
+            self.execution.abort()
+        finally:
+            self.allocator.lift()
         if self._active is None:
             self.execution.empty()
         if self._collecting:  # nobody knows any more which homes were written
@@ -520,6 +523,13 @@ class Engine:
     def refused(self, error: torch.OutOfMemoryError) -> DeviceError:
         """Returns what to raise where a pass found no memory and has ended; the next one is planned with more room."""
         left_bytes, arena_bytes = self.allocator.left_bytes, self.execution.arena.taken_bytes
+        device_said = f"The device said: {str(error).partition(' If ')[0]}"
+        if not self.allocator.was_capped:
+            return DeviceError(
+                f"an operator found no memory on a device that is full: a budget of {format_bytes(self.budget_bytes)} "
+                f"({self.budget_bytes} bytes), of which the arena has {arena_bytes} bytes, is more than others leave. "
+                f"Free memory of the device, or lower the budget (mball.set_budget). {device_said}"
+            )
         self.allocator.forget()
         if self._with_more_room() is not None:
             self._stale = True
@@ -530,7 +540,7 @@ class Engine:
         return DeviceError(
             f"an operator found no memory under a budget of {format_bytes(self.budget_bytes)} ({self.budget_bytes} "
             f"bytes), of which the arena has {arena_bytes} bytes{left}: {way_out} raise the budget "
-            f"(mball.set_budget), or compute less at one time. The device said: {str(error).partition(' If ')[0]}"
+            f"(mball.set_budget), or compute less at one time. {device_said}"
         )
 
     def _with_more_room(self) -> PassPlan | None:
@@ -553,6 +563,7 @@ class Engine:
             if planned.plan.arena_bytes < active.plan.arena_bytes:
                 return planned
         room.missed_bytes, allocator.kept_bytes = before
+        self.plans.clear()  # those that were tried are for other figures
         return None
 
     def _reserve_of(self, planned: PassPlan) -> int:

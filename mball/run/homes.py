@@ -128,6 +128,17 @@ class HomeFile:
             self._settle(pieces)
         return [(first, end) for first, end, _ in pieces]
 
+    def unwritten(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yields the parts of `[first, end)` of the file whose pages nobody has written to since they were settled."""
+        for begin, stop in self.mapping.written():
+            begin, stop = begin + self.mapped_from, stop + self.mapped_from
+            if first < begin:
+                yield first, min(begin, end)
+            first = max(first, stop)
+            if first >= end:
+                return
+        yield first, end
+
     def _settle(self, pieces: Sequence[tuple[int, int, int | None]]) -> None:
         new_bytes = sum(end - first for first, end, offset in pieces if offset is None)
         start = self.swap.allocate(new_bytes)
@@ -137,14 +148,15 @@ class HomeFile:
                 placed.append((first, end, offset if swap_offset is None else swap_offset))
                 offset += end - first if swap_offset is None else 0
             self.swap.write_all([Write(offset_bytes=place, source=self._content(f, e)) for f, e, place in placed])
+            # In this order an interrupt loses nothing: until the mapping is replaced the pages count as written.
+            for (first, end, known), (_, _, place) in zip(pieces, placed, strict=True):
+                if known is None:
+                    insort(self._moved, _Moved(first=first, end=end, swap_offset=place), key=lambda moved: moved.first)
         except BaseException:
-            if new_bytes:
+            if new_bytes and not any(start <= moved.swap_offset < start + new_bytes for moved in self._moved):
                 self.swap.free(start)
             raise
-        # In this order an interrupt loses nothing: until the mapping is replaced the pages count as written.
-        for (first, end, known), (_, _, place) in zip(pieces, placed, strict=True):
-            if known is None:
-                insort(self._moved, _Moved(first=first, end=end, swap_offset=place), key=lambda moved: moved.first)
+        for (first, end, _), (_, _, place) in zip(pieces, placed, strict=True):
             if self.is_swap:  # the very place that is mapped
                 self.mapping.drop_written(first - self.mapped_from, end - self.mapped_from)
             else:
@@ -309,12 +321,18 @@ class Homes:
     def verify(self, weight: int) -> None:
         """Holds what the swap file has of a home against its checksums, for who reads it in place.
 
+        Not what was written to since: those pages are memory, also where they could not be saved.
+
         Raises:
             StorageError: something else was written there.
         """
-        for piece in self.pieces(weight):
-            if piece.file == self.swap.name:
-                self.swap.verify(piece.offset_bytes, piece.size_bytes)
+        home = self.homes[weight]
+        first, end = home.offset_bytes, home.offset_bytes + home.span_bytes
+        for begin, stop in self._file_of[home.file].unwritten(first, end):
+            extent = Extent(file=home.file, offset_bytes=begin, size_bytes=stop - begin, slot_offset_bytes=0)
+            for piece in self._file_of[home.file].resolve(extent):
+                if piece.file == self.swap.name:
+                    self.swap.verify(piece.offset_bytes, piece.size_bytes)
 
     def close(self) -> None:
         """Closes the swap file. Homes that somebody still holds stay readable. Idempotent."""

@@ -14,7 +14,8 @@ UNKNOWN_SHARE = 8
 GROWTH_SHARE = 64
 
 _Room = tuple[Hashable, bool]  # the kind of pass, and whether it runs graphs
-RoomState = tuple[int, dict[_Room, int], set[_Room]]  # the budget, what is known, and what of that had to do
+# The budget, what is known, what of that had to do, and what more is wished for.
+RoomState = tuple[int, dict[_Room, int], set[_Room], dict[_Room, int]]
 
 
 class OperatorRoom:
@@ -45,11 +46,11 @@ class OperatorRoom:
 
     def state(self) -> RoomState:
         """Returns what `restore` takes."""
-        return self._budget_bytes, dict(self._measured), set(self._settled)
+        return self._budget_bytes, dict(self._measured), set(self._settled), dict(self._missed)
 
     def restore(self, state: RoomState) -> None:
         """Goes back to the budget, and to what was known under it."""
-        self._budget_bytes, self._measured, self._settled = state
+        self._budget_bytes, self._measured, self._settled, self._missed = state
 
     @property
     def largest_bytes(self) -> int:

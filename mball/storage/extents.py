@@ -29,7 +29,7 @@ class SwapExtent:
     Blocks are counted from `start`; the last one may be shorter.
     """
 
-    __slots__ = ("end", "start", "states", "sums")
+    __slots__ = ("end", "failed", "start", "states", "sums")
 
     def __init__(self, start: int, end: int) -> None:
         self.start = start
@@ -37,6 +37,8 @@ class SwapExtent:
         num_blocks = -(-(end - start) // BLOCK_BYTES)
         self.sums = array("Q", bytes(8 * num_blocks))
         self.states = bytearray(num_blocks)
+        # Of blocks that cannot be read, which bytes `[first, end)` of the file have to be written anew for that.
+        self.failed: dict[int, tuple[int, int]] = {}
 
     def blocks(self, first: int, end: int) -> range:
         """Returns the blocks that bytes `[first, end)` of the file touch."""
@@ -147,6 +149,9 @@ class ExtentMap:
         """Notes that a write of `[first, end)` failed."""
         for extent in self.overlapping(first, end):
             for block in extent.blocks(max(first, extent.start), min(end, extent.end)):
+                block_first, block_end = extent.bounds(block)
+                begin, stop = extent.failed.get(block, (block_end, block_first))
+                extent.failed[block] = min(begin, max(block_first, first)), max(stop, min(block_end, end))
                 extent.states[block] = BlockState.FAILED
 
     def _fits(self, size: int) -> int | None:

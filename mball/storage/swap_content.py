@@ -34,6 +34,7 @@ class Run(NamedTuple):
     extent: SwapExtent
     first: int
     values: array[int]
+    failed: tuple[int, int] | None = None  # where in the file of a single block something is left of a failed write
 
 
 class SwapContent:
@@ -157,20 +158,29 @@ class SwapContent:
                     raise self._damage(first, end, found, extent.sums[block])
         else:
             content = bytearray(end - first)
+        failed = extent.failed.get(block)
+        if failed is not None and _covers(parts, failed[0] - first, failed[1] - first):
+            failed = None
         for offset, view in parts:
             content[offset : offset + len(view)] = view
-        return Run(extent, block, array("Q", [checksum(content)]))
+        return Run(extent, block, array("Q", [checksum(content)]), failed)
 
     def forget(self, runs: Sequence[Run]) -> None:
         """Says that these blocks cannot be read until `set` says more."""
-        for extent, first, values in runs:
+        for extent, first, values, _ in runs:
             extent.states[first : first + len(values)] = bytes([BlockState.FAILED]) * len(values)
+            extent.failed |= {block: extent.bounds(block) for block in range(first, first + len(values))}
 
     def set(self, runs: Sequence[Run]) -> None:
         """Says what the sums of blocks are from now on."""
-        for extent, first, values in runs:
+        for extent, first, values, failed in runs:
             extent.sums[first : first + len(values)] = values
+            if failed is not None:
+                extent.failed[first] = failed
+                continue
             extent.states[first : first + len(values)] = bytes([BlockState.WRITTEN]) * len(values)
+            for block in range(first, first + len(values)):
+                extent.failed.pop(block, None)
 
     def _sums(self, first: int, end: int, *, queued: bool) -> Iterator[BlockSum]:
         """Yields the sums that a read is to be held against."""
@@ -234,3 +244,11 @@ def _part(read: Read, first: int, end: int) -> Read:
         size_bytes=end - first,
         destination=read.destination[begin : begin + end - first],
     )
+
+
+def _covers(parts: Sequence[tuple[int, memoryview]], first: int, end: int) -> bool:
+    """Returns whether these parts, each with its offset, have all of `[first, end)`."""
+    for offset, view in sorted(parts, key=lambda part: part[0]):
+        if offset <= first:
+            first = max(first, offset + len(view))
+    return first >= end

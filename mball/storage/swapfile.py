@@ -95,7 +95,7 @@ class SwapFile:
         self._name = f"swap-{next(_numbers)}"
         self._extents = ExtentMap()
         self._descriptors = [descriptor]
-        if settings.direct is DirectIO.AUTO:
+        if settings.direct is not DirectIO.OFF:
             # Where the file system has no direct writes, its files are written through the page cache.
             with contextlib.suppress(OSError):
                 flags = os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC
@@ -279,7 +279,9 @@ class SwapFile:
         handles: list[PendingWrites] = []
         try:
             for portion in _portions(writes):
-                handles.append(self.submit(portion))
+                handle = self.submit(portion)
+                handle.urgent = True  # it is waited for below, and while the queue is full
+                handles.append(handle)
             for handle in handles:
                 handle.wait()
         except BaseException:

@@ -185,3 +185,37 @@ def test_damaged_bytes_end_in_one_kind_of_error(whole: Path, data: st.DataObject
     except CheckpointError:
         return
     assert all(isinstance(value, torch.Tensor) for value in found.values())
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_what_is_conjugated_or_negated_lazily_has_its_numbers(tmp_path: Path, copy: bool | None) -> None:
+    numbers = torch.tensor([1 + 2j, 3 - 4j])
+    negated = torch._neg_view(torch.tensor([1.0, -2.0]))
+    assert negated.is_neg()
+    tensors = {"plain": numbers, "conjugated": numbers.conj(), "negated": negated}
+    torch.save(tensors, tmp_path / "model.pt")
+    found = mball.load_file(tmp_path / "model.pt", copy=copy)
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor), name
+        assert found[name].tolist() == tensor.tolist()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.eye(3).to_sparse(), "of layout torch.sparse_coo"),
+        (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantised"),
+        (torch.empty(3, device="meta"), "meta"),
+    ],
+    ids=["sparse", "quantised", "meta"],
+)
+def test_what_is_not_plain_numbers_is_refused(tmp_path: Path, tensor: torch.Tensor, kind: str) -> None:
+    torch.save({"odd": tensor}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=rf"tensor 'odd' is {kind}, not plain numbers in memory"):
+        mball.load_file(tmp_path / "model.pt")
+
+
+def test_a_type_that_safetensors_has_no_name_for(tmp_path: Path) -> None:
+    torch.save({"wide": torch.ones(2, dtype=torch.complex128)}, tmp_path / "model.pt")
+    with mball.open(tmp_path / "model.pt") as checkpoint:
+        assert checkpoint.get_slice("wide").get_dtype() == "complex128"

@@ -82,6 +82,22 @@ def test_caps_of_passes_at_one_time_add_up(allocator: Allocator) -> None:
     assert allocator.fraction == 1.0
 
 
+def test_what_one_pass_holds_is_no_base_of_another(allocator: Allocator) -> None:
+    one, other = AllocatorCap(0), AllocatorCap(0)
+    allocator.active_bytes = GIB
+    one.begin()
+    one.set(100 * MIB)
+    allocator.active_bytes += 80 * MIB
+    other.begin()
+    other.set(30 * MIB)
+    assert allocator.allowed_bytes == GIB + 130 * MIB
+    one.set(None)
+    allocator.active_bytes -= 80 * MIB
+    other.set(20 * MIB)
+    assert allocator.allowed_bytes == GIB + 20 * MIB
+    other.set(None)
+
+
 def test_the_users_own_cap_stays(allocator: Allocator) -> None:
     allocator.fraction = 1 / 80
     cap = AllocatorCap(0)

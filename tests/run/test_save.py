@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,3 +180,23 @@ def test_the_report_says_what_went_through_swap(tmp_path: Path) -> None:
     assert report.swap_checked_bytes >= report.bytes_read_last_pass > 0
     assert "of at most 1.00 MiB; " in str(report)
     assert f"written in {report.swap_writes} requests" in str(report)
+
+
+def test_what_swap_could_not_take_is_saved_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights in memory are whole; a disk that failed for swap may take the file."""
+    plain, model = make(four_layers), make(four_layers)
+    wrap_hostile(model, 40 << 10, swap_dir=tmp_path)
+    by_fused_optimizer(plain)
+    by_fused_optimizer(model)
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", refuse)
+        with pytest.raises(StorageError, match="Input/output"):
+            run(model, call)
+    mball.save_file(model, tmp_path / "model.safetensors")
+    found = load_file(tmp_path / "model.safetensors")
+    assert_same({name: found[name] for name in plain.state_dict()}, dict(plain.state_dict()))
+    assert_same(run(model, call), run(plain, call))

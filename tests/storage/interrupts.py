@@ -47,7 +47,7 @@ def _interrupted(scene: Callable[[], object], number: int) -> bool:
     try:
         scene()
     except KeyboardInterrupt:
-        return True
+        pass
     finally:
         sys.setprofile(None)
-    return False
+    return left < 0  # also where it was swallowed

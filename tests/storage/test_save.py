@@ -26,7 +26,7 @@ from mball.errors import StorageError
 from mball.storage.header import SAFETENSORS_NAMES
 from mball.storage.save import save_tensors
 from mball.units import MIB
-from mball.whole_files import replace_file
+from mball.whole_files import replace_file, whole_file
 
 REAL = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn]
 
@@ -259,3 +259,28 @@ def test_other_files_are_written_so_too(tmp_path: Path) -> None:
     assert (tmp_path / "text").read_bytes() == b""
     with pytest.raises(StorageError, match=r"the text cannot be written to .*nowhere/text' \(5 B\): No such file"):
         replace_file(tmp_path / "nowhere" / "text", b"first", "text")
+
+
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_two_that_write_one_file_do_not_meet(unnamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever ends last has the file; nobody's half ever gets there, also where files have names from the beginning."""
+    if not unnamed:
+        real = os.open
+
+        def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            return real(path, flags, *rest, **more)
+
+        monkeypatch.setattr(os, "open", refuse)
+    path = tmp_path / "file"
+    with whole_file(path, 2, "file") as first:
+        os.write(first, b"1")
+        with whole_file(path, 2, "file") as second:
+            os.write(second, b"2")
+            os.write(first, b"1")
+            assert not path.exists()
+            os.write(second, b"2")
+        assert path.read_bytes() == b"22"
+    assert path.read_bytes() == b"11"
+    assert list(tmp_path.iterdir()) == [path]

@@ -178,6 +178,30 @@ def test_a_failed_write_of_part_of_a_block_can_be_done_again(tmp_path: Path, mon
         assert read_back(swap, reader, start, BLOCK_BYTES) == expected
 
 
+def test_what_is_left_of_a_failed_write_is_not_vouched_for_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with opened(tmp_path) as (swap, reader):
+        start = swap.allocate(BLOCK_BYTES)
+        swap.write(start, content(BLOCK_BYTES))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", refuse)
+            with pytest.raises(StorageError, match="Input/output"):
+                swap.write(start + PAGE, content(4 * PAGE, seed=1))
+        swap.write(start + 9 * PAGE, content(PAGE, seed=2))
+        swap.write(start + PAGE, content(2 * PAGE, seed=1))
+        with pytest.raises(StorageError, match="writing them failed"):
+            read_back(swap, reader, start, BLOCK_BYTES)
+        expected = content(BLOCK_BYTES)
+        expected[9 * PAGE : 10 * PAGE] = content(PAGE, seed=2)
+        expected[PAGE : 5 * PAGE] = content(4 * PAGE, seed=3)
+        swap.write(start + PAGE, content(4 * PAGE, seed=3))
+        assert read_back(swap, reader, start, BLOCK_BYTES) == expected
+
+
 @pytest.mark.parametrize("most", [1, 511, 4096, 5000, 65536])
 def test_short_writes_are_finished_wherever_they_end(
     most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

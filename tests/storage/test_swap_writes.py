@@ -22,7 +22,7 @@ from tests.storage.reads import memory
 from tests.storage.swaps import content, opened, read_back, write
 
 PAGE = 4096
-DIRECT = [DirectIO.AUTO, DirectIO.OFF]
+DIRECT = list(DirectIO)
 
 
 class HeldWrites:
@@ -202,6 +202,13 @@ def test_what_is_waited_for_gives_way_to_nobody(tmp_path: Path) -> None:
         start = swap.allocate(4 * MIB)
         swap.give_way_to(Reading())
         swap.submit([write(start, content(4 * MIB))]).wait()  # a chunk a minute, otherwise
+
+
+def test_what_waits_for_room_in_the_queue_gives_way_to_nobody(tmp_path: Path) -> None:
+    with opened(tmp_path, num_threads=1, share=1e-6, high_bytes=MIB, low_bytes=MIB // 2) as (swap, _):
+        start = swap.allocate(24 * MIB)
+        swap.give_way_to(Reading())
+        swap.write(start, content(24 * MIB))
 
 
 def test_extents_are_used_again_and_the_end_is_given_back(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class SegmentAllocator:
         self._library = library
         self._ordinal = ordinal
         self._is_open = False
-        self._kept: list[Any] = []  # what PyTorch knows by its address only
+        self._pluggable: Any = None  # PyTorch knows it by its address only
         self._check("open", library.mball_open(ordinal, limit_bytes, extent_bytes), limit_bytes)
         self._is_open = True
         self._generation = ctypes.c_uint64.from_address(library.mball_generation(ordinal))
@@ -261,10 +261,12 @@ class SegmentAllocator:
                 f"torch {torch.__version__} was built without CUDA, so it has no torch.cuda.MemPool; install one with "
                 "CUDA, or leave the allocator as it is"
             )
-        made = torch.cuda.memory.CUDAPluggableAllocator(self._library._name, "mball_malloc", "mball_free")
-        self._kept.append(made)
+        if self._pluggable is None:
+            self._pluggable = torch.cuda.memory.CUDAPluggableAllocator(
+                self._library._name, "mball_malloc", "mball_free"
+            )
         with torch.cuda.device(self._ordinal):
-            return torch.cuda.MemPool(made.allocator())
+            return torch.cuda.MemPool(self._pluggable.allocator())
 
     def close(self) -> None:
         """Waits for what leaves, and gives all memory to the driver. Donors are the engine's again. Idempotent.

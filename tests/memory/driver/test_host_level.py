@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mball.errors import DeviceError, StorageError
+from mball.memory import host_level
+from mball.memory.pinned_tier import KEPT_FOR
 from tests.memory.devices import CHUNK_BYTES, NUM_PAGES, PAGE, Look, expect
 from tests.memory.driver.level_scenes import LEVEL_SCENES, Levels, levels
 from tests.memory.driver.standin import CODES, Order, StandIn
@@ -131,3 +134,36 @@ def test_whatever_is_asked_bytes_are_right(
         for number, (look, wanted) in enumerate(looks):
             expect(look(), wanted, f"look {number}")
     assert NUM_PAGES >= 8 * 8
+
+
+def test_an_interrupt_before_a_copy_is_handed_over_holds_up_nothing(
+    both: Levels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody will ever say that this copy is over, so nobody may wait for it once all was waited for."""
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    both.stage(5, 3, 2).wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(host_level, "partial", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            both.copy(5, 3, 0)
+    both.bench.device.synchronize()
+    both.stage(20, 3, 2)
+    look = both.see(both.copy(20, 3, 0), 0, 3)
+    both.bench.finish()
+    expect(look(), both.pages(20, 3))
+
+
+def test_tables_that_nobody_asks_for_go_here_too(both: Levels, standin: StandIn) -> None:
+    device = both.bench.device
+    both.host.populate()  # it is pinned in the background
+    before = standin.registered_bytes
+    device.rows_of(torch.empty(64, 16), [both.bench.read(7 * PAGE, PAGE, 0)])
+    assert standin.registered_bytes > before
+    for _ in range(KEPT_FOR + 4):
+        device.expect([])
+        device.synchronize()
+        both.bench.finish()
+    assert standin.registered_bytes == before
