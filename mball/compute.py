@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from mball.config import Allocator, Config, Io, own_cache
-from mball.errors import ConfigError, DeviceError
+from mball.errors import DeviceError
 from mball.memory import CpuDevice, Device
 from mball.memory.allocator.library import load_library
 from mball.memory.allocator.segment_allocator import SegmentAllocator
@@ -18,6 +18,7 @@ from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_link import measure_copies
 from mball.memory.cuda_plain import PlainCudaMemory
+from mball.memory.cuda_present import present_gpu
 from mball.memory.cuda_segments import SegmentRoom, TensorPool, TorchPool, open_segments
 from mball.memory.cuda_virtual import EXTENT_BYTES, CudaMemory
 from mball.memory.page_pool import PagePool
@@ -107,17 +108,7 @@ def open_compute(config: Config, files: FileTable) -> Compute:
 
 
 def _open_cuda(reader: Reader, ordinal: int | None, config: Config) -> Compute:
-    if not torch.backends.cuda.is_built():
-        raise ConfigError(f"device is 'cuda', and this torch ({torch.__version__}) is built without CUDA: install one")
-    if not torch.cuda.is_available():
-        raise DeviceError(
-            "device is 'cuda', and torch sees no GPU: mball doctor says what there is (look at nvidia-smi, "
-            "CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this torch)"
-        )
-    if ordinal is None:
-        ordinal = torch.cuda.current_device()
-    if ordinal >= torch.cuda.device_count():
-        raise DeviceError(f"device is 'cuda:{ordinal}', and torch sees {torch.cuda.device_count()} GPUs; count from 0")
+    ordinal = present_gpu(ordinal)
     current_stream = torch.cuda.current_stream
     return cuda_compute(
         reader,

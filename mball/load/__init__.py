@@ -13,6 +13,7 @@ from mball.errors import CheckpointError, ConfigError
 from mball.load.formats import open_source
 from mball.load.progress import Report, shown
 from mball.load.source import Settings, Source
+from mball.memory.cuda_present import present_gpu
 from mball.storage.header import SAFETENSORS_NAMES
 from mball.units import format_names, parse_bytes
 
@@ -70,12 +71,14 @@ def open(
     Memory of their own is one allocation for all tensors of a file that are loaded together. A tensor that is dropped
     gives its pages back, but for those at its two ends that it shares with its neighbours; tensors below 64 KiB go with
     the last one. A mapping is in memory as page cache, which the kernel takes back when it has to. Do not write into a
-    file that tensors are mapped from, and do not truncate it: rename another one over it.
+    file that tensors are mapped from, and do not truncate it: rename another one over it. What is open goes on with
+    the old one, if it is safetensors; files of other formats are refused from then on.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, contradicts itself, or is of a kind that nobody here reads.
         StorageError: a read failed.
         ConfigError: an argument cannot be read, or a package is missing.
+        DeviceError: the device is not there.
     """
     if framework not in ("pt", "torch", "pytorch"):
         raise ConfigError(f"framework is {framework!r}; tensors are PyTorch's here, so give 'pt' or nothing")
@@ -181,7 +184,7 @@ class Slice:
         return SAFETENSORS_NAMES.get(self._dtype, self._dtype)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """Returns a part, in memory of its own; indices are torch's. Only pages that it touches are read.
+        """Returns a part, in memory of its own; indices are torch's. Only pages that it touches are read, but for GGUF.
 
         Raises as `Checkpoint.get_tensor`, and what torch raises for an index that does not fit.
         """
@@ -190,6 +193,9 @@ class Slice:
 
 def _device(device: str | int | torch.device) -> torch.device:
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device is {device!r}: {str(error).splitlines()[0]}") from error
+    if found.type == "cuda":
+        present_gpu(found.index)
+    return found

@@ -373,3 +373,9 @@ def test_a_gpu(tmp_path: Path, cold: bool) -> None:
     found = mball.load_file(directory, "cuda", in_flight_bytes="32MiB")
     assert all(tensor.is_cuda for tensor in found.values())
     assert_same(found, tensors)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(file: Path) -> None:
+    with pytest.raises((ConfigError, DeviceError), match=r"device is 'cuda', and .*torch"):
+        mball.load_file(file, device="cuda")
