@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -148,13 +149,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
 ) -> None:
     path = tmp_path / "t.json"
     path.write_text("old")
-    write = Path.write_bytes
+    write = os.write
 
-    def fail_half_way(self: Path, content: bytes) -> int:
-        write(self, content[: len(content) // 2])
+    def fail_half_way(descriptor: int, content: memoryview) -> int:
+        write(descriptor, content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fail_half_way)
+    monkeypatch.setattr(os, "write", fail_half_way)
     with pytest.raises(StorageError, match="No space left on device"):
         TIMELINE.save(path)
     assert path.read_text() == "old"

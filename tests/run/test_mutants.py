@@ -92,8 +92,8 @@ def overrun_after(patch: pytest.MonkeyPatch) -> None:
 def _overrun(patch: pytest.MonkeyPatch, where: Callable[[int, int], int]) -> None:
     bring = Execution._bring
 
-    def stray(self: Execution, number: int, offset: int, *, planned: bool = True) -> None:
-        bring(self, number, offset, planned=planned)
+    def stray(self: Execution, number: int, offset: int, **how: Any) -> None:
+        bring(self, number, offset, **how)
         page = where(offset, offset + self.plan.bundles[number].size_bytes)  # type: ignore[union-attr]
         if 0 <= page <= self.arena.backed_bytes - PAGE_BYTES:
             self.arena.poison(page, PAGE_BYTES)
@@ -106,10 +106,10 @@ def longer_read(patch: pytest.MonkeyPatch) -> None:
     bring, reads = Execution._bring, Homes.reads
     room = [False]
 
-    def bring_if_room(self: Execution, number: int, offset: int, *, planned: bool = True) -> None:
+    def bring_if_room(self: Execution, number: int, offset: int, **how: Any) -> None:
         end = offset + self.plan.bundles[number].size_bytes  # type: ignore[union-attr]
         room[0] = end + PAGE_BYTES <= self.arena.backed_bytes
-        bring(self, number, offset, planned=planned)
+        bring(self, number, offset, **how)
 
     def longer(self: Homes, extents: Any) -> Any:
         *others, (extent, last) = reads(self, extents)
