@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 import mball
+from mball.config import own_cache
 from mball.load.file_memory import OwnMemory
 from mball.load.safetensors_source import stream
-from mball.storage import CheckpointIndex, DirectIO, FileTable, ThreadedReader
+from mball.storage import CheckpointIndex, DirectIO, FileTable, choose_reader
 from mball.units import MIB
 
 # Keeps alive what the tensors lie in.
@@ -64,10 +65,12 @@ def _prefaulted(path: Path) -> Callable[[], Held]:
     memory = OwnMemory(str(path), entries[0].offset_bytes, entries[-1].offset_bytes + entries[-1].size_bytes)
     reads = list(memory.reads(DirectIO.AUTO))  # faults all of it in
 
+    choice = choose_reader(cache=own_cache())
+
     def load() -> Held:
         files = FileTable()
         files.add_path(path)
-        reader = ThreadedReader(files)
+        reader = choice.open(files)
         try:
             stream(iter(reads), reader, 256 * MIB, lambda _: None)
         finally:

@@ -15,7 +15,8 @@ from bench.speed.preadv import huge_pages
 from bench.speed.pwritev import SETTINGS, WriteYardstick
 from bench.speed.ratios import Target, ratio, ratio_measurements
 from bench.speed.rounds import Sample, Say, interleave, smaller
-from mball.storage import CheckedReader, FileTable, Read, SwapFile, ThreadedReader, Write
+from mball.config import own_cache
+from mball.storage import CheckedReader, FileTable, Read, SwapFile, Write, choose_reader
 from mball.storage.checksum import NAME as CHECKSUM
 
 
@@ -144,7 +145,7 @@ def _contenders(directory: Path, scale: SwapScale, say: Say) -> Iterator[dict[st
         stack.callback(files.close)
         file_swap = stack.enter_context(SwapFile.create(directory))
         files.add_swap(file_swap)
-        reader = CheckedReader(ThreadedReader(files), files)
+        reader = CheckedReader(choose_reader(cache=own_cache()).open(files), files)
         stack.callback(reader.close)
         mball = _Swap(file_swap, reader, source, files.add_path(read_path), destination)
         mball.write()  # blocks of a file that were never written take longer
