@@ -290,6 +290,8 @@ class CudaDevice:
         with self._driver.current():
             for stream in self._own_streams:
                 self._streams.drain(stream)
+        if self._level is not None:
+            self._level.settle()
 
     def close(self) -> None:
         """Raises DeviceError when the driver does not let go of something: call it again.

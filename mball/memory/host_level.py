@@ -203,8 +203,13 @@ class HostLevel:
             if not self._closed:
                 thread.submit(_nothing).result()
         self._source.drain()
-        # Of a copy that an interrupt kept from being asked for nobody will ever say that it is over.
         self._landings.clear()
+
+    def settle(self) -> None:
+        """Says that streams have done all that they were given.
+
+        Of a copy that an interrupt kept from them nobody will ever say that it is over, and nobody may wait for it.
+        """
         self._taken.clear()
 
     def close(self) -> None:
