@@ -17,8 +17,6 @@ from mball.storage.native import READ_POOL, ReadPoolLibrary, load_read_pool
 Preadv = Callable[[int, list[memoryview], int], int]
 SetPreadv = Callable[[Preadv], object]
 
-needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, cc")
-
 
 class _Memory(ctypes.Structure):
     _fields_ = (("address", ctypes.c_uint64), ("size_bytes", ctypes.c_size_t))

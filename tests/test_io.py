@@ -14,7 +14,7 @@ from mball.api import _state_of
 from mball.config import Io
 from mball.errors import ConfigError
 from mball.storage import DirectIO
-from tests.preads import needs_a_compiler
+from tests.in_c import needs_a_compiler
 from tests.run.harness import make, weight_bytes
 
 

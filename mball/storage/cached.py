@@ -10,13 +10,11 @@ from collections.abc import Callable
 from mmap import PAGESIZE
 from typing import Any
 
-from mball.storage.mounts import file_system_of
+from mball.storage.mounts import IN_MEMORY, file_system_of
 
 _NUM_SAMPLES = 256
 # What is missing is read in the background as soon as it is asked for, so few are asked for in vain.
 _NUM_MISSES = 8
-# They have no page cache to read past: what is in them is in memory.
-_IN_MEMORY = ("tmpfs", "ramfs")
 # A system call, of the same number on all machines, that the C library has no function for yet. Linux 6.5.
 _CACHESTAT = 451
 _RANGE = struct.Struct("QQ")
@@ -39,7 +37,7 @@ def is_cached(descriptor: int, first: int, end: int) -> bool:
             if num_misses > _NUM_MISSES:
                 return False
         except OSError:
-            return file_system_of(f"/proc/self/fd/{descriptor}").kind in _IN_MEMORY
+            return file_system_of(f"/proc/self/fd/{descriptor}").kind in IN_MEMORY
     return True
 
 

@@ -46,12 +46,13 @@ def file_system_of(path: str) -> FileSystem:
 
 # Their clients read ahead and keep what was read, in the page cache; past it each read is a round trip.
 _OF_A_NETWORK = frozenset({"9p", "afs", "ceph", "cifs", "ncpfs", "nfs", "nfs4", "smb3", "smbfs"})
-_IN_MEMORY = frozenset({"ramfs", "tmpfs"})
+# They have no page cache to read past: what is in them is in memory.
+IN_MEMORY = frozenset({"ramfs", "tmpfs"})
 
 
 def page_cache_reason(kind: str) -> str | None:
     """Returns why files of this type of file system are better read through the page cache; None if they are not."""
-    if kind in _IN_MEMORY:
+    if kind in IN_MEMORY:
         return f"{kind} is memory"
     if kind in _OF_A_NETWORK:
         return f"{kind} is a network's"

@@ -10,7 +10,7 @@ import pytest
 
 from mball.errors import DeviceError
 from mball.storage import NativeReader, ThreadedReader, Threads, choose_reader, native
-from tests.preads import needs_a_compiler
+from tests.in_c import needs_a_compiler
 from tests.storage.reads import FILE_BYTES, memory, opened, read
 
 
