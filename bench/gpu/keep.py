@@ -117,5 +117,6 @@ PEERS = Book(
     topic=Topic.PEERS,
     phrases=(
         "decode of 8 B parameters in half the memory: accelerate's CPU offload takes {peers_accelerate} mball's time",
+        "blocks in turn, as diffusers' group offloading, {peers_blocks_decode} at equal bytes",
     ),
 )
