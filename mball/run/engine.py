@@ -25,13 +25,13 @@ from mball.run.capture_cost import CaptureCost
 from mball.run.correction import Correction
 from mball.run.execution import Bound, Execution
 from mball.run.homes import Home, HomeFile, Homes
-from mball.run.operator_room import GROWTH_SHARE, OperatorRoom
+from mball.run.more_room import MoreRoom, full, refusal
+from mball.run.operator_room import OperatorRoom
 from mball.run.pass_meter import PassEnd, PassMeter, Retimer
 from mball.run.pass_plans import PassPlan, PassPlans, Planner, Stretch
 from mball.run.segments import OperatorReads, OperatorSegment, Segment
 from mball.run.step_graphs import StepGraphs
 from mball.schema import Plan, Trace
-from mball.units import format_bytes
 
 # A plan that keeps less for operators takes over when this part of the budget becomes free for weights.
 WORTHWHILE_SHARE = 32
@@ -112,6 +112,7 @@ class Engine:
             ledger.budget_bytes,
             lambda: self.step_graph_bytes,
         )
+        self._more_room = MoreRoom(self.plans, self.room, self.allocator, self._planned)
         self._unclear = False  # a pass began and did not end
         self._collecting = False  # written homes are being found
         self._closed = False
@@ -505,7 +506,7 @@ class Engine:
 
         Returns whether there is more room now.
         """
-        planned = self._with_more_room()
+        planned = self._more_room.plan(self._active)
         if planned is None:
             return False
         if entered is not None:
@@ -522,49 +523,13 @@ class Engine:
 
     def refused(self, error: torch.OutOfMemoryError) -> DeviceError:
         """Returns what to raise where a pass found no memory and has ended; the next one is planned with more room."""
-        left_bytes, arena_bytes = self.allocator.left_bytes, self.execution.arena.taken_bytes
-        device_said = f"The device said: {str(error).partition(' If ')[0]}"
+        arena_bytes = self.execution.arena.taken_bytes
         if not self.allocator.was_capped:
-            return DeviceError(
-                f"an operator found no memory on a device that is full: a budget of {format_bytes(self.budget_bytes)} "
-                f"({self.budget_bytes} bytes), of which the arena has {arena_bytes} bytes, is more than others leave. "
-                f"Free memory of the device, or lower the budget (mball.set_budget). {device_said}"
-            )
+            return full(error, self.budget_bytes, arena_bytes)
         self.allocator.forget()
-        if self._with_more_room() is not None:
-            self._stale = True
-            way_out = "the next call leaves more room; call it again, or"
-        else:
-            way_out = "no plan leaves more:"
-        left = "" if left_bytes is None else f", which leaves {left_bytes} bytes to operators"
-        return DeviceError(
-            f"an operator found no memory under a budget of {format_bytes(self.budget_bytes)} ({self.budget_bytes} "
-            f"bytes), of which the arena has {arena_bytes} bytes{left}: {way_out} raise the budget "
-            f"(mball.set_budget), or compute less at one time. {device_said}"
-        )
-
-    def _with_more_room(self) -> PassPlan | None:
-        """Returns a plan like the active one with a smaller arena; None if there is none, and nothing is changed."""
-        active, room, allocator = self._active, self.room, self.allocator
-        if active is None:
-            return None
-        before = room.missed_bytes, allocator.kept_bytes
-        while max(room.missed_bytes, allocator.kept_bytes) < self.budget_bytes:
-            # Nobody tells how much it was: twice as much each time.
-            if active.has_operators:
-                room.missed_bytes = max(2 * room.missed_bytes, self.budget_bytes // GROWTH_SHARE)
-            else:
-                allocator.kept_bytes = max(2 * allocator.kept_bytes, self.budget_bytes // GROWTH_SHARE)
-                self.plans.clear()
-            try:
-                planned = self._planned(active.tape.keys)
-            except BudgetError:
-                break
-            if planned.plan.arena_bytes < active.plan.arena_bytes:
-                return planned
-        room.missed_bytes, allocator.kept_bytes = before
-        self.plans.clear()  # those that were tried are for other figures
-        return None
+        has_more = self._more_room.plan(self._active) is not None
+        self._stale |= has_more
+        return refusal(error, self.budget_bytes, arena_bytes, self.allocator.left_bytes, has_more=has_more)
 
     def _reserve_of(self, planned: PassPlan) -> int:
         return self.room.needed_bytes if planned.has_operators else 0

@@ -13,9 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -25,9 +24,10 @@ from mball.memory.device import COMPLETE
 from mball.run.copy_order import CopyOrder
 from mball.run.file_read import FileRead
 from mball.run.homes import Homes
-from mball.run.recorder import ReadRecord, Recorder
+from mball.run.recorder import Recorder
 from mball.run.rows import RowsAtHome
-from mball.run.slot_leaks import SlotView, watch
+from mball.run.slot_leaks import watch
+from mball.run.slots import Occupant, SlotViews
 from mball.schema import Bundle, Plan
 
 logger = logging.getLogger(__name__)
@@ -51,31 +51,6 @@ class _NotStarted:
 
 
 _NOT_STARTED = _NotStarted()
-
-
-@dataclass(slots=True, eq=False)
-class Occupant:
-    """A bundle at its place in the arena, and the event that makes it valid (None: it is valid).
-
-    `planned` is False where the place was not chosen by the plan, but for an operator that came unannounced.
-    """
-
-    bundle: Bundle
-    offset_bytes: int
-    event: Event | None
-    planned: bool = True
-    views: dict[int, torch.Tensor] = field(default_factory=dict)
-    record: ReadRecord | None = None
-
-    @property
-    def end_bytes(self) -> int:
-        return self.offset_bytes + self.bundle.size_bytes
-
-    def settle(self) -> None:
-        """Says that its copy is over."""
-        if self.record is not None:
-            self.record.settle()
-        self.event = None
 
 
 @dataclass(slots=True)
@@ -118,7 +93,7 @@ class Execution:
         self._released: Event = COMPLETE  # nothing was computed in the arena yet
         # Copies that steps wait for. Where compute is late nobody knows yet how they end, and compute cannot say.
         self._landing: list[tuple[Occupant, Event]] = []
-        self._views: dict[tuple[int, int], torch.Tensor] = {}
+        self._views = SlotViews(arena, homes)
         self._bound: list[tuple[tuple[Occupant, ...], Bound] | None] = []
         self._step_weights: list[tuple[tuple[int, ...], ...]] = []
         self._tables: list[frozenset[int]] = []  # of each step what it looks up rows of and the plan does not bring
@@ -167,8 +142,7 @@ class Execution:
             self.below.adopt(plan.below(), nothing, nothing)
             self._copy_order = CopyOrder(plan.transfers, count)
         self._expect()
-        if len(self._views) > 8 * len(self.homes):
-            self._views.clear()
+        self._views.trim()
 
     def _resize(self, num_bytes: int) -> None:
         """Resizes the arena, so that it takes no more than that."""
@@ -272,7 +246,7 @@ class Execution:
             self._bring(bundle, offset, planned=False)
             self.counters.unplanned_fetches += 1
         occupants = {bundle: self._land(bundle) for bundle in bundles}
-        views = tuple(self._view(weight, occupants[self._bundle_of_weight[weight]]) for weight in weights)
+        views = tuple(self._views.of(weight, occupants[self._bundle_of_weight[weight]]) for weight in weights)
         self.recorder.entered(tuple(weights))
         return views
 
@@ -285,7 +259,7 @@ class Execution:
         assert self.plan is not None
         assert not self._in_use
         there = self._present((weight,))
-        view = self._view(weight, there[0]) if there else self.rows.view(weight)
+        view = self._views.of(weight, there[0]) if there else self.rows.view(weight)
         self.recorder.entered((weight,))
         return view
 
@@ -384,7 +358,7 @@ class Execution:
             try:
                 self.device.close()
             finally:
-                views = self._handed_out()
+                views = self._views.handed_out()
                 self._occupants.clear()
                 self._landing.clear()
                 self._views.clear()
@@ -394,13 +368,6 @@ class Execution:
                 watch(views)
                 if self.below is not None:
                     self.below.close()
-
-    def _handed_out(self) -> list[SlotView]:
-        names, taken_bytes = [home.name for home in self.homes.homes], self.arena.taken_bytes
-        return [
-            SlotView(names[weight], weakref.ref(view.untyped_storage()), taken_bytes)
-            for (weight, _), view in self._views.items()
-        ]
 
     # -- transfers -----------------------------------------------------------------------------------------------
 
@@ -580,26 +547,11 @@ class Execution:
             return cached[1]
         by_weight = {weight: occupant for occupant in occupants for weight in occupant.bundle.tensors}
         views = tuple(
-            tuple(at_home[weight] if weight in at_home else self._view(weight, by_weight[weight]) for weight in weights)
+            tuple(
+                at_home[weight] if weight in at_home else self._views.of(weight, by_weight[weight])
+                for weight in weights
+            )
             for weights in self._step_weights[step]
         )
         self._bound[step] = (occupants, views)
         return views
-
-    def _view(self, weight: int, occupant: Occupant) -> torch.Tensor:
-        view = occupant.views.get(weight)
-        if view is None:
-            place = occupant.bundle.tensors.index(weight)
-            offset = occupant.offset_bytes + occupant.bundle.offsets_bytes[place]
-            view = self._views.get((weight, offset))
-            if view is None:
-                like = self.homes.homes[weight]
-                with torch.inference_mode(False):
-                    length = like.span_bytes // like.tensor.element_size()
-                    flat = self.arena.tensor(offset, like.tensor.dtype, (length,))
-                    # No view in autograd's eyes, as a Parameter is none: ATen asks the base whether it requires grad.
-                    view = flat.as_strided(like.tensor.shape, like.tensor.stride()).data
-                    view.requires_grad_(self.homes.requires_grad[weight])
-                self._views[(weight, offset)] = view
-            occupant.views[weight] = view
-        return view
