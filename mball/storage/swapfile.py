@@ -18,9 +18,10 @@ from mball.config import SwapCheck
 from mball.errors import DeviceError, StorageError
 from mball.storage.extents import PAGE_BYTES, ExtentMap, whole_pages
 from mball.storage.files import DirectIO
+from mball.storage.pending import PendingChunks
 from mball.storage.reader import Read, ReadHandle
 from mball.storage.swap_content import BlockSum, SwapContent
-from mball.storage.write_queue import PendingWrites, QueueLimits, Target, Write, WriteQueue
+from mball.storage.write_queue import QueueLimits, Target, Write, WriteQueue
 from mball.units import MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -154,11 +155,6 @@ class SwapFile:
         return self._settings.limit_bytes
 
     @property
-    def is_full(self) -> bool:
-        """Whether so much waits to be written that `submit` would block."""
-        return self._queue.full
-
-    @property
     def statistics(self) -> SwapStatistics:
         """What the file holds, and what was done so far."""
         queue = self._queue
@@ -233,8 +229,8 @@ class SwapFile:
 
     # -- writes --------------------------------------------------------------------------------------------------
 
-    def submit(self, writes: Sequence[Write]) -> PendingWrites:
-        """Starts writing, within extents; blocks only while too much waits already (`is_full` tells before).
+    def submit(self, writes: Sequence[Write]) -> PendingChunks:
+        """Starts writing, within extents; blocks only while too much waits already.
 
         The sources must stay as they are until the handle is done, and ranges do not overlap. From now on reads bring
         what is written here.
@@ -270,13 +266,13 @@ class SwapFile:
             self.write_all([Write(offset_bytes=offset_bytes, source=view)])
 
     def write_all(self, writes: Sequence[Write]) -> None:
-        """Writes all of this, and returns when it is written. Raises as `submit` and `PendingWrites.wait`.
+        """Writes all of this, and returns when it is written. Raises as `submit` and `PendingChunks.wait`.
 
         After an error or an interrupt nothing of it is under way any more.
         """
         self._check_process()  # before locks, which a thread may have held at the fork
         self.fd  # noqa: B018 - raises when closed
-        handles: list[PendingWrites] = []
+        handles: list[PendingChunks] = []
         try:
             for portion in _portions(writes):
                 handle = self.submit(portion)

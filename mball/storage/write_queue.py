@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import numpy
 
-from mball.errors import DeviceError, StorageError
+from mball.errors import StorageError
 from mball.storage.extents import PAGE_BYTES
+from mball.storage.pending import PendingChunks
 from mball.storage.reader import ReadHandle
 from mball.storage.watchdog import watched
 from mball.units import MIB, format_bytes
@@ -44,69 +45,6 @@ class Write:
     source: memoryview
 
 
-class PendingWrites:
-    """The handle of one submit. It has the shape of a `ReadHandle`; the sources must stay until it is done."""
-
-    __slots__ = ("_failure", "_file", "_gate", "_pid", "_remaining", "_size_bytes", "began_s", "ended_s", "urgent")
-
-    def __init__(self, file: str, num_chunks: int, size_bytes: int) -> None:
-        self._file = file
-        self._size_bytes = size_bytes
-        self._remaining = num_chunks
-        self._failure: tuple[str, BaseException] | None = None
-        self.began_s: float | None = None
-        self.ended_s: float | None = None
-        self.urgent = False  # somebody waits: it gives way no more
-        self._pid = os.getpid()
-        self._gate = threading.Lock()
-        if num_chunks:
-            self._gate.acquire()
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes that are written."""
-        return self._size_bytes
-
-    def done(self) -> bool:
-        """Returns whether nothing is under way any more, be it written or failed. Does not block."""
-        return self._remaining == 0
-
-    def wait(self) -> None:
-        """Blocks until nothing is under way any more; may be called again, also after an interrupt.
-
-        Raises:
-            StorageError: a write failed; names file, offset, length and cause. Every call raises.
-            DeviceError: the process was forked since the submit.
-        """
-        if self._remaining and os.getpid() != self._pid:
-            raise DeviceError(
-                f"a write of {format_bytes(self._size_bytes)} was under way when the process forked; its threads live "
-                f"in process {self._pid} only. Wrap the model in the child, or start the child with 'spawn'"
-            )
-        self.urgent = True
-        watched(self, self._pass_gate, lambda: f"writing to {self._file}")
-        if self._failure is not None:
-            message, cause = self._failure
-            raise StorageError(message) from cause
-
-    def _pass_gate(self) -> None:
-        with self._gate:
-            pass
-
-    @property
-    def failed(self) -> bool:
-        return self._failure is not None
-
-    def finish(self, failure: tuple[str, BaseException] | None) -> None:
-        """Counts one chunk as over; the caller holds the queue's lock."""
-        if failure is not None and self._failure is None:
-            self._failure = failure
-        self._remaining -= 1
-        if not self._remaining:
-            self.ended_s = time.perf_counter()
-            self._gate.release()
-
-
 class _Chunk:
     """Neighbours in the file that are written by one call, from `offset` on."""
 
@@ -117,7 +55,7 @@ class _Chunk:
         self.size = len(view)
         self.views = [view]
         self.asked_s = 0.0
-        self.handle: PendingWrites
+        self.handle: PendingChunks
 
     @property
     def end(self) -> int:
@@ -257,13 +195,13 @@ class WriteQueue:
         """Whether there is room for more."""
         return not self.full
 
-    def put(self, writes: Sequence[Write]) -> PendingWrites:
+    def put(self, writes: Sequence[Write]) -> PendingChunks:
         """Queues writes; the caller holds the lock."""
         if self.stopping:
             raise StorageError(f"{self.target.label} is closed")
         chunks = list(_chunks(writes))
         size_bytes = sum(chunk.size for chunk in chunks)
-        handle = PendingWrites(self.target.label, len(chunks), size_bytes)
+        handle = PendingChunks(f"writing to {self.target.label}", len(chunks), size_bytes)
         now_s = time.perf_counter()
         for chunk in chunks:
             chunk.handle, chunk.asked_s = handle, now_s
@@ -318,8 +256,7 @@ class WriteQueue:
                 self._busy_since_s = now_s
             self.active.add(chunk)
             self.queue_s += now_s - chunk.asked_s
-            if chunk.handle.began_s is None:
-                chunk.handle.began_s = now_s
+            chunk.handle.begin(now_s)
             return chunk
 
     def _turn_in_s(self) -> float | None:
@@ -339,7 +276,7 @@ class WriteQueue:
         direct_bytes = num_requests = size = 0
         cause: BaseException | None = RuntimeError("the writing thread died; its traceback is on stderr")
         try:
-            if not chunk.handle.failed:
+            if chunk.handle.failure is None:
                 direct_bytes, num_requests = self.target.write(chunk, bounce)
                 size = chunk.size
                 cause = None

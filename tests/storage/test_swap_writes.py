@@ -110,9 +110,9 @@ def test_what_writes_waits_above_the_high_mark_and_goes_on_below_the_low_one(
         start = swap.allocate(16 * MIB)
         source = content(2 * MIB)
         swap.submit([write(start, source)])
-        assert not swap.is_full
+        assert not swap._queue.full
         swap.submit([write(start + 2 * MIB, source)])
-        assert swap.is_full
+        assert swap._queue.full
         third: list[object] = []
         writer = threading.Thread(target=lambda: third.append(swap.submit([write(start + 4 * MIB, source)])))
         writer.start()
@@ -122,7 +122,7 @@ def test_what_writes_waits_above_the_high_mark_and_goes_on_below_the_low_one(
         writer.join(10)
         assert third
         third[0].wait()  # type: ignore[attr-defined]
-        assert not swap.is_full
+        assert not swap._queue.full
 
 
 def test_the_depth_bounds_the_queue(tmp_path: Path, held_writes: HeldWrites) -> None:
@@ -130,11 +130,11 @@ def test_the_depth_bounds_the_queue(tmp_path: Path, held_writes: HeldWrites) -> 
         start = swap.allocate(8 * MIB)
         source = content(PAGE)
         for number in range(5):
-            assert not swap.is_full
+            assert not swap._queue.full
             swap.submit([write(start + number * MIB, source)])
             if not number:
                 held_writes.begun.acquire()
-        assert swap.is_full
+        assert swap._queue.full
         held_writes.let_go.set()
 
 

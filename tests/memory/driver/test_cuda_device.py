@@ -23,7 +23,7 @@ from mball.memory.cuda_streams import CudaStreams
 from mball.memory.pinned_ring import PinnedRing
 from mball.memory.region import Region
 from mball.run.file_read import FileRead
-from mball.storage.threads import PendingReads
+from mball.storage.pending import Pending
 from tests.memory.device_scenes import slots_in_turn
 from tests.memory.devices import BUFFER_BYTES, NUM_PAGES, PAGE, PLACES, Bench, cuda_on_the_stand_in, expect
 from tests.memory.driver.standin import CODES, Order, StandIn
@@ -138,7 +138,7 @@ def unforeseen(*arguments: object) -> None:
 @pytest.mark.parametrize("num_pages", [1, 30])
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(PendingReads, "wait"), (PinnedRing, "copy_out"), (CudaStreams, "copy_in"), (EventPool, "record")],
+    [(Pending, "wait"), (PinnedRing, "copy_out"), (CudaStreams, "copy_in"), (EventPool, "record")],
     ids=["the read", "the ring", "the driver", "the event"],
 )
 def test_a_copy_that_never_happened_is_not_done(
