@@ -6,7 +6,6 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +18,10 @@ from mball.errors import StorageError
 from mball.storage import DirectIO, Read, SwapFile
 from mball.units import MIB
 from tests.storage.reads import memory
-from tests.storage.swaps import content, opened, read_back, write
+from tests.storage.swaps import HeldWrites, content, opened, read_back, write
 
 PAGE = 4096
 DIRECT = list(DirectIO)
-
-
-class HeldWrites:
-    """Every write waits, once it has begun, until it is let go."""
-
-    def __init__(self) -> None:
-        self.begun = threading.Semaphore(0)
-        self.let_go = threading.Event()
-
-
-@pytest.fixture
-def held_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldWrites]:
-    held, real = HeldWrites(), os.pwritev
-
-    def slow(*arguments: Any) -> int:
-        held.begun.release()
-        held.let_go.wait()
-        return real(*arguments)
-
-    monkeypatch.setattr(os, "pwritev", slow)
-    yield held
-    held.let_go.set()
 
 
 @pytest.mark.parametrize("direct", DIRECT)
