@@ -52,6 +52,7 @@ class Topic(Enum):
     PLANS = "plans"
     PEERS = "peers"
     START = "start"
+    FIRST_TOKEN = "first-token"
     SWAP = "swap"
     LOAD = "load"
     DEMO = "demo"

@@ -23,6 +23,7 @@ _ROWS = {
     Topic.PLANS: "plans, predicted and executed",
     Topic.PEERS: "speed against peers",
     Topic.START: "cold start",
+    Topic.FIRST_TOKEN: "first token, several shards",
     Topic.SWAP: "swap against the disk",
     Topic.LOAD: "loading a checkpoint",
     Topic.DEMO: "the demo",

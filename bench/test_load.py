@@ -6,7 +6,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.findings import Findings, Heading
-from bench.load.loaders import Way
+from bench.load.loaders import THERE, Way
 from bench.load.peers import install_peers
 from bench.load.session import cold, warm
 from bench.results import Device, Topic
@@ -29,6 +29,6 @@ def test_load(state: str, say: Say, benchmark: BenchmarkFixture, findings: Findi
     path = weight_file(make_checkpoint(LARGE))
     run = cold if state == "cold" else warm
     # Of a cold file a copy is made anyway, and a warm one is not held against a disk.
-    ways = [way for way in Way if way is not (Way.COPY if state == "cold" else Way.PREFAULTED)]
+    ways = [way for way in Way if way not in ((Way.COPY,) if state == "cold" else THERE)]
     arguments = (path, ways, NUM_ROUNDS, install_peers(), say)
     findings.add(*benchmark.pedantic(run, args=arguments, rounds=1))

@@ -19,7 +19,23 @@ from mball.torch_private.recording import can_be_recorded
 def test_importing_them_imports_no_compiler() -> None:
     modules = [f"mball.torch_private.{module.name}" for module in pkgutil.iter_modules(torch_private.__path__)]
     assert "mball.torch_private.inductor" in modules
-    code = f"import sys, {', '.join(modules)}\nassert 'torch._inductor.compile_fx' not in sys.modules"
+    _run(f"import sys, {', '.join(modules)}\nassert 'torch._inductor.compile_fx' not in sys.modules")
+
+
+def test_a_model_that_is_not_captured_yet_imports_no_compiler_either(tmp_path: Path) -> None:
+    _run(
+        f"""
+import sys, mball, torch
+model = torch.nn.Linear(64, 64)
+mball.wrap(model, budget="1MiB", swap_dir={str(tmp_path)!r})
+with torch.no_grad():
+    model(torch.ones(1, 64))
+assert "torch._functorch.aot_autograd" not in sys.modules, "the first token would wait for it"
+"""
+    )
+
+
+def _run(code: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True, text=True, timeout=120, check=False, cwd=Path(__file__).parents[1],

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.load.loaders import Way, prepare
+from bench.load.loaders import THERE, Way, prepare
 from bench.speed.preadv import huge_pages
 from bench.speed.protocol import serve
 
@@ -36,7 +36,7 @@ class LoadChild:
         action = prepare(Way(way), Path(path))
         began_cpu_s, began_s = _cpu_s(), time.perf_counter()
         tensors, held = action()
-        if Way(way) is not Way.PREFAULTED:  # its pages are there, and nobody touches the yardstick's
+        if Way(way) not in THERE:
             for tensor in tensors.values():
                 _bytes_of(tensor)[::_PAGE_BYTES].sum()
         load_s, cpu_s = time.perf_counter() - began_s, _cpu_s() - began_cpu_s

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 import mball
+from bench.speed.preadv import Setting, Span, Yardstick, huge_pages
 from mball.config import own_cache
 from mball.load.file_memory import OwnMemory
 from mball.load.safetensors_source import stream
 from mball.storage import CheckpointIndex, DirectIO, FileTable, choose_reader
-from mball.units import MIB
+from mball.storage.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_THREADS
+from mball.units import MIB, round_up
 
 # Keeps alive what the tensors lie in.
 Held = tuple[dict[str, torch.Tensor], Any]
@@ -23,6 +25,7 @@ Held = tuple[dict[str, torch.Tensor], Any]
 class Way(Enum):
     """Who loads."""
 
+    BARE = "bare"  # the yardstick's loop, into as much memory, taken when the others take theirs
     PREFAULTED = "prefaulted"  # mball's stream into memory that is there already, as the yardstick's is
     MBALL = "mball"
     COPY = "mball_copy"
@@ -33,7 +36,10 @@ class Way(Enum):
 
 
 PEERS = (Way.MMAP, Way.PREAD, Way.FASTSAFETENSORS, Way.RUNAI)
+# Their pages are there before the clock runs, and nobody touches the yardstick's either.
+THERE = (Way.BARE, Way.PREFAULTED)
 TITLES = {
+    Way.BARE: "a bare read into memory of its own",
     Way.PREFAULTED: "mball, into memory that is there",
     Way.MBALL: "mball.load_file",
     Way.COPY: "mball.load_file, copy=True",
@@ -45,18 +51,40 @@ TITLES = {
 
 
 def prepare(way: Way, path: Path) -> Callable[[], Held]:
-    """Returns what loads `path` this way. Imports, and memory for PREFAULTED, are there then."""
+    """Returns what loads `path` this way. Imports, and memory for those of THERE, are there then."""
     if way in (Way.MBALL, Way.COPY):
         copy = True if way is Way.COPY else None
         return lambda: (mball.load_file(path, copy=copy), None)
-    if way is Way.PREFAULTED:
-        return _prefaulted(path)
+    if way in THERE:
+        return _bare(path) if way is Way.BARE else _prefaulted(path)
     if way in (Way.MMAP, Way.PREAD):
         from safetensors.torch import load_file
 
         backend = "mmap" if way is Way.MMAP else "pread"
         return lambda: (load_file(path, backend=backend), None)
     return _fastsafetensors(path) if way is Way.FASTSAFETENSORS else _runai(path)
+
+
+def _bare(path: Path) -> Callable[[], Held]:
+    size_bytes = path.stat().st_size
+    memory = huge_pages(round_up(size_bytes, MIB))
+    spans = [
+        Span(path=str(path), offset_bytes=offset, size_bytes=min(64 * MIB, size_bytes - offset))
+        for offset in range(0, size_bytes, 64 * MIB)
+    ]
+    yardstick, entries = Yardstick(spans, memory), CheckpointIndex.open(path).entries.values()
+
+    def load() -> Held:
+        # As many requests of as many bytes as mball has under way.
+        yardstick.read(Setting(num_threads=DEFAULT_NUM_THREADS, chunk_bytes=DEFAULT_CHUNK_BYTES))
+        yardstick.close()
+        # The file lies in memory as it lies on disk.
+        return {
+            entry.name: torch.frombuffer(memory, dtype=torch.uint8, offset=entry.offset_bytes, count=entry.size_bytes)
+            for entry in entries
+        }, memory
+
+    return load
 
 
 def _prefaulted(path: Path) -> Callable[[], Held]:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mball.config import cache_directory
 
 _WEIGHTS = "model.safetensors"
+_COPIED_BYTES = 16 << 20
 # 128 MiB of bfloat16, made in a second; and how far the stretches of two weights lie apart, an odd number.
 _NUM_NOISE = 1 << 26
 _NOISE_STEP = 1_000_003
@@ -59,6 +61,62 @@ LLAMA_8B = Shape(
     name="llama-8b", hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocabulary=128256
 )  # fmt: skip
 SHAPES = {shape.name: shape for shape in (LARGE, SMALL)}
+
+
+def make_shards(checkpoint: Path, num_shards: int) -> Path:
+    """Returns what `make_checkpoint` made as `num_shards` files and an index, written now unless it is there.
+
+    It lies beside the whole one; tensors stay in their order, and shards are about as large as each other.
+
+    Raises OSError when it cannot be written.
+    """
+    shards = checkpoint.with_name(f"{checkpoint.name}-{num_shards}-shards")
+    if shards.is_dir():
+        return shards
+    unfinished = checkpoint.with_name(f"{shards.name}.{os.getpid()}.part")
+    unfinished.mkdir()
+    try:
+        with (checkpoint / _WEIGHTS).open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            tensors = json.loads(file.read(header_bytes))
+            metadata = tensors.pop("__metadata__")
+            total_bytes = max(end for _, end in (facts["data_offsets"] for facts in tensors.values()))
+            weight_map = {}
+            for number in range(num_shards):
+                first, last = total_bytes * number // num_shards, total_bytes * (number + 1) // num_shards
+                inside = {name: facts for name, facts in tensors.items() if first <= facts["data_offsets"][0] < last}
+                name = f"model-{number + 1:05}-of-{num_shards:05}.safetensors"
+                weight_map |= dict.fromkeys(inside, name)
+                _write_shard(unfinished / name, inside, metadata, file, 8 + header_bytes)
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (unfinished / f"{_WEIGHTS}.index.json").write_text(json.dumps(index))
+        shutil.copy(checkpoint / "config.json", unfinished)
+        unfinished.rename(shards)  # it is there whole or not at all
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return shards
+
+
+def _write_shard(
+    path: Path, tensors: dict[str, dict[str, Any]], metadata: dict[str, str], source: BinaryIO, data_start: int
+) -> None:
+    """Writes a safetensors file of tensors that lie in `source` one after another, by their facts there."""
+    first = min(facts["data_offsets"][0] for facts in tensors.values())
+    last = max(facts["data_offsets"][1] for facts in tensors.values())
+    moved = {
+        name: {**facts, "data_offsets": [offset - first for offset in facts["data_offsets"]]}
+        for name, facts in tensors.items()
+    }
+    text = json.dumps({"__metadata__": metadata, **moved}).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        source.seek(data_start + first)
+        left = last - first
+        while left:
+            left -= file.write(source.read(min(left, _COPIED_BYTES)))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def weight_bytes(checkpoint: Path) -> int:

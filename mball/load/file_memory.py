@@ -120,6 +120,8 @@ class MappedMemory:
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
         dtype = getattr(torch, entry.dtype)
         begin = entry.offset_bytes - self._first
+        if begin % dtype.itemsize == 0:
+            return self._mapping.tensor(begin, dtype, entry.shape)
         flat = self._mapping.tensor(begin, torch.uint8, (entry.size_bytes,))
         with torch.inference_mode(False):
             return _aligned(flat, begin, dtype).view(entry.shape)

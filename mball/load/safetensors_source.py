@@ -184,8 +184,7 @@ class SafetensorsSource:
         copy = self._settings.copy
         is_copied = [not stretch.is_cached if copy is None else copy for stretch in stretches]
         wanted_bytes = sum(stretch.size_bytes for stretch, copied in zip(stretches, is_copied, strict=True) if copied)
-        free_bytes = headroom_bytes()
-        if wanted_bytes <= free_bytes:
+        if not wanted_bytes or wanted_bytes <= (free_bytes := headroom_bytes()):
             return is_copied
         if copy:
             raise DeviceError(

@@ -48,13 +48,13 @@ def compile_call(
 
     With `faithful` the model is told by `capturing` to do what it does uncompiled. `before_capture` is called in
     the calling thread whenever Dynamo begins to capture. Tensors that `is_home` says are homes count as on `place`.
+    Only the first call asks for `torch.compile`, which imports for half a second: many models are never captured.
     """
     import torch._dynamo
     import torch._inductor.config  # which the line above imports too, and no more of it
     from torch._dynamo.callback import callback_handler
 
-    compiled = torch.compile(call, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
-
+    compiled: Callable[..., Any] | None = None
     running = _Running()
 
     def started(_: object) -> None:
@@ -62,6 +62,9 @@ def compile_call(
             before_capture()
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal compiled
+        if compiled is None:
+            compiled = torch.compile(call, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
         before = _capture.active, running.here
         try:
             _capture.active, running.here = faithful, True

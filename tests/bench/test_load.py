@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -13,11 +12,11 @@ from bench.load.loaders import TITLES, Way
 from bench.load.session import cold, warm
 from bench.results import Device, Topic, read_results, record
 from bench.speed.contender import ContenderError
-from bench.speed.disk_child import DiskChild
 from bench.speed.model import SMALL, make_checkpoint, weight_file
 from bench.speed.table import table
+from tests.bench.here import Here
 
-LOCAL = (Way.PREFAULTED, Way.MBALL, Way.COPY, Way.MMAP, Way.PREAD)
+LOCAL = (Way.BARE, Way.PREFAULTED, Way.MBALL, Way.COPY, Way.MMAP, Way.PREAD)
 
 
 @pytest.fixture(scope="module")
@@ -27,23 +26,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def quiet(text: str) -> None:
     """Shows nothing."""
-
-
-class Here:
-    """A `Contender` without a process of its own, which takes seconds to start: other tests are of those."""
-
-    def __init__(self, name: str, *, module: str) -> None:
-        self._child: object = {"bench.load.child": LoadChild, "bench.speed.disk_child": DiskChild}[module]()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def tell(self, do: str, **order: Any) -> dict[str, Any]:
-        reply: dict[str, Any] = json.loads(json.dumps(getattr(self._child, do)(**order)))
-        return reply
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +42,17 @@ def test_all_ways_find_the_same(weights: Path) -> None:
 
 
 def test_a_session_and_its_table(weights: Path, tmp_path: Path) -> None:
-    ways = (Way.PREFAULTED, Way.MBALL)
-    found = [*cold(weights, ways, 2, None, quiet), *warm(weights, ways[1:], 2, None, quiet)]
+    ways = (Way.BARE, Way.PREFAULTED, Way.MBALL)
+    found = [*cold(weights, ways, 2, None, quiet), *warm(weights, ways[2:], 2, None, quiet)]
     names = {measurement.name for measurement in found}
-    assert {"cold_mball_s", "cold_disk_prefaulted", "cold_yardstick_s", "warm_mball_cpu_s", "size"} <= names
+    assert {
+        "cold_mball_s",
+        "cold_disk_prefaulted",
+        "cold_bare_prefaulted",
+        "cold_yardstick_s",
+        "warm_mball_cpu_s",
+        "size",
+    } <= names
     record(
         name="load", topic=Topic.LOAD, device=Device.CPU, headline="{size} at {cold_disk_mball} of the disk",
         measurements=found, directory=tmp_path,
