@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mball.torch_private.dispatch import without_casts
 from mball.torch_private.faked import homes_on
 
 
@@ -73,6 +74,7 @@ def compile_call(
             with (
                 _weights_as_arguments(),
                 homes_on(place, is_home),
+                without_casts(),  # else Dynamo would capture what the mode does
                 torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),
             ):
                 return compiled(*args, **kwargs)

@@ -15,7 +15,8 @@ import torch
 
 from mball.lookups import gathered_bytes
 from mball.schema import Gather, LiveRange, Step, Tensor
-from mball.torch_private.nodes import example_value, is_elementwise, is_reduction
+from mball.torch_private.dispatch import is_any_autocast_on
+from mball.torch_private.nodes import begins_autocast, example_value, is_elementwise, is_reduction
 from mball.torch_private.symbols import hint_of, symbol_of
 from mball.trace.cut import Cut, StepNodes, storage_of, tensors_of
 from mball.trace.workspace import assumed_workspace_bytes
@@ -115,7 +116,7 @@ class CapturedGraph:
         self._lives = _find_lives(cut, buffers, fused=_find_fused(cut) if compiled_from else set())
         self._symbols = _find_symbols(called_as.placeholders)
         # A dtype cast of a weight under autocast is a temporary that the graph does not show.
-        self._autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        self._autocast = is_any_autocast_on() or any(map(begins_autocast, cut.module.graph.nodes))
 
     def renumbered(self, name: str, weights: Mapping[int, int]) -> CapturedGraph:
         """Returns the same graph under another name, with other weights in the place of its own."""

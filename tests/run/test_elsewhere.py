@@ -249,17 +249,6 @@ def test_a_device_is_told_of_passes_and_of_an_arena_that_grows(tmp_path: Path) -
     assert device.calls[-1] == "follow"
 
 
-def test_autocast_is_refused_where_it_cannot_reach_weights(tmp_path: Path) -> None:
-    model = wrap_there(make(llama), int(weight_bytes(make(llama)) * 0.7), swap_dir=tmp_path)
-    torch.set_autocast_enabled("foreign", True)
-    try:
-        with pytest.raises(WrapError, match="convert the model before it is wrapped"):
-            run(There(model), logits(1, 5))
-    finally:
-        torch.set_autocast_enabled("foreign", False)
-    compare(model, make(llama), logits(1, 5))
-
-
 def test_weights_that_begin_within_an_element_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
