@@ -182,17 +182,6 @@ def check_autocast(place: torch.device) -> None:
         )
 
 
-def check_graph_inputs(args: Iterable[Any]) -> None:
-    """Raises AutogradError when grad mode is on and an input of a captured graph requires grad."""
-    if torch.is_grad_enabled():
-        for value in args:
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                raise AutogradError(
-                    "a tensor that requires grad reaches a captured graph while grad mode is on, so autograd would "
-                    "record through streamed weights: run the model under torch.no_grad() or torch.inference_mode()"
-                )
-
-
 def hang_door(module: torch.nn.Module, gate: Gate, inner: Callable[..., Any] | None = None) -> None:
     """Makes `module(...)` open a pass; `inner` replaces the module's own call (a compiled one)."""
     run = inner or plain_call(module)
