@@ -21,7 +21,7 @@ from mball.run.household import Household
 from mball.run.placed import names_of
 from mball.run.tiers import kind_of
 from mball.torch_private.calls import plain_call, set_call
-from mball.torch_private.dispatch import is_only_mode, no_autocast_cache, without_dispatch
+from mball.torch_private.dispatch import is_active, is_only_mode, no_autocast_cache, without_dispatch
 from mball.torch_private.tensors import is_subclass
 
 _R = TypeVar("_R")
@@ -76,6 +76,9 @@ class Gate:
             DeviceError: an operator found no memory.
         """
         engine = self.engine
+        # Also in a thread of autograd's, which computes a checkpoint again: who holds the lock waits for it to end.
+        if is_active(self.mode):
+            return call(*args, **kwargs)
         with engine.lock:
             if engine.passing.locked():
                 return call(*args, **kwargs)

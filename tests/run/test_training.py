@@ -106,7 +106,7 @@ class Forces(nn.Module):
 
 
 @pytest.mark.parametrize("settings", [OPERATORS, GRAPHS], ids=["operators", "graphs"])
-@pytest.mark.parametrize("checkpoints", ["none"])
+@pytest.mark.parametrize("checkpoints", ["none", "again", "reentrant"])
 def test_on_a_device_backward_has_a_thread_of_its_own(
     checkpoints: str, settings: dict[str, Any], tmp_path: Path, foreign: Any, new_dynamo: None
 ) -> None:
