@@ -22,7 +22,7 @@ from mball.run.household import Household
 from mball.run.placed import names_of
 from mball.run.tiers import kind_of
 from mball.torch_private.calls import plain_call, set_call
-from mball.torch_private.dispatch import CastWeights, is_only_mode, no_autocast_cache, without_dispatch
+from mball.torch_private.dispatch import CastWeights, is_active, is_only_mode, no_autocast_cache, without_dispatch
 from mball.torch_private.tensors import is_subclass
 
 _R = TypeVar("_R")
@@ -79,6 +79,9 @@ class Gate:
             DeviceError: an operator found no memory.
         """
         engine = self.engine
+        # Also in a thread of autograd's, which computes a checkpoint again: who holds the lock waits for it to end.
+        if is_active(self.mode):
+            return call(*args, **kwargs)
         with engine.lock:
             if engine.passing.locked():
                 return call(*args, **kwargs)
@@ -184,17 +187,6 @@ def check_autocast(place: torch.device) -> None:
             f"torch.autocast('cpu') is on, and the model computes on {str(place)!r}, where that casts nothing: use "
             f"torch.autocast({place.type!r}), or leave it out"
         )
-
-
-def check_graph_inputs(args: Iterable[Any]) -> None:
-    """Raises AutogradError when grad mode is on and an input of a captured graph requires grad."""
-    if torch.is_grad_enabled():
-        for value in args:
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                raise AutogradError(
-                    "a tensor that requires grad reaches a captured graph while grad mode is on, so autograd would "
-                    "record through streamed weights: run the model under torch.no_grad() or torch.inference_mode()"
-                )
 
 
 def hang_door(module: torch.nn.Module, gate: Gate, inner: Callable[..., Any] | None = None) -> None:

@@ -11,6 +11,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 
+def is_active(mode: TorchDispatchMode) -> bool:
+    """Returns whether `mode` is active in this thread; autograd's threads have the modes of who waits for them."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return any(each is mode for each in _get_current_dispatch_mode_stack())
+
+
 def is_only_mode(mode: TorchDispatchMode) -> bool:
     """Returns whether `mode` is the one dispatch mode that is active in this thread."""
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack

@@ -94,7 +94,6 @@ class CapturedGraph:
 
     Attributes:
         steps: the finest steps, in order.
-        others: positions of the arguments that are no weights.
         has_higher_order: see Cut.
     """
 
@@ -111,7 +110,6 @@ class CapturedGraph:
             )
             for number, step in enumerate(cut.steps)
         ]
-        self.others = [number for number, node in enumerate(called_as.placeholders) if node not in called_as.weights]
         buffers = {node for node, flag in zip(cut.placeholders, is_buffer, strict=True) if flag}
         self._lives = _find_lives(cut, buffers, fused=_find_fused(cut) if compiled_from else set())
         self._symbols = _find_symbols(called_as.placeholders)
