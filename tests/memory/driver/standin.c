@@ -291,10 +291,12 @@ static Mapping **whole_mappings(Address address, size_t size) {
 }
 
 static void sweep_streams(void);
+static void sweep_files(void);
 
 // Gives up all there is: what interrupted and failed tests lost.
 void standin_sweep(void) {
   sweep_streams();
+  sweep_files();
   num_retained = 0;
   while (mappings) {
     Mapping *gone = mappings;
@@ -414,6 +416,7 @@ Result cuMemcpyDtoH(void *to, Address from, size_t size) {
 }
 
 #include "streams.c"
+#include "cufile.c"
 
 // -- names --------------------------------------------------------------------------------------------------------------
 
