@@ -102,7 +102,8 @@ class CudaDevice:
         self._room = AllocatorCap(driver.ordinal) if room is None else room
         self._closed = False
         self._own_streams: list[int] = []
-        node = facts.numa_node(driver.pci_address())
+        self.pci_address = driver.pci_address()
+        node = facts.numa_node(self.pci_address)
         try:
             with driver.current():
                 for _ in range(2):
@@ -116,6 +117,7 @@ class CudaDevice:
         )
         self._feed = DiskFeed(self._pool, disk_stream, make_ring, buffer_bytes)
         self._make_gds_ring = partial(GdsRing, self._pool, num_buffers=num_buffers, buffer_bytes=buffer_bytes)
+        self.gds_bytes = num_buffers * buffer_bytes  # what those buffers take
         self._level = (
             HostLevel(self._pool, source, node=node, chunk_bytes=chunk_bytes, headroom=headroom) if has_level else None
         )

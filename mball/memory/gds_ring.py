@@ -9,6 +9,8 @@ its handles would have to be made for RDMA, a slot's bytes lie as odd as their f
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -63,8 +65,10 @@ class GdsRing(Ring):
         self._driver = pool.streams.driver
         self._descriptor = descriptor
         self._handles: dict[str, int] = {}
-        self._refused: set[str] = set()
+        self._others: set[str] = set()  # files that are not to be read this way
+        self.refused: dict[str, str] = {}  # files that cuFile does not read, and why
         self._registered = False
+        self._buffer_bytes = buffer_bytes
         self.size_bytes = num_buffers * buffer_bytes
         self._address = 0
         self._cufile = CuFile()
@@ -81,24 +85,24 @@ class GdsRing(Ring):
 
     def takes(self, file: str) -> bool:
         """Returns whether a file is read this way. Registers it the first time."""
-        if file in self._refused:
+        if file in self.refused or file in self._others:
             return False
         if file not in self._handles:
             descriptor = self._descriptor(file)
             if descriptor is None:
-                self._refused.add(file)
+                self._others.add(file)
                 return False
             try:
                 with self._driver.current():
                     self._handles[file] = self._cufile.register_file(descriptor)
             except CuFileError as error:
                 self.refuse(file, error)
-        return file not in self._refused
+        return file not in self.refused
 
     def refuse(self, file: str, error: CuFileError) -> None:
         """Says that a file is not read this way from now on."""
-        if file not in self._refused:
-            self._refused.add(file)
+        if file not in self.refused:
+            self.refused[file] = str(error)
             _log.warning("%s is read through pinned host memory, not by GPUDirect Storage: %s", file, error)
 
     def read(self, buffer: RingBuffer, read: ArenaRead, first: int, size: int) -> Event:
@@ -106,6 +110,27 @@ class GdsRing(Ring):
         begin = round_down(read.offset_bytes + first, PAGE_BYTES)
         least = shift_bytes(read, first) + size
         return _Reading(self._threads.submit(self._fill, self._handles[read.file], buffer, begin, least))
+
+    def bytes_per_s(self, file: str, size_bytes: int, *, time_limit_s: float = 0.1) -> float:
+        """Returns how fast a file comes that `takes` said yes to, read from its beginning until the time is up.
+
+        Before anything else is read. Raises CuFileError.
+        """
+        under_way: deque[Future[None]] = deque()
+        done_bytes = 0
+        began_s = time.perf_counter()
+        for number, begin in enumerate(range(0, size_bytes, self._buffer_bytes)):
+            if done_bytes and time.perf_counter() > began_s + time_limit_s:
+                break
+            if len(under_way) == len(self.buffers):
+                under_way.popleft().result()
+            size = min(self._buffer_bytes, size_bytes - begin)
+            buffer = self.buffers[number % len(self.buffers)]
+            under_way.append(self._threads.submit(self._fill, self._handles[file], buffer, begin, size))
+            done_bytes += size
+        for each in under_way:
+            each.result()
+        return done_bytes / (time.perf_counter() - began_s)
 
     def _fill(self, handle: int, buffer: RingBuffer, begin: int, least: int) -> None:
         """Reads whole pages until `least` bytes are there; the last page of a file may be cut off."""
