@@ -28,7 +28,7 @@ import torch
 from mball.assembly import Machinery, Storage, inductor_options
 from mball.backend import Backend, GraphRunner, backends
 from mball.compute import OpenCompute, open_compute
-from mball.config import Compile, Config, Io
+from mball.config import Compile, Config
 from mball.errors import ConfigError, MballError, WrapError
 from mball.forecast import check_budget, measure_machine
 from mball.run.census import OwnedWeight, check_overlap, check_streamable, identity_of
@@ -133,11 +133,6 @@ class Door:
 
     def __init__(self, config: Config, open_compute: OpenCompute) -> None:
         options = inductor_options(config)
-        if config.io is Io.GDS:
-            raise ConfigError(
-                "io='gds' is for checkpoints, and the weights of backend='mball' lie in the swap file: leave io out, "
-                "or use mball.wrap(model, weights=...)"
-            )
         self.config = config
         self._machine = _MachineOnceKnown()
         with contextlib.ExitStack() as undo:
