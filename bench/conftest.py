@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--gpu-seconds",
         type=float,
-        default=480.0,
+        default=540.0,
         help="what all of a GPU take together; the last are left out",
     )
     group.addoption("--note", default="", help="what a reader of the results has to know about this run")

@@ -116,6 +116,13 @@ def choose_way(compute: Compute, config: Config, files: FileTable, file: str) ->
     return _through_host(compute, str(speeds))
 
 
+def kept_speeds(place: str) -> list[StraightSpeeds]:
+    """Returns what was measured of a file system on this machine, for each GPU."""
+    directory = calibration_directory()
+    found = [_kept(path) for path in sorted(directory.glob("straight-*.json"))] if directory is not None else []
+    return [each for each in found if each is not None and (each.host, each.place) == (platform.node(), place)]
+
+
 def _straight_descriptor(files: FileTable, file: str) -> int | None:
     """What comes from swap is checked in host memory."""
     return None if file in files.swaps else files[file].direct()

@@ -1,7 +1,7 @@
 """What a GPU's driver and link take, and how fast mball streams to it.
 
 [Note: parts]
-The whole has eight minutes, on a machine that is there for minutes only. So each part runs in processes of its own and
+The whole has nine minutes, on a machine that is there for minutes only. So each part runs in processes of its own and
 within a limit of its own, its figures are written as soon as they are there, and each can be run alone:
 `make gpu-bench ARGS="-k decode"`. Parts of one result are brought together by `keep`, if they are of one day, one
 machine and one commit.

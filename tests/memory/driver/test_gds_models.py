@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,12 @@ from torch import nn
 
 import mball
 from mball import gds
-from mball.errors import ConfigError, DeviceError
+from mball.cli import disk_findings
+from mball.cli.findings import State
+from mball.errors import ConfigError, DeviceError, SchemaError
 from mball.memory import cufile
 from mball.memory.cuda_device import NUM_BUFFERS
-from mball.storage import mounts
+from mball.storage import file_system_of, mounts
 from mball.units import KIB
 from tests.adaptors import PoisonedDevice
 from tests.memory.driver.models import wrapped_over_the_driver
@@ -231,3 +236,45 @@ def test_cufile_is_not_opened_for_nothing(
     monkeypatch.setattr(gds, "_MOST_OF_BUDGET", 1e-6)
     assert "would be a large part of the budget" in io_path_of(standin, path, plain)
     assert standin.calls("cuFileDriverOpen") == 0
+
+
+def test_the_doctor_tells_what_was_measured_here(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this file system on this machine, and of no other."""
+    monkeypatch.setattr(disk_findings, "NVIDIA_FS", tmp_path)
+    folder = tmp_path / "cache" / "mball" / "calibration"
+    folder.mkdir(parents=True)
+    here, now = str(file_system_of("/")), datetime.now(UTC)
+    measured = [(platform.node(), here, now), ("another", here, now), (platform.node(), "x on y", now)]
+    measured.append((platform.node(), here, now - timedelta(days=200)))
+    for number, (host, place, moment) in enumerate(measured, 1):
+        speeds = gds.StraightSpeeds(
+            host=host,
+            place=place,
+            gpu="0000:3b:00.0",
+            measured_at=moment.isoformat(),
+            straight_bytes_per_s=6.5e9,
+            pinned_bytes_per_s=number * 1e9,
+        )
+        (folder / f"straight-{number}.json").write_text(speeds.to_json())
+    found = disk_findings._gpu_direct_storage("disk of /", "xfs", "/")
+    assert found.state is State.FOUND
+    assert found.value.startswith("could work here, cuFile 1200: a model for a GPU is read so if that is faster")
+    assert found.value.count("GB/s straight") == 1
+    assert "6.50 GB/s straight, 1.00 GB/s through pinned memory, on 2" in found.value
+    refused = disk_findings._gpu_direct_storage("disk of /", "tmpfs", "/")
+    assert refused.state is State.LIMITED
+    assert refused.value == "could not work here: tmpfs is not a file system that it reads"
+
+
+@pytest.mark.parametrize(
+    "change", [{"measured_at": "2026-01-01T00:00:00"}, {"measured_at": "x"}, {"straight_bytes_per_s": 0.0}]
+)
+def test_speeds_that_nobody_measured(change: dict[str, Any]) -> None:
+    facts: dict[str, Any] = {"host": "h", "place": "p", "gpu": "g", "measured_at": "2026-01-01T00:00:00+00:00"}
+    speeds = gds.StraightSpeeds(**facts | {"straight_bytes_per_s": 2e9, "pinned_bytes_per_s": 1e9})
+    assert gds.StraightSpeeds.from_json(speeds.to_json()) == speeds
+    assert speeds.is_worth_it
+    with pytest.raises(SchemaError, match="cannot have been measured"):
+        gds.StraightSpeeds.from_json(replace(speeds, **change).to_json())
