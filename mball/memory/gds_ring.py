@@ -71,7 +71,8 @@ class GdsRing(Ring):
         self._buffer_bytes = buffer_bytes
         self.size_bytes = num_buffers * buffer_bytes
         self._address = 0
-        self._cufile = CuFile()
+        with self._driver.current():
+            self._cufile = CuFile()
         try:
             with self._driver.current():
                 self._address = address = self._driver.allocate(self.size_bytes)
@@ -109,7 +110,10 @@ class GdsRing(Ring):
         """The event raises CuFileError; see `refuse`."""
         begin = round_down(read.offset_bytes + first, PAGE_BYTES)
         least = shift_bytes(read, first) + size
-        return _Reading(self._threads.submit(self._fill, self._handles[read.file], buffer, begin, least))
+        try:
+            return _Reading(self._threads.submit(self._fill, self._handles[read.file], buffer, begin, least))
+        except RuntimeError as error:  # Python ends threads before devices are closed
+            raise DeviceError(f"{read.file} is not read any more: {error}") from error
 
     def bytes_per_s(self, file: str, size_bytes: int, *, time_limit_s: float = 0.1) -> float:
         """Returns how fast a file comes that `takes` said yes to, read from its beginning until the time is up.

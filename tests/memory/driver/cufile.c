@@ -24,14 +24,18 @@ static FileHandle *file_handles;
 static Opened *opened;  // memory of the device that is open to disks
 static int compat = 1, forced, straight = 1, num_open;  // straight: whether there is nvidia-fs; forced: by cufile.json
 static size_t most_at_once;                             // a read brings no more than this, if it is not 0
-static long num_reading, most_reading, num_compat_reads;
+static long num_reading, most_reading, num_compat_reads, num_late;  // late: files that were closed before they were given up
 static int holding;
 static pthread_cond_t let_go_on = PTHREAD_COND_INITIALIZER;
 
 static void sweep_files(void) {
   while (file_handles) { FileHandle *gone = file_handles; file_handles = gone->next; free(gone); }
   while (opened) { Opened *gone = opened; opened = gone->next; free(gone); }
-  num_open = 0, compat = 1;
+  num_open = 0, compat = 1, num_late = 0;
+}
+static int is_opened(Address address) {  // which memory may not be freed
+  for (Opened *o = opened; o; o = o->next) if (o->address == address) return 1;
+  return 0;
 }
 
 void standin_sweep_files(void) { pthread_mutex_lock(&mutex); sweep_files(); pthread_mutex_unlock(&mutex); }
@@ -50,6 +54,7 @@ void standin_hold_reads(int is_held) {
 }
 long standin_num_file_handles(void) { long n = 0; for (FileHandle *h = file_handles; h; h = h->next) n++; return n; }
 size_t standin_opened_bytes(void) { size_t sum = 0; for (Opened *o = opened; o; o = o->next) sum += o->size; return sum; }
+long standin_num_late(void) { return num_late; }
 long standin_num_open(void) { return num_open; }
 long standin_most_reading(void) { return most_reading; }
 long standin_num_reading(void) { return num_reading; }
@@ -108,7 +113,13 @@ void cuFileHandleDeregister(void *handle) {
   pthread_mutex_lock(&mutex);
   enter("cuFileHandleDeregister");
   for (FileHandle **at = &file_handles; *at; at = &(*at)->next)
-    if (*at == handle) { FileHandle *gone = *at; *at = gone->next; free(gone); break; }
+    if (*at == handle) {
+      FileHandle *gone = *at;
+      num_late += fcntl(gone->fd, F_GETFD) < 0;
+      *at = gone->next;
+      free(gone);
+      break;
+    }
   pthread_mutex_unlock(&mutex);
 }
 FileError cuFileBufRegister(const void *address, size_t size, int flags) {

@@ -292,6 +292,7 @@ static Mapping **whole_mappings(Address address, size_t size) {
 
 static void sweep_streams(void);
 static void sweep_files(void);
+static int is_opened(Address address);
 
 // Gives up all there is: what interrupted and failed tests lost.
 void standin_sweep(void) {
@@ -397,7 +398,7 @@ Result cuMemAlloc(Address *address, size_t size) {
 Result cuMemFree(Address address) {
   CALL; NEEDS_CONTEXT;
   Range **at = find_range(address, 1), *found = *at;
-  REQUIRE(found, INVALID_VALUE);
+  REQUIRE(found && !is_opened(address), INVALID_VALUE);
   munmap((void *)(uintptr_t)address, found->size);
   taken_bytes -= found->size;
   *at = found->next;

@@ -76,7 +76,7 @@ class StandIn:
         for name in ("taken_bytes", "mapped_bytes", "handle_bytes", "registered_bytes", "opened_bytes"):
             getattr(self._library, f"standin_{name}").restype = ctypes.c_size_t
         counts = ("handles", "ranges", "retained", "contexts", "streams", "events", "waiting")
-        files = ("file_handles", "open", "reading", "compat_reads")
+        files = ("file_handles", "open", "late", "reading", "compat_reads")
         for name in ("calls", "most_reading", *(f"num_{what}" for what in (*counts, *files))):
             getattr(self._library, f"standin_{name}").restype = ctypes.c_long
         self.configure()
@@ -238,8 +238,9 @@ class StandIn:
         return bool(self._library.standin_falls_back())
 
     def has_no_files(self) -> bool:
-        """Whether cuFile is closed, and nothing is registered with it."""
-        return (self.opened_bytes, self.num_file_handles, int(self._library.standin_num_open())) == (0, 0, 0)
+        """Whether cuFile is closed, and nothing is registered with it, nor was longer than it was open."""
+        num_open, num_late = int(self._library.standin_num_open()), int(self._library.standin_num_late())
+        return (self.opened_bytes, self.num_file_handles, num_open, num_late) == (0, 0, 0, 0)
 
     def sweep_files(self) -> None:
         """Closes cuFile, and sets it back, after a test that lost some of it."""

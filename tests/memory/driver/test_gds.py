@@ -114,6 +114,17 @@ def test_what_is_closed_with_reads_under_way_waits_for_them(standin: StandIn, tm
         assert standin.has_no_files()
 
 
+def test_a_process_that_ends_reads_no_more(standin: StandIn, tmp_path: Path) -> None:
+    """Python ends threads before anybody closes a device: what is under way then fails, and says so to who waits."""
+    with straight(tmp_path) as bench:
+        assert isinstance(bench.device, CudaDevice)
+        assert bench.device._feed._gds is not None
+        bench.device._feed._gds._threads.shutdown()
+        event = bench.device.copy([bench.read(0, 8 * PAGE, 0)], None)
+        with pytest.raises(DeviceError, match=rf"{bench.path} is not read any more: cannot schedule"):
+            event.wait()
+
+
 # -- cuFile that is not there, or would not go straight --------------------------------------------------------------
 
 
