@@ -22,6 +22,7 @@ from mball.compute import OpenCompute, open_compute
 from mball.config import Capture, Compile, Config
 from mball.errors import ConfigError, WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
+from mball.gds import choose_way
 from mball.integrations import make_faithful
 from mball.observe.report import Report
 from mball.run.census import Census, count_weights, take_census
@@ -134,8 +135,10 @@ def _wrap(
         undo.callback(storage.close)
         compute = open_compute(config, storage.files)
         undo.callback(compute.close)
-        fixed_bytes = buffer_bytes(census, new_buffers, compute.device.place)
         homes = _homes(census, entries, storage)
+        largest = max(homes.homes, key=lambda home: home.span_bytes)
+        compute = choose_way(compute, config, storage.files, largest.file)
+        fixed_bytes = buffer_bytes(census, new_buffers, compute.device.place) + compute.staging_bytes
         refuse_misaligned(homes.homes, compute.device.place)
         machine = measure_machine(homes.homes, storage.files, compute.choice, compute.link)
         expected = expected_operators(roots, census)

@@ -29,6 +29,7 @@ from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_segments import SegmentRoom
 from mball.memory.cuda_streams import CudaStreams
 from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Graphs, Held, Pinned
+from mball.memory.gds_ring import GdsRing
 from mball.memory.host_level import HostLevel, Staged
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes
@@ -101,7 +102,8 @@ class CudaDevice:
         self._room = AllocatorCap(driver.ordinal) if room is None else room
         self._closed = False
         self._own_streams: list[int] = []
-        node = facts.numa_node(driver.pci_address())
+        self.pci_address = driver.pci_address()
+        node = facts.numa_node(self.pci_address)
         try:
             with driver.current():
                 for _ in range(2):
@@ -110,8 +112,12 @@ class CudaDevice:
             self._destroy_streams()
             raise
         self._home_stream, disk_stream = self._own_streams
-        make_ring = partial(PinnedRing, self._pool, num_buffers=num_buffers, buffer_bytes=buffer_bytes, node=node)
-        self._feed = DiskFeed(self._pool, source, disk_stream, make_ring, buffer_bytes)
+        make_ring = partial(
+            PinnedRing, self._pool, source, num_buffers=num_buffers, buffer_bytes=buffer_bytes, node=node
+        )
+        self._feed = DiskFeed(self._pool, disk_stream, make_ring, buffer_bytes)
+        self._make_gds_ring = partial(GdsRing, self._pool, num_buffers=num_buffers, buffer_bytes=buffer_bytes)
+        self.gds_bytes = num_buffers * buffer_bytes  # what those buffers take
         self._level = (
             HostLevel(self._pool, source, node=node, chunk_bytes=chunk_bytes, headroom=headroom) if has_level else None
         )
@@ -124,6 +130,17 @@ class CudaDevice:
             chunk_bytes=chunk_bytes,
             headroom=headroom,
         )
+
+    def gds_ring(self, descriptor: Callable[[str], int | None]) -> GdsRing:
+        """Returns buffers of this GPU that cuFile reads files into, as large as those of the pinned ring; see there.
+
+        They are the caller's, until `go_straight`.
+        """
+        return self._make_gds_ring(descriptor)
+
+    def go_straight(self, ring: GdsRing) -> None:
+        """Has files that `ring` takes come through it, which is the device's own from now on. Before any copy."""
+        self._feed.go_straight(ring)
 
     @property
     def place(self) -> torch.device:

@@ -78,6 +78,10 @@ class CudaStreams:
         """Copies the GPU's memory to the host. Blocks until it is there unless the host memory is pinned."""
         self._driver.call("cuMemcpyDtoHAsync", destination, address, size_bytes, stream, size_bytes=size_bytes)
 
+    def copy_within(self, destination: int, source: int, size_bytes: int, stream: int) -> None:
+        """Copies from one place of the GPU's memory to another."""
+        self._driver.call("cuMemcpyDtoDAsync", destination, source, size_bytes, stream, size_bytes=size_bytes)
+
     def register(self, address: int, size_bytes: int) -> None:
         """Pins host memory, which brings its pages in: some 0.1 s a GiB and more. Blocks.
 

@@ -14,15 +14,15 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from bench.gpu import link, streaming
+from bench.gpu import disk, link, streaming
 from bench.gpu.child import Child
 from bench.gpu.group_offload import GroupOffload
-from bench.gpu.keep import LINK, PEERS, SPEED, Book, keep
+from bench.gpu.keep import DISK, LINK, PEERS, SPEED, Book, keep
 from bench.gpu.limit import Limit
 from bench.gpu.streaming import Scale, against_copies, balanced_tokens, take_turns
 from bench.gpu.ways import Loading, Way, device_map
 from bench.results import Measurement, Topic, read_result
-from bench.speed.model import SMALL, _noisy_weights, make_checkpoint, weight_bytes
+from bench.speed.model import SMALL, _noisy_weights, make_checkpoint, weight_bytes, weight_file
 from bench.speed.ratios import Target
 from bench.speed.workload import Kind
 from mball.errors import SchemaError
@@ -89,6 +89,7 @@ def test_headlines_name_what_is_measured() -> None:
     assert LINK.headline([*calls, *copied]).count("{") == 4
     assert SPEED.headline(["decode_50", "prefill_50", "fits_eager"]).count("{") == 3
     assert PEERS.headline(["peers_accelerate"]) != "{peers_accelerate}"
+    assert DISK.headline([f"disk_{name}" for name in disk.TITLES]).count("{") == len(disk.TITLES)
 
 
 # -- the model -----------------------------------------------------------------------------------------------------
@@ -294,6 +295,21 @@ def test_blocks_take_turns_in_two_places(tmp_path: Path) -> None:
     assert all(torch.equal(model(inputs), wanted) for _ in range(4))
     places = {place.data_ptr() for places in offloaded._places for place in places}
     assert {parameter.data_ptr() for parameter in model.parameters()} <= places
+
+
+def test_from_disk(tmp_path: Path) -> None:
+    path = weight_file(make_checkpoint(SMALL, tmp_path, quick=True))
+    found = disk.cold_loads(path, "cpu", Limit(60), quiet, open_device=None, num_rounds=2)
+    assert names_of(found) >= {"disk_mball", "disk_safetensors", "disk_over_safetensors"}
+
+
+def test_other_bytes_give_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = weight_file(make_checkpoint(SMALL, tmp_path, quick=True))
+    found = disk.load_file(path)
+    found["model.norm.weight"][3] += 1
+    monkeypatch.setattr(disk.mball, "load_file", lambda *_: found)
+    with pytest.raises(streaming.WrongError, match=r"different bytes of model\.norm\.weight"):
+        disk.cold_loads(path, "cpu", Limit(60), quiet, open_device=None)
 
 
 def test_a_model_that_computes_something_else_gives_no_figure(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:

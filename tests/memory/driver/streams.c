@@ -12,7 +12,7 @@ typedef struct Work {
   const char *from;
   char *staged;  // the bytes of memory that is not pinned
   size_t size;
-  int to_device;
+  int to_device, within_device;
   Point *point;
   struct Work *next;
 } Work;
@@ -64,7 +64,8 @@ static void forget_first(Stream *stream) {
 static void run_first(Stream *stream) {
   Work *work = stream->first;
   if (work->kind == COPY && !lost) {
-    if (!is_device_memory(work->to_device ? work->to : work->from, work->size)) lost = ILLEGAL_ADDRESS;
+    int reached = is_device_memory(work->to_device ? work->to : work->from, work->size);
+    if (!reached || (work->within_device && !is_device_memory(work->from, work->size))) lost = ILLEGAL_ADDRESS;
     else memcpy(work->to, work->from, work->size);
   }
   if (work->kind == RECORD) work->point->done = 1;
@@ -310,6 +311,16 @@ Result cuMemcpyDtoHAsync(void *to, Address from, size_t size, Stream *handle) {
   Work *work = give(stream, COPY, NULL);
   work->to = to, work->from = (char *)(uintptr_t)from, work->size = size;
   if (!pinned) run_stream(stream);
+  pass_time();
+  return SUCCESS;
+}
+Result cuMemcpyDtoDAsync(Address to, Address from, size_t size, Stream *handle) {
+  CALL; NEEDS_CONTEXT;
+  Stream *stream = find_stream(handle);
+  REQUIRE(stream, INVALID_HANDLE);
+  Work *work = give(stream, COPY, NULL);
+  work->to = (char *)(uintptr_t)to, work->from = (char *)(uintptr_t)from, work->size = size;
+  work->to_device = work->within_device = 1;
   pass_time();
   return SUCCESS;
 }
