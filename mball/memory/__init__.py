@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from mball.memory.device import CopySource as CopySource
     from mball.memory.device import CpuDevice as CpuDevice
     from mball.memory.device import Device as Device
+    from mball.memory.device import Donors as Donors
     from mball.memory.device import Event as Event
+    from mball.memory.device import Extent as Extent
     from mball.memory.device import Gauge as Gauge
     from mball.memory.device import Graphs as Graphs
     from mball.memory.device import Recorded as Recorded
@@ -47,6 +49,8 @@ _HOMES = {
     "CopySource": "mball.memory.device",
     "CpuDevice": "mball.memory.device",
     "CudaDevice": "mball.memory.cuda_device",
+    "Donors": "mball.memory.device",
+    "Extent": "mball.memory.device",
     "CudaDriver": "mball.memory.cuda_driver",
     "CudaMemory": "mball.memory.cuda_virtual",
     "CudaRegion": "mball.memory.cuda_region",
@@ -84,8 +88,10 @@ __all__ = [
     "CudaMemory",
     "CudaRegion",
     "Device",
+    "Donors",
     "DriverError",
     "Event",
+    "Extent",
     "Gauge",
     "GpuLostError",
     "Graphs",

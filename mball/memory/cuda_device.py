@@ -28,7 +28,7 @@ from mball.memory.cuda_graphs import CudaGraphs
 from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_segments import SegmentRoom
 from mball.memory.cuda_streams import CudaStreams
-from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Graphs, Held, Pinned
+from mball.memory.device import ArenaRead, CopySource, Donors, Event, Gauge, Graphs, Held, Pinned
 from mball.memory.gds_ring import GdsRing
 from mball.memory.host_level import HostLevel, Staged
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
@@ -228,6 +228,10 @@ class CudaDevice:
 
     def allocating(self) -> contextlib.AbstractContextManager[None]:
         return self._room.routed()
+
+    def donors(self) -> Donors:
+        assert self._arena is not None, "make the arena first"
+        return self._room.donors(self._arena)
 
     def record(self) -> Event:
         """Raises DeviceError when closed, or when the driver refuses.

@@ -90,6 +90,11 @@ class StreamEvent:
         if num_parts:
             self._gate.acquire()
 
+    @property
+    def handle(self) -> int | None:
+        """The driver's event, as long as this lives, where a single one tells when all of it is over."""
+        return self._events[0] if len(self._events) == 1 and not (self._remaining or self._unsure) else None
+
     def settle(self, event: int) -> None:
         """Says that a stream has one part, all of it: `event` tells when it is over."""
         with self._lock:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
@@ -144,6 +144,43 @@ class Graphs(Protocol):
         """
 
 
+class Extent(NamedTuple):
+    """Bytes `[first, end)` of the arena, which come and go as one."""
+
+    first: int
+    end: int
+
+
+class Donors(Protocol):
+    """Idle memory of the arena for compute that finds none: it is taken in an allocation, on whichever thread."""
+
+    @property
+    def taken_bytes(self) -> int:
+        """What `withdraw` found taken, ever."""
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether something on offer was taken, as far as one sees without a call; `withdraw` tells for certain."""
+
+    def extents(self) -> Sequence[Extent]:
+        """Returns what can be offered of the arena as it is now, by offsets. Ask again once it was resized."""
+
+    def is_offered(self, extent: Extent) -> bool:
+        """Returns whether it is on offer, or was taken since."""
+
+    def offer(self, extents: Iterable[Extent], after: Event) -> None:
+        """Offers some of `extents()`, those that are to be taken first first, which nothing uses that is not before
+        `after`, until `withdraw`. Does not block.
+        """
+
+    def withdraw(self, first: int = 0, end: int | None = None) -> None:
+        """Has back all on offer that meets `[first, end)`; all there is where some was taken.
+
+        Then the arena ends before the first that was (`Arena.backed_bytes`), and what is backed above it is for nothing
+        but to be given back, by `Arena.resize`. May wait for an allocation that is under way. Idempotent.
+        """
+
+
 class Device(Protocol):
     """Where steps run: memory, copies into it, and the order of copies and compute."""
 
@@ -197,6 +234,9 @@ class Device(Protocol):
 
     def allocating(self) -> contextlib.AbstractContextManager[None]:
         """What the calling thread computes within is allocated where the cap binds it. Around a pass."""
+
+    def donors(self) -> Donors:
+        """Returns what takes idle memory of the arena, which was made, where compute may allocate it."""
 
     def record(self) -> Event:
         """Returns the event that completes when all compute issued so far has finished. Does not block."""
@@ -263,6 +303,28 @@ class _Complete:
 COMPLETE: Event = _Complete()
 
 
+class _NoDonors:
+    """Of an arena that nobody takes anything of."""
+
+    taken_bytes = 0
+    has_lost = False
+
+    def extents(self) -> Sequence[Extent]:
+        return ()
+
+    def is_offered(self, extent: Extent) -> bool:
+        return False
+
+    def offer(self, extents: Iterable[Extent], after: Event) -> None:
+        """Does nothing."""
+
+    def withdraw(self, first: int = 0, end: int | None = None) -> None:
+        """Does nothing."""
+
+
+NO_DONORS: Donors = _NoDonors()
+
+
 class CpuDevice:
     """Host memory. Compute is over when its call returns, so only copies are ever waited for."""
 
@@ -302,6 +364,9 @@ class CpuDevice:
 
     def allocating(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def donors(self) -> Donors:
+        return NO_DONORS
 
     def record(self) -> Event:
         return COMPLETE

@@ -26,7 +26,7 @@ from mball.memory import facts
 from mball.memory.arena import Arena
 from mball.memory.cuda_events import EventPool, StreamEvent
 from mball.memory.cuda_feed import order
-from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Held, Pinned
+from mball.memory.device import NO_DONORS, ArenaRead, CopySource, Donors, Event, Gauge, Held, Pinned
 from mball.memory.gauge import HostGauge
 from mball.memory.pinned import CHUNK_BYTES
 from mball.memory.pinned_memory import PinnedMemory
@@ -165,6 +165,9 @@ class HostLevel:
 
     def allocating(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def donors(self) -> Donors:
+        return NO_DONORS
 
     def record(self) -> Event:
         self._taken = [event for event in self._taken if not event.done()]

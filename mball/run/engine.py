@@ -25,7 +25,7 @@ from mball.run.capture_cost import CaptureCost
 from mball.run.correction import Correction
 from mball.run.execution import Bound, Execution
 from mball.run.homes import Home, HomeFile, Homes
-from mball.run.more_room import MoreRoom, full, refusal
+from mball.run.more_room import MoreRoom, full, lost, refusal
 from mball.run.operator_room import OperatorRoom
 from mball.run.pass_meter import PassEnd, PassMeter, Retimer
 from mball.run.pass_plans import PassPlan, PassPlans, Planner, Stretch
@@ -290,6 +290,8 @@ class Engine:
         self._unclear = False
 
     def _learn(self, ended: PassEnd) -> None:
+        self.execution.claim(None)  # nothing is on offer between passes
+        self._note_taken()
         self.meter.end(ended)
         active, tape = self._active, tuple(self._tape)
         if active is not None and tape == active.tape.keys and self.meter.calls_for_another_plan(active):
@@ -317,6 +319,7 @@ class Engine:
             BudgetError: the graph's steps do not fit the budget; nothing was changed.
         """
         self._segments[segment.key] = segment
+        self._heed_taken()
         position = self._seek(segment.key)
         if position is None:
             position = self._replan(segment.key)
@@ -335,6 +338,9 @@ class Engine:
         if planned != self._step:
             if self._step >= 0:
                 self.execution.leave(self._step)
+            if not self.execution.claim(planned):
+                self._go_on_with_less()
+                planned = self._stretch.steps[step]
             self._step = planned
             self._handed = self.execution.enter(planned)
         return self._handed[self._stretch.places[step]]
@@ -369,6 +375,7 @@ class Engine:
         """
         key, weights = self._operator(reads, name).key, reads.weights
         self.room.note_live(self.live.current)
+        self._heed_taken()
         position = self._seek(key)
         if position is None and self._must_replan(key, reads):
             position = self._replan(key)
@@ -380,6 +387,9 @@ class Engine:
             # Going elsewhere in the plan, and back, would bring all that is read there.
             position = None
         assert self._active is not None
+        step = None if position is None else self._active.stretches[position].steps[0]
+        if not self.execution.claim(step):  # it was taken in this very moment
+            return self.enter_operator(reads, name)
         self._tape.append(key)
         self.weights_read.update(weights)
         self.num_steps = len(self._active.plan.steps)
@@ -388,14 +398,15 @@ class Engine:
             if reads.rows_bytes is not None:
                 return {weights[0]: self.execution.look_up(weights[0])}
             return dict(zip(weights, self.execution.on_demand(weights), strict=True))
+        assert step is not None
         self._position = position + 1
-        self._operator_step = self._active.stretches[position].steps[0]
-        (views,) = self.execution.enter(self._operator_step)
+        self._operator_step = step
+        (views,) = self.execution.enter(step)
         return dict(zip(weights, views, strict=True))
 
     def _must_replan(self, key: Hashable, reads: OperatorReads) -> bool:
         active = self._active
-        if active is None or active.reserve < self.room.needed_bytes:
+        if active is None or self.execution.is_short or active.reserve < self.room.needed_bytes:
             return True
         if not self._tape and (self._stale or key in self._next):
             return True
@@ -430,7 +441,7 @@ class Engine:
     def _seek(self, key: Hashable) -> int | None:
         """Returns where the active tape has segment `key`: as expected, else at the next place, else None."""
         active = self._active
-        if active is None:
+        if active is None or self.execution.is_short:
             return None
         keys = active.tape.segments
         position = self._position if self._position < len(keys) else 0
@@ -476,11 +487,11 @@ class Engine:
         arena_bytes = self.execution.arena.bytes_of(plan.arena_bytes)
         beside_bytes = self.budget_bytes - planned.graph_bytes - plan.budget_bytes
         scratch_bytes = min(self.allocator.share_of(self.budget_bytes), beside_bytes)
-        capture_bytes = beside_bytes - scratch_bytes
+        capture_bytes = beside_bytes - scratch_bytes - planned.taken_bytes
         ledger.set(Kind.ARENA, arena_bytes)
         ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
         ledger.set(Kind.GRAPHS, planned.graph_bytes)
-        ledger.set(Kind.SCRATCH, scratch_bytes)
+        ledger.set(Kind.SCRATCH, scratch_bytes + planned.taken_bytes)
         ledger.set(Kind.CAPTURE, capture_bytes)
         self._active = None  # until the plan is adopted whole: `recover` sees by this what an interrupt left
         gathered = [{gather.tensor for gather in step.gathers} for step in planned.tape.trace.steps]
@@ -515,6 +526,38 @@ class Engine:
         self.allocator.hold()
         self._adopt(planned)
         return True
+
+    def _note_taken(self) -> PassPlan | None:
+        """Plans with more room from now on if operators took memory of the arena; returns a plan for what is left.
+
+        None where they took none; or where there is no such plan: between passes the arena grows again.
+        """
+        if not (self.execution.idle.has_lost or self.execution.is_short) or self.execution.claim(None):
+            return None
+        assert self._active is not None
+        taken_bytes = self._active.plan.arena_bytes - self.execution.left_bytes
+        planned = self._more_room.without(self._active, taken_bytes)
+        self._stale = True
+        return planned
+
+    def _go_on_with_less(self) -> None:
+        """Goes on in the middle of a graph, where no step is in use, with a plan for what operators left of the arena.
+
+        Raises DeviceError.
+        """
+        planned = self._heed_taken()
+        assert planned is not None
+        self._adopt(planned)
+        self._stretch = planned.stretches[self._position - 1]
+
+    def _heed_taken(self) -> PassPlan | None:
+        """Does as `_note_taken` before more of the pass runs, which needs such a plan. Raises DeviceError."""
+        planned = self._note_taken()
+        if self._tape and self.execution.is_short:
+            if planned is None:
+                raise lost(self.budget_bytes, self.execution.arena.backed_bytes)
+            self.allocator.hold()
+        return planned
 
     @property
     def here(self) -> tuple[int, int]:

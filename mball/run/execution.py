@@ -24,6 +24,7 @@ from mball.memory.device import COMPLETE
 from mball.run.copy_order import CopyOrder
 from mball.run.file_read import FileRead
 from mball.run.homes import Homes
+from mball.run.idle import IdleExtents
 from mball.run.recorder import Recorder
 from mball.run.rows import RowsAtHome
 from mball.run.slot_leaks import watch
@@ -81,6 +82,7 @@ class Execution:
         self.counters = Counters()
         self.recorder = Recorder()
         self.rows = RowsAtHome(device, homes)
+        self.idle = IdleExtents(device.donors())
         self.plan: Plan | None = None
         self._occupants: dict[int, Occupant] = {}
         self._in_use: tuple[int, ...] = ()
@@ -96,6 +98,7 @@ class Execution:
         self._views = SlotViews(arena, homes)
         self._bound: list[tuple[tuple[Occupant, ...], Bound] | None] = []
         self._step_weights: list[tuple[tuple[int, ...], ...]] = []
+        self._taken_before_bytes = 0  # of the arena, before the plan was adopted
         self._tables: list[frozenset[int]] = []  # of each step what it looks up rows of and the plan does not bring
 
     # -- plans ---------------------------------------------------------------------------------------------------
@@ -109,6 +112,7 @@ class Execution:
             gathered: those of which it only looks up rows.
         """
         assert not self._in_use
+        self._have_all_back()
         known = {bundle: index for index, bundle in enumerate(plan.bundles)}
         resident = {placement.bundle: placement.offset_bytes for placement in plan.residents}
         for number, occupant in list(self._occupants.items()):
@@ -137,6 +141,12 @@ class Execution:
             for step in plan.steps
         ]
         self._bound = [None] * count
+        uses = [
+            {*step.reads, *(self._bundle_of_weight[weight] for weight in tables)}
+            for step, tables in zip(plan.steps, self._tables, strict=True)
+        ]
+        self.idle.adopt(plan, uses)
+        self._taken_before_bytes = self.idle.taken_bytes
         if self.below is not None:
             nothing: list[tuple[int, ...]] = [()] * len(plan.transfers)
             self.below.adopt(plan.below(), nothing, nothing)
@@ -146,7 +156,7 @@ class Execution:
 
     def _resize(self, num_bytes: int) -> None:
         """Resizes the arena, so that it takes no more than that."""
-        if num_bytes < self.arena.backed_bytes:
+        if num_bytes < self.arena.reach_bytes:
             cut = self.arena.cut_at(num_bytes)
             if cut < num_bytes:  # memory comes in pieces, and what lies in one that is cut comes anew
                 for bundle in [n for n, occupant in self._occupants.items() if occupant.end_bytes > cut]:
@@ -170,6 +180,48 @@ class Execution:
         self._bound = [None] * len(self._bound)
         for occupant in self._occupants.values():
             occupant.views.clear()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether operators took so much of the arena that the plan cannot be executed: adopt one that is smaller."""
+        return self.plan is not None and self.arena.backed_bytes < self.arena.bytes_of(self.plan.arena_bytes)
+
+    @property
+    def left_bytes(self) -> int:
+        """What a plan may take of the arena, once operators have taken some."""
+        assert self.plan is not None
+        return self.plan.arena_bytes - (self.idle.taken_bytes - self._taken_before_bytes)
+
+    def claim(self, step: int | None) -> bool:
+        """Has back what is on offer of what entering `step` uses, None: anything; nothing is in use.
+
+        Returns whether the plan can be executed. If not, operators took some of the arena, and what lay there and above
+        is forgotten.
+        """
+        assert not self._in_use
+        if step is not None and step == self._cursor and self._is_there(step):
+            self.idle.claim(step)
+        else:
+            self.idle.withdraw()
+        if not self.is_short:
+            return True
+        self._have_all_back()
+        return False
+
+    def _is_there(self, step: int) -> bool:
+        """Returns whether the step's bundles are where the plan has them, or on their way."""
+        assert self.plan is not None
+        found = map(self._occupants.get, self.plan.steps[step].reads)
+        return all(occupant is not None and occupant.planned for occupant in found)
+
+    def _have_all_back(self) -> None:
+        """Has all back that is on offer, and forgets what lay in memory that was taken, and above it."""
+        self.idle.withdraw()
+        lost = [bundle for bundle, each in self._occupants.items() if each.end_bytes > self.arena.backed_bytes]
+        for bundle in lost:
+            self._evict(bundle)
+        if self.arena.backed_bytes < self.arena.reach_bytes:
+            self._resize(self.arena.backed_bytes)
 
     def holds(self, weights: Iterable[int]) -> bool:
         """Returns whether the bundles of `weights` are all in the arena, or on their way."""
@@ -205,6 +257,7 @@ class Execution:
         if tables := self._tables[step]:
             occupants += self._present(tables)
         bound = self._bind(step, tuple(occupants))
+        self._offer(occupants)
         self.recorder.entered(step)
         return bound
 
@@ -247,6 +300,7 @@ class Execution:
             self.counters.unplanned_fetches += 1
         occupants = {bundle: self._land(bundle) for bundle in bundles}
         views = tuple(self._views.of(weight, occupants[self._bundle_of_weight[weight]]) for weight in weights)
+        self._offer(occupants.values())
         self.recorder.entered(tuple(weights))
         return views
 
@@ -260,6 +314,7 @@ class Execution:
         assert not self._in_use
         there = self._present((weight,))
         view = self._views.of(weight, there[0]) if there else self.rows.view(weight)
+        self._offer(there)
         self.recorder.entered((weight,))
         return view
 
@@ -282,6 +337,11 @@ class Execution:
         self._in_use = ()
         self._released = self.device.record()
         self.counters.bytes_read += self.rows.leave()
+        self._offer(())
+
+    def _offer(self, in_use: Iterable[Occupant]) -> None:
+        """Offers what is idle to operators that find no memory."""
+        self.idle.offer(self._occupants.values(), in_use, self._released)
 
     def catch_up(self) -> None:
         """Blocks until all compute that was issued is over."""
@@ -311,6 +371,7 @@ class Execution:
         self.device.synchronize()
         with contextlib.suppress(*_CopyErrors):  # the pass failed anyway
             self._hear()
+        self._have_all_back()
         for bundle, occupant in list(self._occupants.items()):
             if occupant.event is not None:
                 self._evict(bundle)
@@ -323,6 +384,7 @@ class Execution:
 
         Then call `adopt`.
         """
+        self._have_all_back()
         for bundle in list(self._occupants):
             self._evict(bundle)
         self.plan = None
@@ -351,6 +413,7 @@ class Execution:
             return
         self._in_use = ()
         try:
+            self.idle.withdraw()
             self.catch_up()
         except GpuLostError as error:
             logger.warning("nothing of a lost GPU is waited for: %s", error)
@@ -523,6 +586,7 @@ class Execution:
 
     def _evict(self, bundle: int) -> None:
         occupant = self._occupants[bundle]
+        self.idle.withdraw(occupant.offset_bytes, occupant.end_bytes)
         if occupant.event is not None:
             # Nobody reads these bytes; who needs them reads them again and sees the error.
             with contextlib.suppress(*_CopyErrors):
@@ -533,7 +597,8 @@ class Execution:
         del self._occupants[bundle]
         for view in occupant.views.values():
             torch.autograd.graph.increment_version(view)
-        self.device.discard(occupant.offset_bytes, occupant.bundle.size_bytes)
+        if occupant.end_bytes <= self.arena.backed_bytes:  # else nobody may touch it
+            self.device.discard(occupant.offset_bytes, occupant.bundle.size_bytes)
 
     # -- views ---------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,28 @@ class MoreRoom:
         self._allocator = allocator
         self._planned = planned
 
+    def without(self, active: PassPlan, taken_bytes: int) -> PassPlan | None:
+        """Returns a plan like `active` whose arena is smaller by as much as was taken of it; None if there is none.
+
+        From now on passes like it are planned so.
+        """
+        room, left_bytes = self._room, active.plan.arena_bytes - taken_bytes
+        more_bytes = max(taken_bytes, 1)
+        while more_bytes < self._plans.budget_bytes:
+            if active.has_operators:
+                room.missed_bytes += more_bytes
+            else:
+                self._plans.note_taken(active.tape.keys, more_bytes)
+            try:
+                planned = self._planned(active.tape.keys)
+            except BudgetError:
+                return None
+            if planned.plan.arena_bytes <= left_bytes:
+                return planned
+            # What was left of the budget for nothing is taken first.
+            more_bytes = 2 * more_bytes
+        return None
+
     def plan(self, active: PassPlan | None) -> PassPlan | None:
         """Returns a plan like `active` with a smaller arena; None if there is none, and nothing is changed."""
         room, allocator, budget_bytes = self._room, self._allocator, self._plans.budget_bytes
@@ -78,6 +100,15 @@ def refusal(
         f"an operator found no memory under a budget of {format_bytes(budget_bytes)} ({budget_bytes} "
         f"bytes), of which the arena has {arena_bytes} bytes{left}: {way_out} raise the budget "
         f"(mball.set_budget), or compute less at one time. {_said(error)}"
+    )
+
+
+def lost(budget_bytes: int, arena_bytes: int) -> DeviceError:
+    """Returns what to raise where operators took so much of the arena that the pass cannot go on."""
+    return DeviceError(
+        f"operators took so much memory of the arena that the rest of the pass does not fit what is left of it, "
+        f"{arena_bytes} bytes, under a budget of {format_bytes(budget_bytes)} ({budget_bytes} bytes): raise the budget "
+        "(mball.set_budget), or compute less at one time"
     )
 
 

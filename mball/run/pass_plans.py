@@ -55,6 +55,7 @@ class PassPlan:
         has_operators: whether there are such operators.
         workspace_fits: whether there is room for what operators allocate inside.
         graph_bytes: the bytes that are kept for steps that are recorded.
+        taken_bytes: the bytes that are kept for what captured graphs were seen to take that nobody foresaw.
     """
 
     tape: Tape
@@ -65,15 +66,20 @@ class PassPlan:
     has_operators: bool
     workspace_fits: bool
     graph_bytes: int
+    taken_bytes: int
 
 
 class _Fit(NamedTuple):
-    """What a plan is to leave: bytes for operators, and of the limit for recorded steps; and whether for workspace."""
+    """What a plan is to leave: bytes for operators, of the limit for recorded steps, and whether for workspace.
+
+    And beside the limit what was taken, that nobody foresaw.
+    """
 
     reserve: int
     limit: int
     workspace: bool
     graph_bytes: int
+    taken_bytes: int = 0
 
 
 # By the keys of the tape and what was wished to be kept for operators.
@@ -114,6 +120,7 @@ class PassPlans:
         self._budget_bytes = budget_bytes
         self._graph_bytes = graph_bytes
         self._known: _Known = OrderedDict()
+        self._taken: dict[tuple[Hashable, ...], int] = {}  # by the keys of the tape
         self.gathers = True
 
     @property
@@ -127,7 +134,7 @@ class PassPlans:
 
     def set_budget(self, budget_bytes: int) -> None:
         """Plans for another budget from now on."""
-        self._budget_bytes, self._known = budget_bytes, OrderedDict()
+        self._budget_bytes, self._known, self._taken = budget_bytes, OrderedDict(), {}
         self._room.set_budget(budget_bytes)
 
     def restore(self, state: tuple[int, _Known, RoomState]) -> None:
@@ -197,6 +204,11 @@ class PassPlans:
         """Forgets all plans."""
         self._known.clear()
 
+    def note_taken(self, keys: tuple[Hashable, ...], more_bytes: int) -> None:
+        """Says that graphs of a pass with these segments took so much more of the arena, which nobody foresaw."""
+        self._taken[keys] = self._taken.get(keys, 0) + more_bytes
+        self.clear()
+
     def _make(
         self, weights: tuple[Tensor, ...], segments: Sequence[Segment], previous: Plan | None, operators: bool
     ) -> PassPlan:
@@ -215,7 +227,15 @@ class PassPlans:
             format_bytes(plan.activation_bytes),
         )
         return PassPlan(
-            tape, plan, _stretches(tape, plan), positions, fit.reserve, operators, fit.workspace, fit.graph_bytes
+            tape,
+            plan,
+            _stretches(tape, plan),
+            positions,
+            fit.reserve,
+            operators,
+            fit.workspace,
+            fit.graph_bytes,
+            fit.taken_bytes,
         )
 
     def _fit(
@@ -224,16 +244,19 @@ class PassPlans:
         """Returns a tape of these segments, its plan, and what that leaves for others.
 
         What is only wished for, measured or guessed yields: recorded steps first, then room to grow, then capture and
-        what the allocator keeps, then workspace.
+        what the allocator keeps, then workspace. What was taken, and may not be again, goes before all of them.
         """
         name, budget = f"pass of {len(segments)} segments", self._budget_bytes
         without_capture = budget - self._capture.share_of(budget) - self._allocator.share_of(budget)
         needed, wished = (self._room.needed_bytes, self._room.wished_bytes) if operators else (0, 0)
-        slower = self._correction.slower(tuple(segment.key for segment in segments))
+        keys = tuple(segment.key for segment in segments)
+        slower = self._correction.slower(keys)
         graphs = self._graph_bytes()
         attempts = [_Fit(wished, without_capture, True, graphs), _Fit(needed, without_capture, True, graphs)]
         attempts += [_Fit(wished, without_capture, True, 0), _Fit(needed, without_capture, True, 0)]
         attempts += [_Fit(needed, budget, True, 0), _Fit(needed, budget, False, 0)]
+        if taken := self._taken.get(keys, 0):
+            attempts = [fit._replace(limit=fit.limit - taken, taken_bytes=taken) for fit in attempts] + attempts
         refused: list[BudgetError] = []
         for fit in dict.fromkeys(attempts):
             tape = make_tape(
