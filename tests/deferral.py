@@ -5,6 +5,9 @@ dtypes, what is a view of what), whatever its arguments hold by then; its number
 of the queue, with the same arguments and the same kernels, and its bytes go to the memory that was promised. What
 cannot be run twice, or decides by values, empties the queue first and runs at once: `synced` counts those by name.
 
+[Note: backward] Autograd is above the mode, and a backward pass calls operators like any other. On a device it has a
+thread of its own, to which autograd takes the modes of whoever waits for it: one of the two goes on at a time.
+
 [Note: memory that is freed] Whoever counts memory sees a tensor die when the caller lets it go, as with an allocator
 that knows streams: the queue holds on to the bytes by tensors of its own, over storages of their own.
 """
@@ -28,6 +31,7 @@ from mball.torch_private.dispatch import TorchDispatchMode, without_dispatch
 from mball.torch_private.operators import writes_and_aliases
 from mball.torch_private.tensors import is_subclass, storage_key
 from tests.adversarial import AdversarialDevice
+from tests.foreign import device as foreign
 from tests.streams import Entry, Kind, StreamError
 
 _PYTHON = torch._C.DispatchKeySet(torch._C.DispatchKey.Python) | torch._C.DispatchKeySet(
@@ -147,13 +151,13 @@ class DeferringMode(TorchDispatchMode):
                 old = tensor.untyped_storage()
                 memory = _aligned(old.nbytes())
                 ctypes.memmove(memory.ctypes.data, old.data_ptr(), old.nbytes())
-                moved[key] = self._own_storage(memory)
+                moved[key] = self._own_storage(memory, tensor.device)
             return _over(moved[key], tensor)
 
         return tree_map_only(torch.Tensor, move, result)
 
-    def _own_storage(self, memory: _Bytes) -> torch.UntypedStorage:
-        storage = _storage_over(memory)
+    def _own_storage(self, memory: _Bytes, place: torch.device) -> torch.UntypedStorage:
+        storage = _storage_over(memory, place)
         key = storage._cdata
         forget = weakref.ref(storage, lambda _: self._own.pop(key, None))
         self._own[key] = _Owned(memory=memory, alive=forget)
@@ -162,7 +166,7 @@ class DeferringMode(TorchDispatchMode):
     def _held(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the same tensor for the queue to keep, over a storage that nobody counts."""
         owned = self._own.get(storage_key(tensor))
-        return tensor if owned is None else _over(_storage_over(owned.memory), tensor)
+        return tensor if owned is None else _over(_storage_over(owned.memory, tensor.device), tensor)
 
     def _owns(self, tensor: Any) -> bool:
         """Whether the memory came of an operator that was called under the mode: nobody else looks at it meanwhile."""
@@ -209,15 +213,17 @@ def _aligned(num_bytes: int) -> _Bytes:
     return memory[start : start + num_bytes]
 
 
-def _storage_over(memory: _Bytes) -> torch.UntypedStorage:
+def _storage_over(memory: _Bytes, place: torch.device) -> torch.UntypedStorage:
     with without_dispatch():
-        return torch.from_numpy(memory).untyped_storage()
+        if place.type == "cpu":
+            return torch.from_numpy(memory).untyped_storage()
+        return foreign.foreign_tensor(memory.ctypes.data, memory.nbytes, memory).untyped_storage()
 
 
 def _over(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
     """Returns a tensor that looks like another one, over another storage."""
     with without_dispatch(), torch.inference_mode(like.is_inference()):
-        tensor = torch.empty(0, dtype=like.dtype)
+        tensor = torch.empty(0, dtype=like.dtype, device=like.device)
         tensor.set_(storage, like.storage_offset(), like.shape, like.stride())
         if like.is_conj():
             tensor = torch._conj(tensor)
