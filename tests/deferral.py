@@ -71,6 +71,7 @@ class DeferringMode(TorchDispatchMode):
 
     Attributes:
         num_deferred: operators that were queued.
+        num_steps: compiled steps that were; see `tests/compiled_deferral.py`.
         synced: how often each operator could not be.
     """
 
@@ -78,7 +79,7 @@ class DeferringMode(TorchDispatchMode):
 
     def __init__(self, device: AdversarialDevice) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not type its modes
-        self.num_deferred = 0
+        self.num_deferred = self.num_steps = 0
         self.synced: Counter[str] = Counter()
         self._streams = device.streams
         self._own: dict[int, _Owned] = {}
@@ -110,18 +111,57 @@ class DeferringMode(TorchDispatchMode):
         except (RuntimeError, IndexError, ValueError, NotImplementedError):
             # Either an error of the caller's, or one of the numbers that are not there yet.
             return self._now(func, args, kwargs)
+        if all(storage_key(each) in map(storage_key, tensors) for each in _tensors_of(result)):
+            return self._owned(result, tensors)
+        return self._promise(func, args, kwargs, result, tensors)
+
+    def _promise(self, func: Any, args: Any, kwargs: Any, result: Any, tensors: Sequence[torch.Tensor]) -> Any:
+        """Returns the results of a first run without their numbers, which a second one brings."""
         result = self._owned(result, tensors)
         sources = {storage_key(tensor) for tensor in tensors}
         promised = [None if storage_key(each) in sources else each for each in _tensors_of(result)]
-        if any(each is not None for each in promised):
-            for each in promised:
-                if each is not None:
-                    _destroy(each, self._own[storage_key(each)].memory)
-            self._defer(func, args, kwargs, [None if each is None else self._held(each) for each in promised])
+        for each in promised:
+            if each is not None:
+                _destroy(each, self._own[storage_key(each)].memory)
+        self._defer(func, args, kwargs, [None if each is None else self._held(each) for each in promised])
         return result
 
+    def call_step(
+        self, step: Callable[[list[Any]], Any], args: Sequence[Any], writes: Sequence[int], *, runs_once: bool
+    ) -> Any:
+        """Returns what a compiled step returns for `args`, of which it writes those at `writes`."""
+
+        def call(*values: Any) -> Any:
+            with without_dispatch():
+                return step(list(values))
+
+        call.__qualname__ = "a compiled step"
+        if runs_once or not all(self._owns(args[position]) for position in writes):
+            return self._now(call, args, {})
+        # The first run may write to copies only.
+        written = [args[position] for position in writes]
+        copies = {storage_key(each): _storage_over(_copied(each), each.device) for each in written}
+        originals = {storage._cdata: key for key, storage in copies.items()}
+        tensors = _tensors_of(args)
+        there = {storage_key(tensor): tensor.untyped_storage() for tensor in tensors}
+
+        def on_copy(tensor: torch.Tensor) -> torch.Tensor:
+            copy = copies.get(storage_key(tensor))
+            return tensor if copy is None else _over(copy, tensor)
+
+        def on_original(tensor: torch.Tensor) -> torch.Tensor:
+            key = originals.get(storage_key(tensor))
+            return tensor if key is None else _over(there[key], tensor)
+
+        try:
+            result = call(*tree_map_only(torch.Tensor, on_copy, list(args)))
+        except (RuntimeError, IndexError):  # of the numbers that are not there yet
+            return self._now(call, args, {})
+        self.num_steps += 1
+        return self._promise(call, args, {}, tree_map_only(torch.Tensor, on_original, result), tensors)
+
     def _now(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.synced[str(func)] += 1
+        self.synced[str(func) if isinstance(func, torch._ops.OpOverload) else func.__qualname__] += 1
         self._streams.finish_compute()
         return self._owned(func(*args, **kwargs), _tensors_of((args, kwargs)))
 
@@ -148,10 +188,7 @@ class DeferringMode(TorchDispatchMode):
             if (key := storage_key(tensor)) in known:
                 return tensor
             if key not in moved:
-                old = tensor.untyped_storage()
-                memory = _aligned(old.nbytes())
-                ctypes.memmove(memory.ctypes.data, old.data_ptr(), old.nbytes())
-                moved[key] = self._own_storage(memory, tensor.device)
+                moved[key] = self._own_storage(_copied(tensor), tensor.device)
             return _over(moved[key], tensor)
 
         return tree_map_only(torch.Tensor, move, result)
@@ -189,6 +226,14 @@ def deferred(device: AdversarialDevice) -> Iterator[DeferringMode]:
         yield mode
 
 
+def decides_or_draws(node: torch.fx.Node) -> bool:
+    """Returns whether what a node of a graph returns, or how large that is, is another in another run."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    draws = torch.Tag.nondeterministic_seeded in node.target.tags and not _draws_nothing(node.target, node.args)
+    return draws or _facts(node.target).decides
+
+
 def _tensors_of(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
@@ -218,6 +263,14 @@ def _storage_over(memory: _Bytes, place: torch.device) -> torch.UntypedStorage:
         if place.type == "cpu":
             return torch.from_numpy(memory).untyped_storage()
         return foreign.foreign_tensor(memory.ctypes.data, memory.nbytes, memory).untyped_storage()
+
+
+def _copied(tensor: torch.Tensor) -> _Bytes:
+    """Returns a copy of all memory of a tensor."""
+    storage = tensor.untyped_storage()
+    memory = _aligned(storage.nbytes())
+    ctypes.memmove(memory.ctypes.data, storage.data_ptr(), storage.nbytes())
+    return memory
 
 
 def _over(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
