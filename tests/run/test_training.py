@@ -15,7 +15,7 @@ from torch import nn
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes, wrap_hostile
 from tests.run.test_elsewhere import wrap_there
 from tests.run.there import PLACE, There
-from tests.run.trainer import Layers, Trainer, on, trained
+from tests.run.trainer import Forces, Layers, Trainer, on, trained
 from tests.run.zoo import ZOO, Run, noise
 
 OPERATORS = {"capture": "operators"}
@@ -81,28 +81,6 @@ def test_models_of_many_kinds(
 ) -> None:
     """In training mode: what draws random numbers or writes to buffers does so once."""
     check(ZOO[name].make, budget, list(ZOO[name].runs[:2]), tmp_path, **settings)
-
-
-class Forces(nn.Module):
-    """Differentiates by its input, as models of molecules do, whose weights may be frozen."""
-
-    def __init__(self, checkpoints: str) -> None:
-        super().__init__()
-        self.layers = Layers(6, checkpoints=checkpoints)
-        self.threads: set[int] = set()
-
-    @torch._dynamo.disable
-    def note_thread(self, gradient: torch.Tensor) -> None:
-        self.threads.add(threading.get_ident())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            energy = self.layers(x).square().sum()
-            energy.register_hook(self.note_thread)
-            energy.backward()
-        assert x.grad is not None
-        return x.grad
 
 
 @pytest.mark.parametrize("settings", [OPERATORS, GRAPHS], ids=["operators", "graphs"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from mball.torch_private.dispatch import without_dispatch
 from tests.run.harness import run
 from tests.run.zoo import Run, noise
 
@@ -52,6 +54,32 @@ class Layers(nn.Module):
         return x
 
 
+class Forces(nn.Module):
+    """Differentiates by its input, as models of molecules do, whose weights may be frozen.
+
+    Attributes:
+        threads: that backward passes ran in.
+    """
+
+    def __init__(self, checkpoints: str) -> None:
+        super().__init__()
+        self.layers = Layers(6, checkpoints=checkpoints)
+        self.threads: set[int] = set()
+
+    @torch._dynamo.disable
+    def note_thread(self, gradient: torch.Tensor) -> None:
+        self.threads.add(threading.get_ident())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.layers(x).square().sum()
+            energy.register_hook(self.note_thread)
+            energy.backward()
+        assert x.grad is not None
+        return x.grad
+
+
 def trained(model: Any, optimizer: torch.optim.Optimizer, calls: Sequence[Run], *, seed: int = 7) -> list[Any]:
     """Returns the losses of one optimizer step with the gradients of all `calls`, those gradients, and the weights."""
     torch.manual_seed(seed)
@@ -59,7 +87,8 @@ def trained(model: Any, optimizer: torch.optim.Optimizer, calls: Sequence[Run], 
     losses = [run(model, lambda m, each=each: m(each)) for each in calls]
     gradients = [None if each.grad is None else each.grad.clone() for each in model.parameters()]
     optimizer.step()
-    return [losses, gradients, {name: tensor.clone() for name, tensor in model.state_dict().items()}]
+    with without_dispatch():  # nobody computes late with what is read at home
+        return [losses, gradients, {name: tensor.clone() for name, tensor in model.state_dict().items()}]
 
 
 def on(*shape: int, seed: int = 7) -> Callable[[Any], Any]:
