@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from array import array
 from collections.abc import Iterable, Iterator
@@ -150,7 +151,8 @@ class Target:
 
 def _sums(extent: SwapExtent, placed: Iterable[tuple[int, memoryview]]) -> Iterator[int]:
     for position, view in placed:
-        for first, end in map(extent.bounds, extent.filled(position, position + len(view))):
+        filled = extent.filled(position, position + len(view))
+        for first, end in itertools.pairwise(extent.cuts(filled)):
             yield checksum(view[first - position : end - position])
 
 
