@@ -425,7 +425,7 @@ class SwapFile:
 
 
 def _portions(chunks: Sequence[WriteChunk], most: int) -> Iterator[list[WriteChunk]]:
-    """Yields `chunks` in portions of so many at most, that are not too large."""
+    """Yields `chunks` in portions of `most` at most, and of about `_PORTION_BYTES`."""
     portion: list[WriteChunk] = []
     size_bytes = 0
     for chunk in chunks:
