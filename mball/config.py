@@ -154,7 +154,7 @@ class Config:
     policy: Policy = Policy.MBALL
     swap_limit: int | None = None
     swap_check: SwapCheck = SwapCheck.FIRST
-    swap_writers: int = 4
+    swap_writers: int = 8
     swap_depth: int = 256
     swap_high: int = 256 << 20
     swap_low: int = 128 << 20

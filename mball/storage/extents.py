@@ -63,6 +63,13 @@ class SwapExtent:
         first = (self.start // BLOCK_BYTES + block) * BLOCK_BYTES
         return max(first, self.start), min(first + BLOCK_BYTES, self.end)
 
+    def cuts(self, blocks: range) -> list[int]:
+        """Returns where in the file these blocks begin, and where the last one ends; nothing if there are none."""
+        if not blocks:
+            return []
+        first, end = self.bounds(blocks[0])[0], self.bounds(blocks[-1])[1]
+        return [first, *range(first - first % BLOCK_BYTES + BLOCK_BYTES, end, BLOCK_BYTES), end]
+
     def mark(self, blocks: range, state: BlockState) -> None:
         """Says what is known of all of these blocks."""
         self.states[blocks.start : blocks.stop] = bytes([state]) * len(blocks)

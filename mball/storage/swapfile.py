@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -22,7 +22,7 @@ from mball.storage.pending import PendingChunks
 from mball.storage.reader import Read, ReadHandle
 from mball.storage.swap_content import BlockSum, SwapContent
 from mball.storage.write_queue import QueueLimits, WriteQueue
-from mball.storage.writes import Target, Write, WriteChunk, cut
+from mball.storage.writes import CHUNK_BYTES, Target, Write, WriteChunk, cut
 from mball.units import format_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 # What `write_all` hands over at one time, so that a queue has room for it.
-_PORTION_CHUNKS = 16
+_PORTION_BYTES = 16 * CHUNK_BYTES
 
 _logger = logging.getLogger(__name__)
 _numbers = itertools.count()
@@ -265,11 +265,10 @@ class SwapFile:
         self._check_process()  # before locks, which a thread may have held at the fork
         self.fd  # noqa: B018 - raises when closed
         chunks = self._cut(writes)
-        num_chunks = min(_PORTION_CHUNKS, self._settings.queue.depth)
         handles: list[PendingChunks] = []
         try:
-            for first in range(0, len(chunks), num_chunks):
-                handle = self._hand_over(chunks[first : first + num_chunks])
+            for portion in _portions(chunks, -(-self._settings.queue.depth // 2)):
+                handle = self._hand_over(portion)
                 handle.urgent = True  # it is waited for below, and while the queue is full
                 handles.append(handle)
             for handle in handles:
@@ -423,6 +422,20 @@ class SwapFile:
             f"{doing} {format_bytes(size_bytes)} ({size_bytes} B) of swap in {self._directory} failed "
             f"({error.strerror}); {free}: {advice}"
         )
+
+
+def _portions(chunks: Sequence[WriteChunk], most: int) -> Iterator[list[WriteChunk]]:
+    """Yields `chunks` in portions of `most` at most, and of about `_PORTION_BYTES`."""
+    portion: list[WriteChunk] = []
+    size_bytes = 0
+    for chunk in chunks:
+        portion.append(chunk)
+        size_bytes += chunk.size
+        if size_bytes >= _PORTION_BYTES or len(portion) == most:
+            yield portion
+            portion, size_bytes = [], 0
+    if portion:
+        yield portion
 
 
 def _close(queue: WriteQueue, descriptors: list[int]) -> None:

@@ -10,7 +10,6 @@ way is known from state that only worker threads change.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
 import time
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from mball.errors import StorageError
 from mball.storage.pending import PendingChunks
 from mball.storage.reader import ReadHandle
+from mball.storage.scratch import give_back, huge_page_memory
 from mball.storage.watchdog import watched
 from mball.storage.writes import CHUNK_BYTES, Target, WriteChunk, Written
 from mball.units import MIB, format_bytes
@@ -40,7 +40,7 @@ class QueueLimits:
         share: the part of the time in which one of them is under way while others read, unless it is waited for.
     """
 
-    num_threads: int = 4
+    num_threads: int = 8
     depth: int = 256
     high_bytes: int = 256 * MIB
     low_bytes: int = 128 * MIB
@@ -242,7 +242,9 @@ class WriteQueue:
 
 
 def _work(queue: WriteQueue) -> None:
-    # Huge enough for a chunk, and aligned as direct writes need it.
-    bounce = memoryview(mmap.mmap(-1, CHUNK_BYTES))
+    # It takes no memory before something has to be gathered.
+    bounce = huge_page_memory(CHUNK_BYTES, populate=False)
     while (chunk := queue.take()) is not None:
         queue.run(chunk, bounce)
+        if not queue.pending:
+            give_back(bounce)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from array import array
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import numpy
 
 from mball.storage.checksum import checksum
-from mball.storage.extents import PAGE_BYTES, SwapExtent
+from mball.storage.extents import BLOCK_BYTES, PAGE_BYTES, SwapExtent
 from mball.storage.pending import PendingChunks
 from mball.units import MIB
 
@@ -52,10 +53,16 @@ class WriteChunk:
         """The blocks of the extent that it writes whole."""
         return self.extent.filled(self.offset, self.end)
 
-    def copy(self, first: int, end: int, destination: memoryview) -> None:
-        """Copies what it writes of bytes `[first, end)` of the file to `destination`, which begins at `first`."""
+    def placed(self) -> Iterator[tuple[int, memoryview]]:
+        """Yields its views, each with where in the file it goes."""
         position = self.offset
         for view in self.views:
+            yield position, view
+            position += len(view)
+
+    def copy(self, first: int, end: int, destination: memoryview) -> None:
+        """Copies what it writes of bytes `[first, end)` of the file to `destination`, which begins at `first`."""
+        for position, view in self.placed():
             begin, stop = max(position, first), min(position + len(view), end)
             if begin < stop:
                 # numpy copies without the interpreter's lock.
@@ -63,7 +70,6 @@ class WriteChunk:
                     numpy.frombuffer(destination, numpy.uint8, stop - begin, begin - first),
                     numpy.frombuffer(view, numpy.uint8, stop - begin, begin - position),
                 )
-            position += len(view)
 
     def release(self) -> None:
         for view in self.views:
@@ -113,24 +119,29 @@ class Target:
     def write(self, chunk: WriteChunk, bounce: memoryview) -> Written:
         """Writes all of a chunk. Raises OSError."""
         may_pass = chunk.offset % PAGE_BYTES == chunk.size % PAGE_BYTES == 0
-        view = chunk.views[0]
-        if len(chunk.views) > 1 or (may_pass and self.direct is not None and _address(view) % PAGE_BYTES):
-            view = bounce[: chunk.size]
-            chunk.copy(chunk.offset, chunk.end, view)
-        # Here, where other threads write meanwhile, and right before it is read again to be written.
-        sums = _sums(chunk, view) if self._with_sums else None
+        placed = list(chunk.placed())
+        if any(first % BLOCK_BYTES for first, _ in placed[1:]) or (
+            may_pass and self.direct is not None and any(_address(view) % PAGE_BYTES for _, view in placed)
+        ):
+            placed = [(chunk.offset, bounce[: chunk.size])]
+            chunk.copy(chunk.offset, chunk.end, bounce)
+        # Here, where other threads write meanwhile. No block is in two views.
+        sums = array("Q", _sums(chunk.extent, placed)) if self._with_sums else None
         done = direct_bytes = num_requests = 0
         while done < chunk.size:
             fd = self.direct if may_pass and done % PAGE_BYTES == 0 else None
             num_requests += 1
-            with view[done:] as rest:
-                try:
-                    got = os.pwritev(self.buffered if fd is None else fd, [rest], chunk.offset + done)
-                except OSError as error:
-                    if fd is None or error.errno != errno.EINVAL:
-                        raise
-                    self.direct = None  # this file system does not take it after all
-                    continue
+            rest = _after([view for _, view in placed], done)
+            try:
+                got = os.pwritev(self.buffered if fd is None else fd, rest, chunk.offset + done)
+            except OSError as error:
+                if fd is None or error.errno != errno.EINVAL:
+                    raise
+                self.direct = None  # this file system does not take it after all
+                continue
+            finally:
+                for view in rest:
+                    view.release()
             if not got:
                 raise OSError(errno.EIO, "the file system wrote nothing")
             direct_bytes += 0 if fd is None else got
@@ -138,9 +149,20 @@ class Target:
         return Written(direct_bytes, num_requests, sums)
 
 
-def _sums(chunk: WriteChunk, view: memoryview) -> array[int]:
-    bounds = map(chunk.extent.bounds, chunk.filled)
-    return array("Q", [checksum(view[first - chunk.offset : end - chunk.offset]) for first, end in bounds])
+def _sums(extent: SwapExtent, placed: Iterable[tuple[int, memoryview]]) -> Iterator[int]:
+    for position, view in placed:
+        filled = extent.filled(position, position + len(view))
+        for first, end in itertools.pairwise(extent.cuts(filled)):
+            yield checksum(view[first - position : end - position])
+
+
+def _after(views: Iterable[memoryview], done: int) -> list[memoryview]:
+    rest = []
+    for view in views:
+        if done < len(view):
+            rest.append(view[done:])
+        done = max(done - len(view), 0)
+    return rest
 
 
 def _address(view: memoryview) -> int:

@@ -102,6 +102,8 @@ def test_filled_blocks_are_those_of_which_nothing_is_missing(start: int, size: i
     every = {block: extent.bounds(block) for block in extent.blocks(extent.start, extent.end)}
     assert [begin for begin, _ in every.values()] == [extent.start, *[stop for _, stop in every.values()][:-1]]
     assert [*extent.filled(first, end)] == [b for b, (begin, stop) in every.items() if first <= begin and stop <= end]
+    filled = extent.filled(first, end)
+    assert extent.cuts(filled) == [every[block][0] for block in filled] + [every[block][1] for block in filled[-1:]]
     assert [*extent.blocks(first, end)] == [b for b, (begin, stop) in every.items() if begin < end and first < stop]
 
 

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from mball.config import SwapCheck
 from mball.errors import StorageError
 from mball.storage import DirectIO, Read, SwapFile
+from mball.storage.scratch import huge_page_memory
+from mball.storage.write_queue import QueueLimits
 from mball.units import MIB
 from tests.storage.reads import memory
 from tests.storage.swaps import HeldWrites, content, opened, read_back, write
@@ -250,6 +252,34 @@ def test_large_blocks_go_past_the_page_cache(tmp_path: Path) -> None:
         assert swap.statistics.num_writes == before.num_writes + 1
 
 
+def test_what_odd_addresses_are_gathered_in_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[memoryview] = []
+
+    def noted(size_bytes: int, *, populate: bool) -> memoryview:
+        taken.append(huge_page_memory(size_bytes, populate=populate))
+        return taken[-1]
+
+    real, written_from = os.pwritev, set()
+
+    def pwritev(descriptor: int, views: list[memoryview], offset: int) -> int:
+        written_from.update(id(view.obj) for view in views)
+        return real(descriptor, views, offset)
+
+    monkeypatch.setattr("mball.storage.write_queue.huge_page_memory", noted)
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    source = content(8 * MIB)
+    with opened(tmp_path, num_threads=2) as (swap, reader):
+        start = swap.allocate(8 * MIB)
+        swap.write_all([write(start + at, source[at : at + 100_032]) for at in range(0, 8 * MIB, 100_032)])
+        assert read_back(swap, reader, start, 8 * MIB) == source
+        assert written_from <= {id(view.obj) for view in taken}
+        deadline_s = time.monotonic() + 10
+        while any(any(view[::PAGE]) for view in taken) and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert len(taken) == 2
+        assert not any(any(view) for view in taken)
+
+
 def num_writers() -> int:
     return sum(thread.name.startswith("mball-write") for thread in threading.enumerate())
 
@@ -260,7 +290,7 @@ def test_dropping_a_swap_file_ends_its_threads(tmp_path: Path) -> None:
     swap = SwapFile.create(tmp_path)
     assert num_writers() == threads
     swap.write(swap.allocate(PAGE), content(PAGE))
-    assert num_writers() == threads + 4
+    assert num_writers() == threads + QueueLimits().num_threads
     del swap
     assert num_writers() == threads
     assert len(os.listdir("/proc/self/fd")) == descriptors
