@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -112,6 +113,7 @@ def test_what_is_closed_with_reads_under_way_waits_for_them(standin: StandIn, tm
         bench.device.close()
         assert standin.num_reading == 0
         assert standin.has_no_files()
+        assert not any(thread.name.startswith("mball-gds") for thread in threading.enumerate())
 
 
 def test_a_process_that_ends_reads_no_more(standin: StandIn, tmp_path: Path) -> None:
