@@ -118,8 +118,8 @@ class GdsRing(Ring):
     def refuse(self, file: str, error: CuFileError) -> None:
         """Says that a file is not read this way from now on."""
         if file not in self.refused:
-            self.refused[file] = str(error)
-            _log.warning("%s is read through pinned host memory, not by GPUDirect Storage: %s", file, error)
+            self.refused[file] = why = str(error)  # the error itself holds frames
+            _log.warning("%s is read through pinned host memory, not by GPUDirect Storage: %s", file, why)
 
     def read(self, buffer: RingBuffer, read: ArenaRead, first: int, size: int) -> Event:
         """The event raises CuFileError; see `refuse`."""

@@ -144,7 +144,7 @@ def test_what_is_asked_for_and_does_not_work_is_one_error(standin: StandIn, tmp_
     plain = make(CHAIN.make)
     path = saved(plain, tmp_path)
     standin.set_files(straight=False)
-    with pytest.raises(DeviceError, match=r"io='gds' cannot be had: .*nvidia-fs driver is not loaded.*leave io out"):
+    with pytest.raises(DeviceError, match=r"io='gds' cannot be had: .*is not loaded.*modprobe nvidia-fs.*leave io out"):
         wrapped(make(CHAIN.make), 0.9, path, io="gds").__enter__()
 
 
