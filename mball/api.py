@@ -19,7 +19,7 @@ from mball.assembly import Machinery, Storage, inductor_options
 from mball.backend import Backend
 from mball.backend_door import Door, find_door
 from mball.compute import OpenCompute, open_compute
-from mball.config import Capture, Compile, Config
+from mball.config import Capture, Compile, Config, Io
 from mball.errors import ConfigError, WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
 from mball.gds import choose_way
@@ -122,6 +122,11 @@ def _wrap(
     _check_roots(roots)
     options = inductor_options(config)
     capture = _capture_of(config)
+    if config.io is Io.GDS and weights is None:
+        raise ConfigError(
+            "io='gds' has a checkpoint go straight to a GPU, and without weights= the weights lie in the swap file: "
+            "give weights, or leave io out"
+        )
     for root in roots:
         _check_derivable(root)
     census = take_census(roots)

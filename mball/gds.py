@@ -19,6 +19,7 @@ from mball.schema.document import Document
 from mball.storage import FileTable, measure_link
 from mball.storage.calibration import place_of
 from mball.storage.calibration_cache import MOST_AGE
+from mball.storage.watchdog import watched
 from mball.whole_files import replace_file
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ NVIDIA_FS = Path("/proc/driver/nvidia-fs/stats")
 _MOST_OF_BUDGET = 1 / 16
 # So much faster it has to be: measurements of a disk differ by as much.
 _FASTER = 1.1
-_SPEEDS_VERSION = 1
+_SPEEDS_VERSION = 1  # goes up when either way reads differently
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +132,8 @@ def _straight_descriptor(files: FileTable, file: str) -> int | None:
 def _opened(compute: Compute, descriptor: functools.partial[int | None], file: str) -> GdsRing:
     assert compute.cuda is not None
     if descriptor(file) is None:
-        raise DeviceError(
-            f"{file} is not read past the page cache; it is for checkpoints (weights=...) on file systems with O_DIRECT"
-        )
-    ring = compute.cuda.gds_ring(descriptor)
+        raise DeviceError(f"{file} is not read past the page cache; it has to be on a file system with O_DIRECT")
+    ring = compute.cuda.gds_ring(descriptor, watched)
     try:
         if not ring.takes(file):
             raise DeviceError(f"cuFile does not take {file}: {ring.refused[file]}")

@@ -29,7 +29,7 @@ from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_segments import SegmentRoom
 from mball.memory.cuda_streams import CudaStreams
 from mball.memory.device import ArenaRead, CopySource, Donors, Event, Gauge, Graphs, Held, Pinned
-from mball.memory.gds_ring import GdsRing
+from mball.memory.gds_ring import GdsRing, Watched
 from mball.memory.host_level import HostLevel, Staged
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes
@@ -116,8 +116,8 @@ class CudaDevice:
             PinnedRing, self._pool, source, num_buffers=num_buffers, buffer_bytes=buffer_bytes, node=node
         )
         self._feed = DiskFeed(self._pool, disk_stream, make_ring, buffer_bytes)
-        self._make_gds_ring = partial(GdsRing, self._pool, num_buffers=num_buffers, buffer_bytes=buffer_bytes)
-        self.gds_bytes = num_buffers * buffer_bytes  # what those buffers take
+        self._num_buffers = num_buffers
+        self._buffer_bytes = buffer_bytes
         self._level = (
             HostLevel(self._pool, source, node=node, chunk_bytes=chunk_bytes, headroom=headroom) if has_level else None
         )
@@ -131,12 +131,17 @@ class CudaDevice:
             headroom=headroom,
         )
 
-    def gds_ring(self, descriptor: Callable[[str], int | None]) -> GdsRing:
+    @property
+    def gds_bytes(self) -> int:
+        """What a `gds_ring` takes of the GPU's memory."""
+        return self._num_buffers * self._buffer_bytes
+
+    def gds_ring(self, descriptor: Callable[[str], int | None], watched: Watched) -> GdsRing:
         """Returns buffers of this GPU that cuFile reads files into, as large as those of the pinned ring; see there.
 
         They are the caller's, until `go_straight`.
         """
-        return self._make_gds_ring(descriptor)
+        return GdsRing(self._pool, descriptor, watched, num_buffers=self._num_buffers, buffer_bytes=self._buffer_bytes)
 
     def go_straight(self, ring: GdsRing) -> None:
         """Has files that `ring` takes come through it, which is the device's own from now on. Before any copy."""

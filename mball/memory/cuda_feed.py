@@ -211,7 +211,7 @@ class DiskFeed:
                 buffer = ring.turn()
                 if self._landings and not ring.is_free(buffer):
                     return False
-                if sum(landing.ring is ring for landing in self._landings) == len(ring.buffers):
+                if len(self._landings) == len(ring.buffers):  # all of its own are, at most
                     return False
                 ring.free(buffer)
             event = ring.read(buffer, part.read, part.first, part.size_bytes)
@@ -250,10 +250,9 @@ class DiskFeed:
         except CuFileError as error:
             assert self._gds is not None
             self._gds.refuse(part.read.file, error)
-            if request.error is None:  # the part is open again, and comes by the other way
-                self._landings.popleft()
-                request.parts.appendleft(part)
-                return
+            self._landings.popleft()
+            request.parts.appendleft(part)  # it is open again, and comes by the other way
+            return
         except MballError as error:
             self._fail(request, error)
         self._landings.popleft()

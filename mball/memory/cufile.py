@@ -127,7 +127,7 @@ class CuFile:
         if _session.fell_back:
             self._let_fall_back(False)
         try:
-            self._call("driver_open")
+            self._open_driver()
             try:
                 self._refuse_ways_through_the_host()
             except CuFileError:
@@ -138,6 +138,15 @@ class CuFile:
             if _session.fell_back:
                 self._let_fall_back(True)
             raise
+
+    def _open_driver(self) -> None:
+        try:
+            self._call("driver_open")
+        except CuFileError as error:  # it advises to allow what is not wanted here
+            raise CuFileError(
+                f"{error}. mball does without that mode, which is no faster than pinned memory: load nvidia-fs, of the "
+                "version that this cuFile wants (modprobe nvidia-fs)"
+            ) from error
 
     def _refuse_ways_through_the_host(self) -> None:
         """What cufile.json says is known once the driver is open."""

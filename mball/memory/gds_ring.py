@@ -25,17 +25,24 @@ from mball.units import format_bytes, round_down, round_up
 _log = logging.getLogger(__name__)
 
 
-class _Reading:
-    """A read under way on a thread."""
+# Calls the second until it returns, and says of the first, in the words of the third, if that takes very long.
+Watched = Callable[["GdsReading", Callable[[], object], Callable[[], str]], None]
 
-    def __init__(self, future: Future[None]) -> None:
+
+class GdsReading:
+    """A read of `size_bytes` of a file, under way on a thread."""
+
+    def __init__(self, future: Future[None], file: str, size_bytes: int, watched: Watched) -> None:
         self._future = future
+        self._file = file
+        self._watched = watched
+        self.size_bytes = size_bytes
 
     def done(self) -> bool:
         return self._future.done()
 
     def wait(self) -> None:
-        self._future.result()
+        self._watched(self, self._future.result, lambda: f"reading {self._file} straight into the GPU")
 
 
 class GdsRing(Ring):
@@ -46,7 +53,13 @@ class GdsRing(Ring):
     """
 
     def __init__(
-        self, pool: EventPool, descriptor: Callable[[str], int | None], *, num_buffers: int, buffer_bytes: int
+        self,
+        pool: EventPool,
+        descriptor: Callable[[str], int | None],
+        watched: Watched,
+        *,
+        num_buffers: int,
+        buffer_bytes: int,
     ) -> None:
         """Takes the GPU's memory, and opens it to disks, at once.
 
@@ -54,6 +67,7 @@ class GdsRing(Ring):
             pool: of the GPU.
             descriptor: returns the descriptor that reads a file past the page cache, None for files that are not to be
                 read this way. It stays open until `close`.
+            watched: waits for a read.
             num_buffers: how many buffers; as many reads go on at a time.
             buffer_bytes: of each, a multiple of the page.
 
@@ -64,6 +78,7 @@ class GdsRing(Ring):
         assert buffer_bytes % PAGE_BYTES == 0
         self._driver = pool.streams.driver
         self._descriptor = descriptor
+        self._watched = watched
         self._handles: dict[str, int] = {}
         self._others: set[str] = set()  # files that are not to be read this way
         self.refused: dict[str, str] = {}  # files that cuFile does not read, and why
@@ -103,17 +118,18 @@ class GdsRing(Ring):
     def refuse(self, file: str, error: CuFileError) -> None:
         """Says that a file is not read this way from now on."""
         if file not in self.refused:
-            self.refused[file] = str(error)
-            _log.warning("%s is read through pinned host memory, not by GPUDirect Storage: %s", file, error)
+            self.refused[file] = why = str(error)  # the error itself holds frames
+            _log.warning("%s is read through pinned host memory, not by GPUDirect Storage: %s", file, why)
 
     def read(self, buffer: RingBuffer, read: ArenaRead, first: int, size: int) -> Event:
         """The event raises CuFileError; see `refuse`."""
         begin = round_down(read.offset_bytes + first, PAGE_BYTES)
         least = shift_bytes(read, first) + size
         try:
-            return _Reading(self._threads.submit(self._fill, self._handles[read.file], buffer, begin, least))
+            future = self._threads.submit(self._fill, self._handles[read.file], buffer, begin, least)
         except RuntimeError as error:  # Python ends threads before devices are closed
             raise DeviceError(f"{read.file} is not read any more: {error}") from error
+        return GdsReading(future, read.file, size, self._watched)
 
     def bytes_per_s(self, file: str, size_bytes: int, *, time_limit_s: float = 0.1) -> float:
         """Returns how fast a file comes that `takes` said yes to, read from its beginning until the time is up.

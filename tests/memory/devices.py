@@ -26,7 +26,8 @@ from mball.memory.pinned_homes import PinnedHomes, PinnedRange
 from mball.memory.region import Region
 from mball.run.file_read import FileRead
 from mball.storage import DirectIO, FileTable, ThreadedReader
-from mball.units import MIB
+from mball.storage.watchdog import watched
+from mball.units import KIB, MIB
 from tests.memory.conftest import LOADED
 from tests.memory.driver.standin import EXTENT_BYTES, Order
 
@@ -204,7 +205,7 @@ def cuda_on_the_stand_in(
         )
         stack.callback(device.close)
         if straight:
-            device.go_straight(device.gds_ring(lambda name: files[name].direct()))
+            device.go_straight(device.gds_ring(lambda name: files[name].direct(), watched))
         arena = device.arena(RESERVE_BYTES)
         stack.callback(arena.close)
         stack.callback(device.close)
@@ -250,13 +251,14 @@ def cuda(folder: Path, *, home_pages: range = range(0), straight: bool = False) 
             reader,
             lambda: torch.cuda.current_stream().cuda_stream,
             homes=homes,
-            num_buffers=NUM_BUFFERS,
-            buffer_bytes=BUFFER_BYTES,
+            # What is registered with cuFile comes in the GPU's own pages.
+            num_buffers=32 if straight else NUM_BUFFERS,
+            buffer_bytes=64 * KIB if straight else BUFFER_BYTES,
         )
         stack.callback(device.close)
         if straight:
             try:
-                ring = device.gds_ring(lambda name: files[name].direct())
+                ring = device.gds_ring(lambda name: files[name].direct(), watched)
             except DeviceError as error:
                 pytest.skip(f"cuFile does not read straight into this GPU: {error}")
             device.go_straight(ring)

@@ -39,7 +39,7 @@ from tests.memory.driver.standin import CODES, Order, StandIn
 
 MODULES = (cuda_device, cuda_events, cuda_feed, gds_ring, host_level, pinned_tier, ring)
 # Calls that order work, where nothing uses what they return.
-_WAITS = {"wait", "order", "synchronize", "drain", "free", "record", "result"}
+_WAITS = {"wait", "order", "synchronize", "drain", "free", "record", "_watched"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,8 @@ from mball.memory.cuda_events import EventPool
 from mball.memory.cuda_streams import CudaStreams
 from mball.memory.cufile import CuFile, CuFileError
 from mball.memory.gds_ring import GdsRing
+from mball.storage import watchdog
+from mball.storage.watchdog import watched
 from tests.memory.device_scenes import slots_in_turn
 from tests.memory.devices import BUFFER_BYTES, NUM_BUFFERS, NUM_PAGES, PAGE, Bench, cuda_on_the_stand_in, expect
 from tests.memory.driver.standin import CODES, FILE_CODES, Order, StandIn
@@ -105,6 +108,25 @@ def test_reads_go_on_side_by_side_while_python_runs(standin: StandIn, tmp_path: 
         expect(look(), bench.content[: 30 * PAGE])
 
 
+def test_a_read_that_takes_very_long_is_named(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watchdog, "SLOW_S", 0.05)
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.01)
+    with straight(tmp_path) as bench:
+        standin.hold_reads(True)
+        try:
+            event = bench.device.copy([bench.read(0, 3 * PAGE, 0)], None)
+            deadline_s = time.monotonic() + 30
+            while "straight into the GPU" not in caplog.text:
+                assert time.monotonic() < deadline_s, "nobody is told"
+                time.sleep(0.001)
+        finally:
+            standin.hold_reads(False)
+        event.wait()
+        assert f"reading {bench.path} straight into the GPU: 12.00 KiB, asked for and not done after" in caplog.text
+
+
 def test_what_is_closed_with_reads_under_way_waits_for_them(standin: StandIn, tmp_path: Path) -> None:
     with straight(tmp_path) as bench:
         for number in range(6):
@@ -112,6 +134,7 @@ def test_what_is_closed_with_reads_under_way_waits_for_them(standin: StandIn, tm
         bench.device.close()
         assert standin.num_reading == 0
         assert standin.has_no_files()
+        assert not any(thread.name.startswith("mball-gds") for thread in threading.enumerate())
 
 
 def test_a_process_that_ends_reads_no_more(standin: StandIn, tmp_path: Path) -> None:
@@ -139,7 +162,7 @@ def gpu() -> Iterator[EventPool]:
 
 
 def ring_of(pool: EventPool) -> GdsRing:
-    return GdsRing(pool, lambda name: None, num_buffers=2, buffer_bytes=PAGE)
+    return GdsRing(pool, lambda name: None, watched, num_buffers=2, buffer_bytes=PAGE)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +312,7 @@ def test_files_that_are_not_to_be_read_so_are_not(standin: StandIn, tmp_path: Pa
     """Such as swap, which is checked in host memory."""
     with cuda_on_the_stand_in(tmp_path, order=Order.LATEST) as bench:
         assert isinstance(bench.device, CudaDevice)
-        bench.device.go_straight(bench.device.gds_ring(lambda name: None))
+        bench.device.go_straight(bench.device.gds_ring(lambda name: None, watched))
         bring(bench, 5, 30 * PAGE)
         assert standin.calls(READ) == standin.calls("cuFileHandleRegister") == 0
 

@@ -144,7 +144,7 @@ def test_what_is_asked_for_and_does_not_work_is_one_error(standin: StandIn, tmp_
     plain = make(CHAIN.make)
     path = saved(plain, tmp_path)
     standin.set_files(straight=False)
-    with pytest.raises(DeviceError, match=r"io='gds' cannot be had: .*nvidia-fs driver is not loaded.*leave io out"):
+    with pytest.raises(DeviceError, match=r"io='gds' cannot be had: .*is not loaded.*modprobe nvidia-fs.*leave io out"):
         wrapped(make(CHAIN.make), 0.9, path, io="gds").__enter__()
 
 
@@ -158,7 +158,7 @@ def test_a_file_that_cufile_does_not_take_is_named(standin: StandIn, tmp_path: P
 
 def test_weights_without_a_checkpoint_do_not_go_straight(standin: StandIn, tmp_path: Path) -> None:
     model = make(CHAIN.make)
-    with pytest.raises(DeviceError, match=r"it is for checkpoints \(weights=...\)"):
+    with pytest.raises(ConfigError, match="without weights= the weights lie in the swap file"):
         wrapped_over_the_driver(model, 1 << 30, PoisonedDevice, swap_dir=tmp_path, io="gds").__enter__()
 
 
