@@ -333,13 +333,15 @@ class Engine:
 
     def enter(self, step: int) -> tuple[torch.Tensor, ...]:
         """Returns the weights that the running graph's step `step` reads; see Execution.enter."""
+        assert self._active is not None
         assert self._stretch is not None
         planned = self._stretch.steps[step]
         if planned != self._step:
             if self._step >= 0:
                 self.execution.leave(self._step)
             if not self.execution.claim(planned):
-                self._go_on_with_less()
+                self._heed_taken()
+                self._stretch = self._active.stretches[self._position - 1]
                 planned = self._stretch.steps[step]
             self._step = planned
             self._handed = self.execution.enter(planned)
@@ -540,24 +542,17 @@ class Engine:
         self._stale = True
         return planned
 
-    def _go_on_with_less(self) -> None:
-        """Goes on in the middle of a graph, where no step is in use, with a plan for what operators left of the arena.
+    def _heed_taken(self) -> None:
+        """Goes on with a plan for what operators left of the arena, if they took some; no step is in use.
 
-        Raises DeviceError.
+        Raises DeviceError: there is none.
         """
-        planned = self._heed_taken()
-        assert planned is not None
-        self._adopt(planned)
-        self._stretch = planned.stretches[self._position - 1]
-
-    def _heed_taken(self) -> PassPlan | None:
-        """Does as `_note_taken` before more of the pass runs, which needs such a plan. Raises DeviceError."""
         planned = self._note_taken()
         if self._tape and self.execution.is_short:
             if planned is None:
                 raise lost(self.budget_bytes, self.execution.arena.backed_bytes)
             self.allocator.hold()
-        return planned
+            self._adopt(planned)
 
     @property
     def here(self) -> tuple[int, int]:

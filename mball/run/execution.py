@@ -199,10 +199,11 @@ class Execution:
         is forgotten.
         """
         assert not self._in_use
-        if step is not None and step == self._cursor and self._is_there(step):
-            self.idle.claim(step)
-        else:
-            self.idle.withdraw()
+        if self.idle.is_possible:
+            if step is not None and step == self._cursor and self._is_there(step):
+                self.idle.claim(step)
+            else:  # what is brought evicts others
+                self.idle.withdraw()
         if not self.is_short:
             return True
         self._have_all_back()

@@ -32,6 +32,11 @@ class IdleExtents:
         self._waits = False  # some of them are not on offer
 
     @property
+    def is_possible(self) -> bool:
+        """Whether anything may be on offer under this plan."""
+        return bool(self._extents)
+
+    @property
     def taken_bytes(self) -> int:
         """What operators took, ever."""
         return self._donors.taken_bytes
@@ -43,11 +48,14 @@ class IdleExtents:
 
     def adopt(self, plan: Plan, uses: Sequence[Collection[int]]) -> None:
         """Says that `plan` is executed from now on, whose steps use these bundles; nothing is on offer."""
+        self._extents, self._of_step, self._bounds, self._waits = [], {}, Extent(0, 0), False
+        there = self._donors.extents()
+        if not there:
+            return
         streamed = _joined((t.offset_bytes, t.offset_bytes + plan.bundles[t.bundle].size_bytes) for t in plan.transfers)
         most_bytes = max((sum(plan.bundles[b].size_bytes for b in used) for used in uses), default=0)
         left_bytes = min(plan.arena_bytes - most_bytes, MOST_BYTES)
-        self._extents, self._of_step = [], {}
-        for extent in reversed(self._donors.extents()):
+        for extent in reversed(there):
             size_bytes = extent.end - extent.first
             if size_bytes > left_bytes:
                 break
@@ -61,10 +69,8 @@ class IdleExtents:
         for step, used in enumerate(uses):
             if read := [places[bundle] for bundle in used if bundle in places]:
                 self._of_step[step] = [extent for extent in self._extents if _meets(extent, read)]
-        self._bounds = Extent(
-            min((e.first for e in self._extents), default=0), max((e.end for e in self._extents), default=0)
-        )
-        self._waits = bool(self._extents)
+        if self._extents:
+            self._bounds, self._waits = Extent(self._extents[-1].first, self._extents[0].end), True
 
     def offer(self, occupants: Iterable[Occupant], in_use: Iterable[Occupant], after: Event) -> None:
         """Offers what is idle; nothing that is idle is used by what is not before `after`."""

@@ -36,25 +36,28 @@ class MoreRoom:
         self._planned = planned
 
     def without(self, active: PassPlan, taken_bytes: int) -> PassPlan | None:
-        """Returns a plan like `active` whose arena is smaller by as much as was taken of it; None if there is none.
+        """Returns a plan like `active` whose arena is smaller by what was taken, as passes like it get from now on.
 
-        From now on passes like it are planned so.
+        None if there is none, and nothing is changed.
         """
-        room, left_bytes = self._room, active.plan.arena_bytes - taken_bytes
-        more_bytes = max(taken_bytes, 1)
-        while more_bytes < self._plans.budget_bytes:
+        room, plans, keys = self._room, self._plans, active.tape.keys
+        before = room.missed_bytes, plans.taken_bytes(keys)
+        more_bytes = taken_bytes
+        while more_bytes < plans.budget_bytes:
             if active.has_operators:
-                room.missed_bytes += more_bytes
+                room.missed_bytes = before[0] + more_bytes
             else:
-                self._plans.note_taken(active.tape.keys, more_bytes)
+                plans.note_taken(keys, before[1] + more_bytes)
             try:
-                planned = self._planned(active.tape.keys)
+                planned = self._planned(keys)
             except BudgetError:
-                return None
-            if planned.plan.arena_bytes <= left_bytes:
+                break
+            if planned.plan.arena_bytes <= active.plan.arena_bytes - taken_bytes:
                 return planned
-            # What was left of the budget for nothing is taken first.
-            more_bytes = 2 * more_bytes
+            # First goes what the plan left of the budget for nothing, nobody tells how much.
+            more_bytes = max(2 * more_bytes, plans.budget_bytes // GROWTH_SHARE)
+        room.missed_bytes = before[0]
+        plans.note_taken(keys, before[1])
         return None
 
     def plan(self, active: PassPlan | None) -> PassPlan | None:
@@ -106,7 +109,7 @@ def refusal(
 def lost(budget_bytes: int, arena_bytes: int) -> DeviceError:
     """Returns what to raise where operators took so much of the arena that the pass cannot go on."""
     return DeviceError(
-        f"operators took so much memory of the arena that the rest of the pass does not fit what is left of it, "
+        "operators took so much memory of the arena that the rest of the pass does not fit what is left of it, "
         f"{arena_bytes} bytes, under a budget of {format_bytes(budget_bytes)} ({budget_bytes} bytes): raise the budget "
         "(mball.set_budget), or compute less at one time"
     )

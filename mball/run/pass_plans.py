@@ -84,6 +84,8 @@ class _Fit(NamedTuple):
 
 # By the keys of the tape and what was wished to be kept for operators.
 _Known = OrderedDict[tuple[tuple[Hashable, ...], int], PassPlan]
+# The budget, the plans, what was taken by passes, and the room for operators.
+PlansState = tuple[int, _Known, dict[tuple[Hashable, ...], int], RoomState]
 
 
 class PassPlans:
@@ -128,18 +130,18 @@ class PassPlans:
         """The budget."""
         return self._budget_bytes
 
-    def state(self) -> tuple[int, _Known, RoomState]:
+    def state(self) -> PlansState:
         """Returns what `restore` takes."""
-        return self._budget_bytes, self._known, self._room.state()
+        return self._budget_bytes, self._known, self._taken, self._room.state()
 
     def set_budget(self, budget_bytes: int) -> None:
         """Plans for another budget from now on."""
         self._budget_bytes, self._known, self._taken = budget_bytes, OrderedDict(), {}
         self._room.set_budget(budget_bytes)
 
-    def restore(self, state: tuple[int, _Known, RoomState]) -> None:
+    def restore(self, state: PlansState) -> None:
         """Goes back to the budget, the plans and the room for operators that there were."""
-        self._budget_bytes, self._known, room = state
+        self._budget_bytes, self._known, self._taken, room = state
         self._room.restore(room)
 
     def check(self, weights: tuple[Tensor, ...], passes: Iterable[Sequence[Segment]]) -> None:
@@ -199,14 +201,19 @@ class PassPlans:
         self._correction.forget(keys)
         for tape, wished in [plan for plan in self._known if not set(plan[0]).isdisjoint(keys)]:
             del self._known[tape, wished]
+        self._taken = {tape: size for tape, size in self._taken.items() if set(tape).isdisjoint(keys)}
 
     def clear(self) -> None:
         """Forgets all plans."""
         self._known.clear()
 
-    def note_taken(self, keys: tuple[Hashable, ...], more_bytes: int) -> None:
-        """Says that graphs of a pass with these segments took so much more of the arena, which nobody foresaw."""
-        self._taken[keys] = self._taken.get(keys, 0) + more_bytes
+    def taken_bytes(self, keys: tuple[Hashable, ...]) -> int:
+        """Returns what graphs of a pass of these segments took that nobody foresaw."""
+        return self._taken.get(keys, 0)
+
+    def note_taken(self, keys: tuple[Hashable, ...], num_bytes: int) -> None:
+        """Says how much that is: plans leave it from now on."""
+        self._taken[keys] = num_bytes
         self.clear()
 
     def _make(
@@ -255,7 +262,7 @@ class PassPlans:
         attempts = [_Fit(wished, without_capture, True, graphs), _Fit(needed, without_capture, True, graphs)]
         attempts += [_Fit(wished, without_capture, True, 0), _Fit(needed, without_capture, True, 0)]
         attempts += [_Fit(needed, budget, True, 0), _Fit(needed, budget, False, 0)]
-        if taken := self._taken.get(keys, 0):
+        if taken := self.taken_bytes(keys):
             attempts = [fit._replace(limit=fit.limit - taken, taken_bytes=taken) for fit in attempts] + attempts
         refused: list[BudgetError] = []
         for fit in dict.fromkeys(attempts):
