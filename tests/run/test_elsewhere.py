@@ -171,7 +171,7 @@ def test_a_device_that_is_not_there(device: str, reason: str, tmp_path: Path) ->
     assert type(model) is before
     assert not list(tmp_path.iterdir())
     compiled = torch.compile(model, backend=mball_backend, options={"budget": "1GiB", "device": device})
-    with pytest.raises(ConfigError, match=r"runs on the CPU so far|give 'cpu'"), torch.no_grad():
+    with pytest.raises(ConfigError, match=r"Wrap the model first|give 'cpu'"), torch.no_grad():
         compiled(ids(1, 5))
 
 
@@ -284,3 +284,15 @@ def test_buffers_come_back_from_where_they_were_put(tmp_path: Path) -> None:
     assert {name: buffer.device.type for name, buffer in model.named_buffers() if name != "there"} == dict.fromkeys(
         [name for name, _ in plain.named_buffers()], "cpu"
     )
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_torch_compile_of_a_wrapped_model(capture: str, tmp_path: Path, new_dynamo: None) -> None:
+    """Dynamo captures by itself then, and is shown the homes on the device all the same."""
+    plain, model = make(llama), make(llama)
+    wrap_there(model, int(weight_bytes(model) * 0.8), swap_dir=tmp_path, capture=capture)
+    there = There(torch.compile(model, backend=mball_backend), engine_of(model).homes)
+    whole = There(plain.to(PLACE))
+    for _ in range(3):
+        assert_same(run(there, lambda m: m(ids(1, 5)).logits), run(whole, lambda m: m(ids(1, 5)).logits))
+    assert_streamed(model)
