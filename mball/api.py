@@ -39,6 +39,7 @@ from mball.snapshot import take_report, take_timeline
 from mball.storage import CheckpointIndex, TensorEntry
 from mball.torch_private.calls import get_call, inner_module, plain_call, set_call
 from mball.torch_private.capture import compile_call
+from mball.torch_private.faked import fake_homes_on
 from mball.torch_private.probes import missing_for_capture
 from mball.units import format_bytes, parse_bytes
 from mball.whole_files import replace_file
@@ -176,6 +177,7 @@ def _wrap(
     place_buffers(census, {**new_buffers, **moved})
     if compute.device.place.type != "cpu":
         place((module for root in roots for module in root.modules()), compute.device.place)
+    fake_homes_on(compute.device.place, homes)
     buffers = [buffer for root in roots for buffer in root.buffers()]
     if capture is not Capture.GRAPHS:
         machinery.engine.live.count_inputs(buffers)
@@ -483,8 +485,6 @@ def _hang_doors(
                 before_capture=gate.engine.capture.begin,
                 faithful=config.compile is Compile.EAGER,
                 fullgraph=config.fullgraph,
-                place=gate.engine.place,
-                is_home=gate.engine.homes.has,
             )
             call = compiled(dynamic=config.dynamic)
             if capture is Capture.AUTO:

@@ -176,7 +176,7 @@ class Program:
         return result
 
     def _with_times(self, gate: Gate, args: Sequence[Any]) -> Any:
-        times = TimeProfile(self.graph.steps, gate.engine, gate.engine.execution.catch_up)
+        times = TimeProfile(self.graph.steps, gate.engine, gate.engine.execution.device.moment)
         result = self._execute(gate, times, args)
         self._times_due = False
         self._forget_plans(gate.engine)

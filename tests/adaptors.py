@@ -14,7 +14,7 @@ from mball.compute import Compute, OpenCompute, open_compute
 from mball.config import Config
 from mball.errors import MballError
 from mball.memory.arena import Arena
-from mball.memory.device import ArenaRead, Device, Donors, Event, Gauge, Graphs, Held, Pinned
+from mball.memory.device import ArenaRead, Device, Donors, Event, Gauge, Graphs, Held, Moment, Pinned
 from mball.storage import FileTable
 
 
@@ -42,6 +42,9 @@ class DeviceAdaptor:
 
     def record(self) -> Event:
         return self.device.record()
+
+    def moment(self) -> Moment:
+        return self.device.moment()
 
     def wait(self, event: Event) -> None:
         self.device.wait(event)

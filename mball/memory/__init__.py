@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mball.memory.device import Extent as Extent
     from mball.memory.device import Gauge as Gauge
     from mball.memory.device import Graphs as Graphs
+    from mball.memory.device import Moment as Moment
     from mball.memory.device import Recorded as Recorded
     from mball.memory.ledger import Account as Account
     from mball.memory.ledger import Kind as Kind
@@ -69,6 +70,7 @@ _HOMES = {
     "PinnedSlab": "mball.memory.pinned",
     "PlainCudaMemory": "mball.memory.cuda_plain",
     "PrivateMapping": "mball.memory.mapping",
+    "Moment": "mball.memory.device",
     "Recorded": "mball.memory.device",
     "SegmentAllocator": "mball.memory.allocator.segment_allocator",
     "VirtualMemory": "mball.memory.virtual",
@@ -99,6 +101,7 @@ __all__ = [
     "Kind",
     "Ledger",
     "LedgerPage",
+    "Moment",
     "PinnedHomes",
     "PinnedRange",
     "PinnedSlab",

@@ -21,14 +21,14 @@ from mball.memory.arena import Arena
 from mball.memory.cuda_cap import AllocatorCap
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_errors import GpuLostError
-from mball.memory.cuda_events import EventPool, StreamEvent
+from mball.memory.cuda_events import EventPool, StreamEvent, StreamMoment
 from mball.memory.cuda_feed import DiskFeed, order
 from mball.memory.cuda_gauge import CudaGauge
 from mball.memory.cuda_graphs import CudaGraphs
 from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_segments import SegmentRoom
 from mball.memory.cuda_streams import CudaStreams
-from mball.memory.device import ArenaRead, CopySource, Donors, Event, Gauge, Graphs, Held, Pinned
+from mball.memory.device import ArenaRead, CopySource, Donors, Event, Gauge, Graphs, Held, Moment, Pinned
 from mball.memory.gds_ring import GdsRing, Watched
 from mball.memory.host_level import HostLevel, Staged
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
@@ -96,6 +96,7 @@ class CudaDevice:
         self._region = partial(CudaRegion, ordinal=driver.ordinal) if region is None else region
         self._streams = CudaStreams(driver)
         self._pool = EventPool(self._streams)
+        self._moments = EventPool(self._streams, has_times=True)
         self._arena: Arena | None = None
         self._stream: int | None = None  # that passes computed on lately
         self._recorded: StreamEvent | None = None  # the end of all that was computed there
@@ -251,6 +252,12 @@ class CudaDevice:
         self._recorded = event
         return event
 
+    def moment(self) -> Moment:
+        """Raises DeviceError when closed, or when the driver refuses."""
+        self._check_open()
+        with self._driver.current():
+            return StreamMoment(self._moments, self._current_stream())
+
     def wait(self, event: Event) -> None:
         """The host blocks for reads from disk only, and raises their errors; and for events that are not the GPU's."""
         self._driver.refuse_fork()
@@ -337,6 +344,7 @@ class CudaDevice:
                     for stream in self._own_streams:
                         self._streams.drain(stream)
                     self._pool.close()
+                    self._moments.close()
                 self._destroy_streams()
             self._tier.close()
             if self._level is not None:

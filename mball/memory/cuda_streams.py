@@ -42,10 +42,10 @@ class CudaStreams:
         """Blocks until all is over that the stream was given."""
         self._driver.call("cuStreamSynchronize", stream)
 
-    def create_event(self) -> int:
-        """Returns an event, which keeps no time."""
+    def create_event(self, *, has_time: bool = False) -> int:
+        """Returns an event, one that remembers when it was over with `has_time`, which takes the GPU longer."""
         disable_timing = 2
-        return int(self._driver.call("cuEventCreate", disable_timing))
+        return int(self._driver.call("cuEventCreate", 0 if has_time else disable_timing))
 
     def destroy_event(self, event: int) -> None:
         """Gives an event up; streams that wait for it go on waiting."""
@@ -66,6 +66,10 @@ class CudaStreams:
     def synchronize(self, event: int) -> None:
         """Blocks until it is over what the event stands for."""
         self._driver.call("cuEventSynchronize", event)
+
+    def elapsed_s(self, first: int, last: int) -> float:
+        """Returns the seconds between two events that remember when they were over, and are."""
+        return float(self._driver.call("cuEventElapsedTime", first, last)) / 1e3
 
     def copy_in(self, address: int, source: int, size_bytes: int, stream: int) -> None:
         """Copies host memory to the GPU. Pinned, it is read when the stream gets there; else now, which may block.

@@ -9,6 +9,7 @@ two copies may land in any order.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self
@@ -60,6 +61,26 @@ class Event(Protocol):
 
     def wait(self) -> None:
         """Blocks the calling thread until it is reached. Raises the error of the work, every time."""
+
+
+class Moment(Protocol):
+    """A point in the compute of a device, as the device's own clock has it."""
+
+    def since(self, earlier: Any) -> float:
+        """Returns the seconds from `earlier`, which the same device gave out before. Blocks until this one is reached.
+
+        Raises the error of the work that was issued before, where it failed.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class HostMoment:
+    """A look at the host's clock: where compute is over when its call returns, that tells how long it took."""
+
+    time_s: float
+
+    def since(self, earlier: HostMoment) -> float:
+        return self.time_s - earlier.time_s
 
 
 class ArenaRead(Protocol):
@@ -241,6 +262,9 @@ class Device(Protocol):
     def record(self) -> Event:
         """Returns the event that completes when all compute issued so far has finished. Does not block."""
 
+    def moment(self) -> Moment:
+        """Returns when all compute issued so far has finished, to be read later. Does not block."""
+
     def wait(self, event: Event) -> None:
         """Makes compute that is issued from now on wait for `event`.
 
@@ -370,6 +394,9 @@ class CpuDevice:
 
     def record(self) -> Event:
         return COMPLETE
+
+    def moment(self) -> Moment:
+        return HostMoment(time.perf_counter())
 
     def wait(self, event: Event) -> None:
         event.wait()

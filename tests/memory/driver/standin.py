@@ -132,6 +132,10 @@ class StandIn:
         """Chooses when work of streams runs; `seed` is for chance."""
         self._library.standin_order(order.value, ctypes.c_ulonglong(seed))
 
+    def spin(self, stream: int, seconds: float) -> None:
+        """Gives a stream work that takes time, by the clock of its events; other work takes none."""
+        self._library.standin_spin(ctypes.c_void_p(stream), ctypes.c_double(seconds))
+
     def run(self) -> None:
         """Runs all that streams were given."""
         self._library.standin_run()
