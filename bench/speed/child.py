@@ -19,6 +19,7 @@ import transformers.generation  # noqa: E402 - lazily imported, and both load an
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 from bench.speed import ways  # noqa: E402
+from bench.speed.preadv import huge_pages  # noqa: E402
 from bench.speed.protocol import serve  # noqa: E402
 from bench.speed.workload import Burst, Kind, Workload  # noqa: E402
 from mball.memory.facts import process_memory  # noqa: E402
@@ -40,6 +41,15 @@ class Child:
             "anonymous_bytes": process_memory().anonymous_bytes,
             "num_threads": torch.get_num_threads(),
         }
+
+    def take_memory(self, size_bytes: int) -> dict[str, Any]:
+        """Takes so much memory and gives it back.
+
+        A virtual machine whose host took free memory from it gets that back more slowly than a disk reads, and huge
+        pages are what the host takes: nobody who loads is to blame for that.
+        """
+        huge_pages(size_bytes).release()
+        return {}
 
     def load(self, prompt_tokens: int, **loading: Any) -> dict[str, Any]:
         """Loads a model; returns the seconds that took."""

@@ -24,7 +24,8 @@ def first_token(
 ) -> list[Measurement]:
     """Returns the time from `from_pretrained` to the first token: mball's, transformers', and that of a bare read.
 
-    Each start is a process of its own that has imported all it needs. Figures are called `prefix` and so on.
+    Each start is a process of its own that has imported all it needs, on a machine that has the memory. Figures are
+    called `prefix` and so on.
 
     Raises ContenderError when a contender fails, or when they generate different tokens.
     """
@@ -37,7 +38,7 @@ def first_token(
         def sample() -> float:
             forget_pages(checkpoint)
             with Contender(name) as contender:
-                contender.tell("hello")
+                contender.tell("take_memory", size_bytes=size_bytes)
                 order = order_of(loadings[name])
                 found = contender.tell("first_tokens", prompt_tokens=prompt_tokens, num_tokens=2, **order)
             if any(found["token_ids"] != other["token_ids"] for others in starts.values() for other in others):
@@ -47,9 +48,11 @@ def first_token(
 
         return sample
 
+    spans = _spans(checkpoint)
+    size_bytes = sum(span.size_bytes for span in spans)
     with ExitStack() as stack:
         disk = stack.enter_context(Contender("yardstick", module="bench.speed.disk_child"))
-        disk.tell("prepare", name="all", spans=[asdict(span) for span in _spans(checkpoint)])
+        disk.tell("prepare", name="all", spans=[asdict(span) for span in spans])
         sources = {name: start(name) for name in loadings}
         sources["read"] = lambda: float(disk.tell("read", name="all")["steps_s"][0])
         samples = interleave(sources, num_rounds, say, prefix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,7 +65,7 @@ def from_pretrained(
     if why is not None:
         _log.info("%s: %s; transformers loads it whole and it goes to swap", directory, why)
         del model
-        whole: PreTrainedModel = model_class.from_pretrained(directory, dtype=target, local_files_only=True)
+        whole = _load_whole(model_class, directory, target)
         mball.wrap(whole, budget=budget, **settings)
         return whole
     rename = _parameter_sources(model, keys, directory)
@@ -75,6 +76,15 @@ def from_pretrained(
     if model.can_generate() and (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     mball.wrap(model, budget=budget, weights=directory, rename=rename, **settings)
+    return model
+
+
+def _load_whole(model_class: Any, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = model_class.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    # What transformers and torch.load say of files that are missing or damaged.
+    except (OSError, ValueError, LookupError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{directory} cannot be loaded: {error}; fetch the checkpoint again") from error
     return model
 
 

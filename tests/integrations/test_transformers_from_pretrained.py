@@ -3,6 +3,7 @@ told to, so a wrong name, a missing alias or a buffer left behind shows as a wro
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,54 @@ def test_a_gguf_file_is_dequantised_and_goes_to_swap(tmp_path: Path, wrap: Wrap)
         from_pretrained(tmp_path, budget="1MiB")
     with pytest.raises(CheckpointError, match=r"other\.gguf cannot be loaded"):
         from_pretrained(tmp_path / "other.gguf", budget="1MiB")
+
+
+def save_bin(model: Any, directory: Path) -> Any:
+    """Saves a model as PyTorch's files, two shards and an index whose total is wrong, as those of many old ones are."""
+    save(model, directory)
+    tensors = list(load_file(directory / "model.safetensors").items())
+    (directory / "model.safetensors").unlink()
+    shards = {"pytorch_model-00001-of-00002.bin": tensors[::2], "pytorch_model-00002-of-00002.bin": tensors[1::2]}
+    for shard, held in shards.items():
+        torch.save(dict(held), directory / shard)
+    weight_map = {name: shard for shard, held in shards.items() for name, _ in held}
+    index = {"metadata": {"total_size": 7}, "weight_map": weight_map}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return type(model).from_pretrained(directory)
+
+
+def test_shards_of_pytorchs_own_go_to_swap(tmp_path: Path, wrap: Wrap) -> None:
+    expected = save_bin(CASES["llama"](), tmp_path)
+    found = from_pretrained(tmp_path, budget="1MiB")
+    assert not wrap.in_place
+    assert_same(found, expected)
+    streamed = mball.load_file(tmp_path)
+    assert all(torch.equal(tensor, streamed[name]) for name, tensor in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["cut short", "missing", "none at all"])
+def test_pytorchs_own_files_that_are_damaged_are_named(damage: str, tmp_path: Path, wrap: Wrap) -> None:
+    save_bin(CASES["llama"](), tmp_path)
+    shard = tmp_path / "pytorch_model-00002-of-00002.bin"
+    if damage == "cut short":
+        shard.write_bytes(shard.read_bytes()[:1000])
+    else:
+        shard.unlink()
+    if damage == "none at all":
+        (tmp_path / "pytorch_model.bin.index.json").unlink()
+        (tmp_path / "pytorch_model-00001-of-00002.bin").unlink()
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} cannot be loaded: .*"):
+        from_pretrained(tmp_path, budget="1MiB")
+    assert not wrap.calls
+
+
+def test_an_index_with_a_wrong_total_is_read_all_the_same(tmp_path: Path, wrap: Wrap) -> None:
+    save(CASES["llama"](), tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": {"total_size": 7}}))
+    found = from_pretrained(tmp_path, budget="1MiB")
+    assert wrap.in_place
+    assert_same(found, type(found).from_pretrained(tmp_path))
 
 
 def test_bad_input_is_named(tmp_path: Path, wrap: Wrap) -> None:
