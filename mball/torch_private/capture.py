@@ -45,8 +45,8 @@ def compile_call(
     """Returns `torch.compile(call, backend=backend)`, made to notice hooks that come or go after capture.
 
     With `faithful` the model is told by `capturing` to do what it does uncompiled. `before_capture` is called in
-    the calling thread whenever Dynamo begins to capture. Only the first call asks for `torch.compile`, which imports for
-    half a second: many models are never captured.
+    the calling thread whenever Dynamo begins to capture. Only the first call asks for `torch.compile`, which imports
+    for half a second: many models are never captured.
     """
     import torch._dynamo
     import torch._inductor.config  # which the line above imports too, and no more of it
