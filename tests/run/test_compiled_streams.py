@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.run.adversary import chain
 from tests.run.compiled_scenarios import compute, computes
@@ -23,6 +25,34 @@ def test_passes_follow_each_other(tmp_path: Path) -> None:
     assert not mode.synced, "nothing had to be computed early"
 
 
+class Notes(nn.Module):
+    """Each layer adds to what the caller has, and reads that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, notes: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).sin()
+            notes.add_(x.mean(0))
+            x = x + notes
+        return x
+
+
+def keeps_notes(model: Any) -> list[torch.Tensor]:
+    notes = torch.zeros(64)
+    return [model(noise(3, 64, seed=seed), notes) for seed in range(2)] + [notes]
+
+
+def test_steps_that_write(tmp_path: Path) -> None:
+    """What was made under the mode is written late, too."""
+    mode = compute(Notes, 0.9, [keeps_notes] * 2, tmp_path, paces(12))
+    assert mode.num_steps >= 2 * 2 * 4
+    assert not mode.synced
+
+
+@pytest.mark.slow
 def test_what_is_the_callers_is_written_in_time(tmp_path: Path) -> None:
     """Buffers are read by whoever likes, so a step that writes one is computed when it is called."""
     places = torch.tensor([1, 4, 6])
