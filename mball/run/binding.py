@@ -132,8 +132,8 @@ class BindingMode(TorchDispatchMode):
         fast = torch.get_autocast_dtype(self._device_type)
         cast = {value.dtype for value, given in zip(bound, args, strict=True) if value is given and _is_float(value)}
         if func is _GROUP_NORM:
-            (dtype,) = cast
-            return func(bound[0], *(_as(value, dtype) for value in bound[1:3]), *bound[3:], **named)
+            weights = (_as(value, bound[0].dtype) for value in bound[1:3])
+            return func(bound[0], *weights, *bound[3:], **named)
         if func is _MATRIX_PRODUCT and cast - {fast}:
             return func(*bound, **named)
         if func is _ADDITION and cast == {fast} != {bound[1].dtype} and not self._casting.num_open:

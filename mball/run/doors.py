@@ -97,7 +97,8 @@ class Gate:
             check_autocast(self.engine.place)
             self._follow_requires_grad()
             self.mode.paused = False
-            casting = self._casting if torch.is_autocast_enabled(self.engine.place.type) else nullcontext()
+            place = self.engine.place.type
+            casting = self._casting if place != "cpu" and torch.is_autocast_enabled(place) else nullcontext()
             with no_autocast_cache(), self.engine.execution.device.allocating(), self.mode, casting:
                 result = call(*args, **kwargs)
             self.engine.end_pass()

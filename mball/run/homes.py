@@ -222,6 +222,7 @@ class Homes:
         # Whether the user's Parameters require grad: kernels are chosen by it, with autograd off too.
         self.requires_grad: list[bool] = []
         self.weight_of_storage: dict[int, int] = {}
+        self._closed = False
         self._spans: list[list[tuple[int, int, int]]] = []
         self._file_of: dict[str, HomeFile] = {}
         self._file_of_weight: list[HomeFile] = []
@@ -251,8 +252,8 @@ class Homes:
             )
 
     def has(self, tensor: torch.Tensor) -> bool:
-        """Returns whether a plain tensor is a home, or a view of one."""
-        return storage_key(tensor) in self.weight_of_storage
+        """Returns whether a plain tensor is a home, or a view of one; none is once they are closed."""
+        return not self._closed and storage_key(tensor) in self.weight_of_storage
 
     def schema(self) -> tuple[Tensor, ...]:
         """Returns all homes as the trace describes them."""
@@ -356,4 +357,5 @@ class Homes:
 
     def close(self) -> None:
         """Closes the swap file. Homes that somebody still holds stay readable. Idempotent."""
+        self._closed = True
         self.swap.close()

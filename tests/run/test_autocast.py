@@ -152,6 +152,20 @@ def test_what_may_be_a_bias_is_refused_where_nobody_knows(tmp_path: Path) -> Non
         assert_same(run(there, around), run(plain, around))
 
 
+def test_on_the_cpu_nobody_stands_between(tmp_path: Path) -> None:
+    """There autocast finds homes by itself, and knows other functions: one of them is no matrix product."""
+    plain, model = (make(lambda: nn.Sequential(nn.Linear(64, 64), nn.PReLU(64), nn.Linear(64, 64))) for _ in range(2))
+    mball.wrap(model, 2 * weight_bytes(model), swap_dir=tmp_path, capture="operators")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            assert_same(model(noise(3, 64)), plain(noise(3, 64)))
+    modes = []
+    model[1].register_forward_hook(lambda *_: modes.append(torch._C._len_torch_function_stack()))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(noise(3, 64))
+    assert modes == [0]
+
+
 def test_autocast_of_the_cpu_is_refused(tmp_path: Path) -> None:
     model = make(lambda: Everything(torch.float32))
     wrap_there(model, weight_bytes(model) * 5 // 3, swap_dir=tmp_path, capture="operators")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mball
 from mball.api import _wrap, trace_and_plan
@@ -296,3 +297,7 @@ def test_torch_compile_of_a_wrapped_model(capture: str, tmp_path: Path, new_dyna
     for _ in range(3):
         assert_same(run(there, lambda m: m(ids(1, 5)).logits), run(whole, lambda m: m(ids(1, 5)).logits))
     assert_streamed(model)
+    home = model.lm_head.weight.data
+    assert FakeTensorMode().from_tensor(home).device == torch.device(PLACE)
+    mball.unwrap(model)
+    assert FakeTensorMode().from_tensor(home).device == torch.device("cpu"), "who kept it has host memory"

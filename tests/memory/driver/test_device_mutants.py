@@ -289,6 +289,15 @@ def compute_goes_on_elsewhere(bench: Bench) -> None:
             device._streams.destroy_stream(other)
 
 
+def the_clock_of_compute_is_read(bench: Bench) -> None:
+    """The driver does not tell between events that are not over."""
+    assert devices.LOADED
+    assert isinstance(bench.device, CudaDevice)
+    began = bench.device.moment()
+    devices.LOADED.spin(bench.device._current_stream(), 0.5)
+    assert bench.device.moment().since(began) == pytest.approx(0.5)
+
+
 def a_read_around_the_host_is_waited_for(bench: Bench) -> None:
     assert devices.LOADED
     devices.LOADED.hold_reads(True)
@@ -325,6 +334,7 @@ SCENES: tuple[Callable[[Bench], None], ...] = (
     pinned_memory_goes_after_its_last_copy,
     a_table_goes_after_its_last_lookup,
     compute_goes_on_elsewhere,
+    the_clock_of_compute_is_read,
 )
 ORDERS = [(Order.LATEST, 0), *((Order.RANDOM, seed) for seed in range(3))]
 
