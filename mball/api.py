@@ -139,6 +139,8 @@ def _wrap(
     with contextlib.ExitStack() as undo:
         storage = Storage.open(config)
         undo.callback(storage.close)
+        for file in () if index is None else index.files:
+            storage.files.add_path(file.path)  # which disk they lie on decides how they are read
         compute = open_compute(config, storage.files)
         undo.callback(compute.close)
         homes = _homes(census, entries, storage)
@@ -446,7 +448,7 @@ def _capture_of(config: Config) -> Capture:
 
 def _homes(census: Census, entries: Sequence[TensorEntry] | None, storage: Storage) -> Homes:
     if entries is not None:
-        return map_checkpoint(census, entries, storage.swap, storage.files)
+        return map_checkpoint(census, entries, storage.swap)
     file, homes = write_homes(census.weights, storage.swap)
     return Homes(homes, [file], storage.swap)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mball.config import Allocator, Config, Io, own_cache
+from mball.config import Allocator, Config, Io, calibration_directory, own_cache
 from mball.errors import DeviceError
 from mball.memory import CpuDevice, Device
 from mball.memory.allocator.library import load_library
@@ -26,7 +26,7 @@ from mball.memory.page_pool import PagePool
 from mball.memory.region import Region
 from mball.run.homes import PAGE_BYTES
 from mball.schema import Link, Tier
-from mball.storage import CheckedReader, FileTable, Reader, ReaderChoice, Threads, choose_reader
+from mball.storage import CheckedReader, FileTable, Reader, ReaderChoice, Threads, calibrated_choice, choose_reader
 from mball.trace.graph import ASSUMED_MEMORY_BYTES_PER_S
 from mball.units import MIB
 
@@ -100,9 +100,11 @@ class Compute:
 OpenCompute = Callable[[Config, FileTable], Compute]
 
 
-def _choice(config: Config) -> ReaderChoice:
+def _choice(config: Config, files: FileTable) -> ReaderChoice:
     threads = {Io.NATIVE: Threads.C, Io.THREADS: Threads.PYTHON}.get(config.io, Threads.AUTO)
-    return choose_reader(threads, num_threads=config.io_threads, cache=own_cache())
+    if config.io_threads is not None:
+        return choose_reader(threads, num_threads=config.io_threads, cache=own_cache())
+    return calibrated_choice(calibration_directory(), files, choose_reader(threads, cache=own_cache()))
 
 
 def open_compute(config: Config, files: FileTable) -> Compute:
@@ -114,7 +116,7 @@ def open_compute(config: Config, files: FileTable) -> Compute:
             library is not there.
     """
     kind, _, number = config.device.partition(":")
-    choice = _choice(config)
+    choice = _choice(config, files)
     reader = CheckedReader(choice.open(files), files)
     try:
         if kind == "cpu":

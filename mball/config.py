@@ -127,7 +127,7 @@ class Config:
         fullgraph: see `torch.compile`.
         dynamic: see `torch.compile`.
         io: how homes are read.
-        io_threads: threads that read.
+        io_threads: requests under way at one time; default what was calibrated for the disk, else 8.
         policy: who plans what stays and what is streamed when.
         swap_limit: the largest size of the swap file; default as much as the disk takes.
         swap_check: when what is read from the swap file is held against its checksum.
@@ -150,7 +150,7 @@ class Config:
     fullgraph: bool = False
     dynamic: bool | None = None
     io: Io = Io.AUTO
-    io_threads: int = 8
+    io_threads: int | None = None
     policy: Policy = Policy.MBALL
     swap_limit: int | None = None
     swap_check: SwapCheck = SwapCheck.FIRST
@@ -182,7 +182,7 @@ class Config:
             raise ConfigError("mode and options exclude each other, as they do in torch.compile; give one of them")
         if self.step_bytes is not None and self.step_bytes <= 0:
             raise ConfigError(f"step_bytes is {self.step_bytes} B; it must be more than zero")
-        if not 1 <= self.io_threads <= 64:
+        if self.io_threads is not None and not 1 <= self.io_threads <= 64:
             raise ConfigError(f"io_threads is {self.io_threads}; give 1 to 64 threads")
         if self.swap_limit is not None and self.swap_limit < 0:
             raise ConfigError(f"swap_limit is {self.swap_limit} B; it must not be negative")

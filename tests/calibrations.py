@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,8 +24,14 @@ def roomy_directory() -> str:
     return "/dev/shm" if usage.f_bavail * usage.f_frsize > 256 * MIB else tempfile.gettempdir()
 
 
-def keep_calibration(directory: Path, link: Link, monkeypatch: pytest.MonkeyPatch) -> Calibration:
-    """Has mball take `link` for that of the file system of `directory`, until the end of the test."""
+def keep_calibration(
+    directory: Path, link: Link, monkeypatch: pytest.MonkeyPatch, *, num_threads: int = 8, chunk_bytes: int = 2 * MIB
+) -> Calibration:
+    """Has mball take `link` for that of the file system of `directory`, until the end of the test.
+
+    It was read by so many requests of so many bytes at one time.
+    """
+    choice = replace(choose_reader(cache=own_cache()), num_threads=num_threads, chunk_bytes=chunk_bytes)
     cache = directory / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     probe = directory / "a file of this file system"
@@ -47,7 +54,9 @@ def keep_calibration(directory: Path, link: Link, monkeypatch: pytest.MonkeyPatc
         links=(
             CalibratedLink(
                 link=link,
-                reader=reader_kind(choose_reader(cache=own_cache()), direct=direct),
+                reader=reader_kind(choice, direct=direct),
+                num_threads=num_threads,
+                chunk_bytes=chunk_bytes,
                 file_bytes=1 << 30,
                 num_rounds=5,
                 spread=0.1,

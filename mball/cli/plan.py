@@ -19,7 +19,7 @@ from mball.config import calibration_directory, own_cache
 from mball.errors import CheckpointError, ConfigError, StorageError
 from mball.plan import Explanation, UtilityPoint, explain, make_plan, smallest_budget, utility_curve
 from mball.schema import Lane, Link, Machine, Plan, Prediction, Tier, Trace
-from mball.storage import FileTable, choose_reader, find_calibrated_link, measure_link
+from mball.storage import FileTable, calibrated_choice, choose_reader, find_calibrated_link, measure_link
 from mball.units import GIB, format_bytes, format_names, parse_bytes
 
 PAGE_BYTES = 4096
@@ -190,7 +190,7 @@ def _through_host(machine: Machine, link_bandwidth: str | None) -> Machine:
 
 
 def _link_of(files: FileTable, name: str) -> tuple[Link, str]:
-    choice = choose_reader(cache=own_cache())
+    choice = calibrated_choice(calibration_directory(), files, choose_reader(cache=own_cache()))
     known = find_calibrated_link(calibration_directory(), files, name, choice)
     if known is not None:
         return known[0], f"calibrated on {known[1]}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mball.config import own_cache
+from mball.config import calibration_directory, own_cache
 from mball.errors import DeviceError, StorageError
 from mball.load.device_copy import load_to_device
 from mball.load.file_memory import MappedMemory, OwnMemory, TensorMemory
@@ -25,6 +25,7 @@ from mball.storage import (
     Reader,
     ReadHandle,
     TensorEntry,
+    calibrated_choice,
     choose_reader,
 )
 from mball.storage.cached import is_cached
@@ -208,7 +209,10 @@ class SafetensorsSource:
             for file in self._index.files:
                 # The same open file: by its path another one may be found by now.
                 files.add_descriptor(file.path, self._descriptor(file.path))
-            reader = choose_reader(num_threads=num_threads, cache=own_cache()).open(files)
+            choice = choose_reader(num_threads=num_threads, cache=own_cache())
+            if mode is DirectIO.AUTO:
+                choice = calibrated_choice(calibration_directory(), files, choice)
+            reader = choice.open(files)
             self._closing.callback(reader.close)
             self._readers[mode] = reader
         return self._readers[mode]

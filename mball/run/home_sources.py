@@ -12,7 +12,7 @@ from mball.errors import WrapError
 from mball.memory.mapping import PrivateMapping
 from mball.run.census import Census, OwnedWeight, span_bytes
 from mball.run.homes import PAGE_BYTES, Home, HomeFile, Homes
-from mball.storage import FileTable, SwapFile, TensorEntry, Write
+from mball.storage import SwapFile, TensorEntry, Write
 from mball.units import format_bytes, round_down, round_up
 
 logger = logging.getLogger(__name__)
@@ -58,21 +58,19 @@ def write_homes(weights: Sequence[OwnedWeight], swap: SwapFile) -> tuple[HomeFil
         raise
 
 
-def map_checkpoint(census: Census, entries: Sequence[TensorEntry], swap: SwapFile, files: FileTable) -> Homes:
+def map_checkpoint(census: Census, entries: Sequence[TensorEntry], swap: SwapFile) -> Homes:
     """Returns homes that are the checkpoint itself, in place.
 
     Args:
         census: the weights.
         entries: where each of them is in the checkpoint.
         swap: takes the pages that are written.
-        files: the checkpoint's files are added to it.
     """
     by_file: dict[str, list[int]] = {}
     for number, entry in enumerate(entries):
         by_file.setdefault(entry.file, []).append(number)
     home_files, homes = [], dict[int, Home]()
     for path, numbers in by_file.items():
-        files.add_path(path)
         placed = []
         for number in numbers:
             like = torch.empty(entries[number].shape, dtype=getattr(torch, entries[number].dtype), device="meta")

@@ -10,7 +10,7 @@ from mball.errors import SchemaError
 from mball.schema.document import Document
 from mball.schema.machine import Link, Tier
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,7 @@ class CalibratedLink:
     Attributes:
         link: what a planner needs to know.
         reader: what moved the bytes, and how: another reader has another link.
+        num_threads: requests that this reader has under way at one time, of `chunk_bytes` each.
         file_bytes: size of the file that was read.
         num_rounds: how often each combination was measured, at least.
         spread: of the link's bandwidth; see `LinkSample`. Disks that others use too have a large one.
@@ -47,6 +48,8 @@ class CalibratedLink:
 
     link: Link
     reader: str
+    num_threads: int
+    chunk_bytes: int
     file_bytes: int
     num_rounds: int
     spread: float
@@ -122,6 +125,10 @@ def _check_link(calibrated: CalibratedLink, what: str) -> None:
     if (calibrated.block_bytes, calibrated.depth) not in combinations:
         raise SchemaError(
             f"{what}: its choice, {calibrated.block_bytes} B with {calibrated.depth} in flight, was not measured"
+        )
+    if not 1 <= calibrated.num_threads <= 64 or calibrated.chunk_bytes < 4096 or calibrated.chunk_bytes % 4096:
+        raise SchemaError(
+            f"{what}: no reader makes {calibrated.num_threads} requests of {calibrated.chunk_bytes} B at one time"
         )
     if link.window_bytes < 0 or calibrated.file_bytes < 1 or calibrated.num_rounds < 1:
         raise SchemaError(f"{what}: its window, its file and its rounds cannot be {link.window_bytes} B, "

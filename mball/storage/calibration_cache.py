@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 import platform
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -94,6 +95,24 @@ def find_calibrated_link(
         _say_once(logging.INFO, f"the calibration of {calibration.place} is not used: {found.reader}; here {kind}")
         return None
     return found.link, calibration.day
+
+
+def calibrated_choice(directory: Path | None, files: FileTable, choice: ReaderChoice) -> ReaderChoice:
+    """Returns `choice` with the requests that were calibrated to be fastest where the largest file of the table lies.
+
+    As it is without a calibration, or with one of another kind of reader.
+    """
+    sizes = {name: files[name].size_bytes() for name in files.names}
+    if not sizes:
+        return choice
+    largest = max(sizes, key=lambda name: sizes[name])
+    calibration = load_calibration(directory, place_of(files[largest].buffered))
+    found = None if calibration is None else calibration.find_link(Tier.DISK, Tier.DEVICE)
+    if calibration is None or found is None:
+        return choice
+    reason = f"{choice.reason}; requests as calibrated on {calibration.day}"
+    fitted = replace(choice, num_threads=found.num_threads, chunk_bytes=found.chunk_bytes, reason=reason)
+    return fitted if reader_kind(fitted, direct=files.is_direct(largest)) == found.reader else choice
 
 
 def _ignore(path: Path, why: str) -> None:

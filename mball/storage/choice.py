@@ -36,21 +36,23 @@ class ReaderChoice:
         library: for threads of C; None is for Python's.
         reason: why these, for people.
         num_threads: requests under way at one time.
+        chunk_bytes: of each.
     """
 
     library: ReadPoolLibrary | None = None
     reason: str = "asked for"
     num_threads: int = DEFAULT_NUM_THREADS
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
 
     def __str__(self) -> str:
         whose = Threads.PYTHON if self.library is None else Threads.C
-        return f"{self.num_threads} threads of {whose.value}, {format_bytes(DEFAULT_CHUNK_BYTES)} a request"
+        return f"{self.num_threads} threads of {whose.value}, {format_bytes(self.chunk_bytes)} a request"
 
     def open(self, files: FileTable) -> FileReader:
         """Returns a reader of these files."""
         if self.library is None:
-            return ThreadedReader(files, num_threads=self.num_threads)
-        return NativeReader(files, self.library, num_threads=self.num_threads)
+            return ThreadedReader(files, num_threads=self.num_threads, chunk_bytes=self.chunk_bytes)
+        return NativeReader(files, self.library, num_threads=self.num_threads, chunk_bytes=self.chunk_bytes)
 
 
 def choose_reader(

@@ -85,7 +85,14 @@ def test_slow_disk_and_no_direct_reads_are_only_said(monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def quick_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A short measurement, and a cache of its own, whose directory is returned."""
-    effort = Effort(size_bytes=64 * MIB, time_limit_s=0.0, sample_s=0.001, blocks_bytes=(MIB, 16 * MIB), depths=(1, 4))
+    effort = Effort(
+        size_bytes=64 * MIB,
+        time_limit_s=0.0,
+        sample_s=0.001,
+        blocks_bytes=(MIB, 16 * MIB),
+        depths=(1, 4),
+        requests_s=0.0,
+    )
     monkeypatch.setattr(calibrate, "calibrate", functools.partial(calibrate.calibrate, effort=effort))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "mball" / "calibration"

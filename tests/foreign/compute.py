@@ -133,5 +133,5 @@ def _memory(address: int, size_bytes: int) -> memoryview:
 def open_foreign(config: Config, files: FileTable) -> Compute:
     """Opens the foreign device, whatever `config` names."""
     foreign.load()
-    reader = CheckedReader(ThreadedReader(files, num_threads=config.io_threads), files)
+    reader = CheckedReader(ThreadedReader(files, num_threads=config.io_threads or 8), files)
     return Compute(device=ForeignDevice(reader), reader=reader)

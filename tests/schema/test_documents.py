@@ -35,6 +35,8 @@ SAMPLE = LinkSample(block_bytes=4096, depth=2, bandwidth_bytes_per_s=1e9, latenc
 CALIBRATED = CalibratedLink(
     link=Link(bandwidth_bytes_per_s=1e9, latency_s=1e-5),
     reader="r",
+    num_threads=8,
+    chunk_bytes=1 << 21,
     file_bytes=1 << 20,
     num_rounds=3,
     spread=0.2,
@@ -212,6 +214,8 @@ def test_a_plan_is_itself_after_json() -> None:
         (with_link(samples=(SAMPLE, SAMPLE)), "no two samples have the same"),
         (with_link(depth=3), "4096 B with 3 in flight, was not measured"),
         (with_link(num_rounds=0), "its rounds cannot be"),
+        (with_link(num_threads=65), "no reader makes 65 requests of 2097152 B"),
+        (with_link(chunk_bytes=5000), "no reader makes 8 requests of 5000 B"),
     ],
 )
 def test_what_cannot_have_been_measured_is_refused(calibration: Calibration, message: str) -> None:

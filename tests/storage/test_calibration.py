@@ -16,14 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import mball
+from mball.config import calibration_directory, own_cache
 from mball.errors import StorageError
-from mball.schema import Calibration, Tier
+from mball.schema import Calibration, Link, Tier
 from mball.storage import (
     DirectIO,
     Effort,
     FileTable,
+    ReaderChoice,
+    Threads,
     calibrate,
+    calibrated_choice,
     choose_reader,
     file_system_of,
     find_calibrated_link,
@@ -33,13 +40,19 @@ from mball.storage import (
 from mball.storage import calibration as module
 from mball.storage.calibration import _Cell, _choose, _derive, _Run
 from mball.storage.calibration_cache import calibration_path
+from mball.storage.request_choice import SETTINGS, choose_requests, fastest
 from mball.units import KIB, MIB
-from tests.calibrations import roomy_directory
+from tests.calibrations import keep_calibration, roomy_directory
 from tests.preads import SetPreadv
 from tests.storage.reads import num_descriptors
 
 QUICK = Effort(
-    size_bytes=64 * MIB, time_limit_s=0.0, sample_s=0.001, blocks_bytes=(64 * KIB, 2 * MIB, 16 * MIB), depths=(1, 2, 8)
+    size_bytes=64 * MIB,
+    time_limit_s=0.0,
+    sample_s=0.001,
+    blocks_bytes=(64 * KIB, 2 * MIB, 16 * MIB),
+    depths=(1, 2, 8),
+    requests_s=0.0,
 )
 WINDOW_BYTES = 16 * MIB
 
@@ -292,3 +305,96 @@ def test_the_default_effort_saturates_the_reader() -> None:
     cells = [(block, depth) for block in Effort().blocks_bytes for depth in Effort().depths]
     assert sum(32 * MIB <= block * depth <= 64 * MIB for block, depth in cells) >= 6
     assert Effort().size_bytes >= 1 << 30
+
+
+def rounds_of(gain: float, spread: float, num_rounds: int) -> list[tuple[float, float, float]]:
+    """A disk that drifts by half, and another setting that is `gain` times as fast, give or take `spread`."""
+    drift = random.Random(1)
+    before_s = [drift.uniform(1.0, 1.5) for _ in range(num_rounds)]
+    return [(before, before / (gain + spread * (-1) ** number), before) for number, before in enumerate(before_s)]
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "num_rounds", "is_taken"),
+    [(1.2, 0.02, 7, True), (1.2, 0.2, 7, False), (1.02, 0.0, 7, False), (1.5, 0.0, 4, False), (0.8, 0.0, 7, False)],
+    ids=["clearly faster", "perhaps by chance", "not worth it", "hardly tried", "slower"],
+)
+def test_requests_are_changed_where_that_is_clearly_faster(
+    gain: float, spread: float, num_rounds: int, is_taken: bool
+) -> None:
+    default = choose_reader()
+    choices = [default, replace(default, num_threads=16), replace(default, num_threads=4)]
+    assert fastest(choices, rounds_of(gain, spread, num_rounds)) == choices[is_taken]
+
+
+def test_settings_are_tried_and_nothing_is_left(in_memory: Path) -> None:
+    path = in_memory / "weights"
+    path.write_bytes(random.Random(0).randbytes(4 * MIB))
+    before = num_descriptors()
+    doing: list[str] = []
+    default = choose_reader()
+    with path.open("rb", buffering=0) as file:
+        found = choose_requests(file.fileno(), default, 0.3, doing.append)
+        assert choose_requests(file.fileno(), default, 0.0, doing.append) == default
+    assert (found.num_threads, found.chunk_bytes) in {(8, 2 * MIB), *SETTINGS}
+    wanted = [default, *(replace(default, num_threads=number, chunk_bytes=size) for number, size in SETTINGS)]
+    assert {line.partition(" (")[0] for line in doing} == {f"reading by {each}" for each in wanted}
+    assert num_descriptors() == before
+
+
+def test_readers_make_the_requests_that_were_calibrated(
+    in_memory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    link = Link(bandwidth_bytes_per_s=2e9, latency_s=1e-4)
+    calibration = keep_calibration(in_memory, link, monkeypatch, num_threads=16, chunk_bytes=4 * MIB)
+    (in_memory / "weights").write_bytes(bytes(8192))
+    default = choose_reader(cache=own_cache())
+    files = FileTable()
+    assert calibrated_choice(calibration_directory(), files, default) == default, "nobody knows what will be read"
+    here = files.add_path(in_memory / "weights")
+    choice = calibrated_choice(calibration_directory(), files, default)
+    assert str(choice).startswith("16 threads of ")
+    assert str(choice).endswith("4.00 MiB a request")
+    assert choice.reason == f"{default.reason}; requests as calibrated on {calibration.day}"
+    assert find_calibrated_link(calibration_directory(), files, here, choice) == (link, calibration.day)
+    reader = choice.open(files)
+    assert reader.window_bytes == 64 * MIB
+    reader.close()
+    python = choose_reader(Threads.PYTHON)
+    if default.library is not None:
+        assert calibrated_choice(calibration_directory(), files, python) == python, "they were not calibrated"
+    files.add_path("/proc/self/status")
+    assert calibrated_choice(calibration_directory(), files, default) == choice, "the largest file decides"
+    assert calibrated_choice(tmp_path, files, default) == default
+    files.close()
+
+
+def test_a_wrapped_model_and_a_load_do_so_too_unless_threads_are_named(
+    in_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = Link(bandwidth_bytes_per_s=2e9, latency_s=1e-4)
+    calibration = keep_calibration(in_memory, link, monkeypatch, num_threads=16, chunk_bytes=4 * MIB)
+    model = torch.nn.Linear(64, 64)
+    save_file(model.state_dict(), in_memory / "model.safetensors")
+    how: dict[str, Any] = {"weights": in_memory / "model.safetensors", "swap_dir": tempfile.gettempdir()}
+    said = []
+    for settings in ({}, {"io_threads": 8}):
+        mball.wrap(model, "1MiB", **how, **settings)
+        said.append(mball.report(model).io_path)
+        mball.unwrap(model)
+    assert "by 16 threads" in said[0]
+    assert f"calibrated on {calibration.day}" in said[0]
+    assert "by 8 threads" in said[1]
+    assert "calibrated" not in said[1]
+    opened: list[ReaderChoice] = []
+    real = ReaderChoice.open
+
+    def note(self: ReaderChoice, files: FileTable) -> Any:
+        opened.append(self)
+        return real(self, files)
+
+    monkeypatch.setattr(ReaderChoice, "open", note)
+    monkeypatch.setattr("mball.load.safetensors_source.is_cached", lambda *_: False)
+    loaded = mball.load_file(in_memory / "model.safetensors")
+    assert torch.equal(loaded["weight"], model.weight)
+    assert [(choice.num_threads, choice.chunk_bytes) for choice in opened] == [(16, 4 * MIB)]

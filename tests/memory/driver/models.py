@@ -128,7 +128,7 @@ def wrapped_over_the_driver(
     has_segments = settings.pop("allocator", "torch") == "mball"
 
     def opened(config: Config, files: FileTable) -> Compute:
-        reader = CheckedReader(ThreadedReader(files, num_threads=config.io_threads), files)
+        reader = CheckedReader(ThreadedReader(files, num_threads=config.io_threads or 8), files)
         compute = cuda_compute(
             reader,
             0,
