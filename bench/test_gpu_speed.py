@@ -20,6 +20,7 @@ from bench.gpu.ways import Way
 from bench.results import Measurement
 from bench.speed.model import LLAMA_8B, make_checkpoint
 from bench.speed.rounds import Say
+from bench.speed.workload import Kind
 
 # Beyond the limit of the rounds: loading, and what is under way when the limit comes.
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(150)]
@@ -47,6 +48,14 @@ def test_decode_50(scale: Scale, say: Say, gpu_time: Allot, benchmark: Benchmark
 def test_peers(scale: Scale, say: Say, gpu_time: Allot, benchmark: BenchmarkFixture, kept: Keep) -> None:
     limit = gpu_time(70)
     kept(PEERS, benchmark.pedantic(streaming.peers, args=(scale, 50, limit, say), rounds=1))
+
+
+@pytest.mark.parametrize("kind", [Kind.DECODE, Kind.PREFILL], ids=lambda kind: kind.value)
+def test_group_offload(
+    kind: Kind, scale: Scale, say: Say, gpu_time: Allot, benchmark: BenchmarkFixture, kept: Keep
+) -> None:
+    limit = gpu_time(60)
+    kept(PEERS, benchmark.pedantic(streaming.group_offload, args=(scale, kind, limit, say), rounds=1))
 
 
 def test_fits(scale: Scale, say: Say, gpu_time: Allot, benchmark: BenchmarkFixture, kept: Keep) -> None:

@@ -19,9 +19,10 @@ from mball.assembly import Machinery, Storage, inductor_options
 from mball.backend import Backend
 from mball.backend_door import Door, find_door
 from mball.compute import OpenCompute, open_compute
-from mball.config import Capture, Compile, Config
+from mball.config import Capture, Compile, Config, Io
 from mball.errors import ConfigError, WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
+from mball.gds import choose_way
 from mball.integrations import make_faithful
 from mball.observe.report import Report
 from mball.run.census import Census, count_weights, take_census
@@ -38,6 +39,7 @@ from mball.snapshot import take_report, take_timeline
 from mball.storage import CheckpointIndex, TensorEntry
 from mball.torch_private.calls import get_call, inner_module, plain_call, set_call
 from mball.torch_private.capture import compile_call
+from mball.torch_private.faked import fake_homes_on
 from mball.torch_private.probes import missing_for_capture
 from mball.units import format_bytes, parse_bytes
 from mball.whole_files import replace_file
@@ -121,6 +123,11 @@ def _wrap(
     _check_roots(roots)
     options = inductor_options(config)
     capture = _capture_of(config)
+    if config.io is Io.GDS and weights is None:
+        raise ConfigError(
+            "io='gds' has a checkpoint go straight to a GPU, and without weights= the weights lie in the swap file: "
+            "give weights, or leave io out"
+        )
     for root in roots:
         _check_derivable(root)
     census = take_census(roots)
@@ -136,8 +143,10 @@ def _wrap(
             storage.files.add_path(file.path)  # which disk they lie on decides how they are read
         compute = open_compute(config, storage.files)
         undo.callback(compute.close)
-        fixed_bytes = buffer_bytes(census, new_buffers, compute.device.place)
         homes = _homes(census, entries, storage)
+        largest = max(homes.homes, key=lambda home: home.span_bytes)
+        compute = choose_way(compute, config, storage.files, largest.file)
+        fixed_bytes = buffer_bytes(census, new_buffers, compute.device.place) + compute.staging_bytes
         refuse_misaligned(homes.homes, compute.device.place)
         machine = measure_machine(homes.homes, storage.files, compute.choice, compute.link)
         expected = expected_operators(roots, census)
@@ -170,6 +179,7 @@ def _wrap(
     place_buffers(census, {**new_buffers, **moved})
     if compute.device.place.type != "cpu":
         place((module for root in roots for module in root.modules()), compute.device.place)
+    fake_homes_on(compute.device.place, homes)
     buffers = [buffer for root in roots for buffer in root.buffers()]
     if capture is not Capture.GRAPHS:
         machinery.engine.live.count_inputs(buffers)
@@ -477,8 +487,6 @@ def _hang_doors(
                 before_capture=gate.engine.capture.begin,
                 faithful=config.compile is Compile.EAGER,
                 fullgraph=config.fullgraph,
-                place=gate.engine.place,
-                is_home=gate.engine.homes.has,
             )
             call = compiled(dynamic=config.dynamic)
             if capture is Capture.AUTO:

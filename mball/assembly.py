@@ -36,7 +36,12 @@ class Storage:
     @classmethod
     def open(cls, config: Config) -> Self:
         """Makes an empty swap file. Raises StorageError when that cannot be done."""
-        modes = {Io.BUFFERED: DirectIO.OFF, Io.DIRECT: DirectIO.ALWAYS, Io.CACHED: DirectIO.UNCACHED}
+        modes = {
+            Io.BUFFERED: DirectIO.OFF,
+            Io.DIRECT: DirectIO.ALWAYS,
+            Io.GDS: DirectIO.ALWAYS,
+            Io.CACHED: DirectIO.UNCACHED,
+        }
         files = FileTable(direct=modes.get(config.io, DirectIO.AUTO))
         swap = SwapFile.create(config.swap_dir, _swap_settings(config, files.mode))
         files.add_swap(swap)

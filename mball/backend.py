@@ -21,7 +21,7 @@ import torch
 from mball.config import Compile, Config
 from mball.errors import BudgetError, WrapError
 from mball.memory import libc
-from mball.run.doors import Gate, check_graph_inputs
+from mball.run.doors import Gate
 from mball.run.engine import Engine
 from mball.run.runners_by_weights import RunnersByWeights
 from mball.run.step_graphs import RecordingStage
@@ -176,7 +176,7 @@ class Program:
         return result
 
     def _with_times(self, gate: Gate, args: Sequence[Any]) -> Any:
-        times = TimeProfile(self.graph.steps, gate.engine, gate.engine.execution.catch_up)
+        times = TimeProfile(self.graph.steps, gate.engine, gate.engine.execution.device.moment)
         result = self._execute(gate, times, args)
         self._times_due = False
         self._forget_plans(gate.engine)
@@ -216,7 +216,6 @@ class GraphRunner:
         return self._gate.run(self._run, args, {})
 
     def _run(self, *args: Any) -> Any:
-        check_graph_inputs(args[number] for number in self.graph.others)
         if self._is_new:
             # Capture has just ended, and what it freed is as large as many layers.
             gc.collect()

@@ -446,8 +446,9 @@ def _config_of(options: Mapping[str, Any] | None, mode: str | None) -> Config:
         raise ConfigError("capture is for mball.wrap: a backend of torch.compile is given graphs; leave it out")
     if str(settings.get("device", "cpu")) != "cpu":
         raise ConfigError(
-            f"device is {settings['device']!r}: the backend 'mball' of torch.compile runs on the CPU so far; "
-            "mball.wrap(model, budget=..., device=...) runs elsewhere"
+            f"device is {settings['device']!r}: the backend 'mball' of torch.compile brings weights home on the CPU "
+            "only, since Dynamo has looked where they are before it is asked. Wrap the model first: "
+            "mball.wrap(model, budget=..., device=...), then torch.compile(model, backend='mball') without options"
         )
     if found := [name for name in _TORCH_COMPILE_HAS if name in settings]:
         raise ConfigError(f"{' and '.join(found)} is torch.compile's own: torch.compile(model, {found[0]}=...)")

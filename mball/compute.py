@@ -14,13 +14,14 @@ from mball.errors import DeviceError
 from mball.memory import CpuDevice, Device
 from mball.memory.allocator.library import load_library
 from mball.memory.allocator.segment_allocator import SegmentAllocator
-from mball.memory.cuda_device import CudaDevice
+from mball.memory.cuda_device import BUFFER_BYTES, CudaDevice
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_link import measure_copies
 from mball.memory.cuda_plain import PlainCudaMemory
 from mball.memory.cuda_present import present_gpu
 from mball.memory.cuda_segments import SegmentRoom, TensorPool, TorchPool, open_segments
 from mball.memory.cuda_virtual import EXTENT_BYTES, CudaMemory
+from mball.memory.gds_ring import GdsRing
 from mball.memory.page_pool import PagePool
 from mball.memory.region import Region
 from mball.run.homes import PAGE_BYTES
@@ -48,6 +49,9 @@ class Compute:
     Attributes:
         device: ends with `device.close`, after which its arena may be closed.
         reader: reads files; the device closes it.
+        cuda: the GPU; `device` is it, or something around it.
+        gds_ring: that files go straight to the GPU through; the device's.
+        way: how they get to the GPU, and why so, in words.
         choice: what kind of reader it is.
         page_bytes: what the device's memory comes in.
         memory_bytes_per_s: about how fast compute reads it.
@@ -57,6 +61,9 @@ class Compute:
 
     device: Device
     reader: Reader
+    cuda: CudaDevice | None = None
+    gds_ring: GdsRing | None = None
+    way: str = ""
     choice: ReaderChoice = field(default_factory=ReaderChoice)
     page_bytes: int = PAGE_BYTES
     memory_bytes_per_s: float = ASSUMED_MEMORY_BYTES_PER_S
@@ -69,9 +76,20 @@ class Compute:
         return self.page_bytes - PAGE_BYTES
 
     @property
+    def staging_bytes(self) -> int:
+        """What files pass through of the device's memory."""
+        return 0 if self.gds_ring is None else self.gds_ring.size_bytes
+
+    @property
     def io_path(self) -> str:
         """How files are read, and why so, in words."""
-        return f"{self.reader.path}, by {self.choice} ({self.choice.reason})"
+        parts = [f"{self.reader.path}, by {self.choice} ({self.choice.reason})"]
+        if self.way:
+            parts.append(self.way)
+        if self.gds_ring is not None and (refused := self.gds_ring.refused):
+            file, why = next(iter(refused.items()))
+            parts.append(f"{len(refused)} of them through pinned memory after all, such as {file}: {why}")
+        return "; ".join(parts)
 
     def close(self) -> None:
         """Ends a device that no engine has taken over. Idempotent."""
@@ -132,6 +150,7 @@ def cuda_compute(
     place: torch.device | None = None,
     has_level: bool = False,
     make_pool: Callable[[SegmentAllocator], TensorPool] | None = None,
+    buffer_bytes: int = BUFFER_BYTES,
 ) -> Compute:
     """Returns a GPU, its arena in extents; see `CudaDevice`. Copies `measured_bytes` to see how fast its link is.
 
@@ -156,12 +175,21 @@ def cuda_compute(
         else:
             memory = PlainCudaMemory(driver)
         device = CudaDevice(
-            driver, memory, reader, current_stream, region=region, place=place, has_level=has_level, room=room
+            driver,
+            memory,
+            reader,
+            current_stream,
+            region=region,
+            place=place,
+            has_level=has_level,
+            room=room,
+            buffer_bytes=buffer_bytes,
         )
         undo.pop_all()
     _log.info("GPU %d copies %.1f GB/s out of pinned memory", ordinal, link.bandwidth_bytes_per_s / 1e9)
     return Compute(
         device=device,
+        cuda=device,
         reader=reader,
         page_bytes=memory.page_bytes,
         memory_bytes_per_s=GPU_BYTES_PER_S,

@@ -47,6 +47,9 @@ class Io(Enum):
     (once, with a log line), over a network and in memory; by threads of C, and by Python's where there is no C
     compiler. CACHED reads what is in the page cache already from there. DIRECT goes past it wherever that works, and
     BUFFERED never does. NATIVE insists on threads of C, and THREADS on Python's; else they are AUTO.
+
+    GDS has a checkpoint go straight to a GPU, around host memory, by NVIDIA's cuFile, and is an error that says why
+    where that does not work; AUTO does so where it is faster. What else is read is read as by DIRECT.
     """
 
     AUTO = "auto"
@@ -55,6 +58,7 @@ class Io(Enum):
     CACHED = "cached"
     NATIVE = "native"
     THREADS = "threads"
+    GDS = "gds"
 
 
 class SwapCheck(Enum):
@@ -150,7 +154,7 @@ class Config:
     policy: Policy = Policy.MBALL
     swap_limit: int | None = None
     swap_check: SwapCheck = SwapCheck.FIRST
-    swap_writers: int = 4
+    swap_writers: int = 8
     swap_depth: int = 256
     swap_high: int = 256 << 20
     swap_low: int = 128 << 20
@@ -163,6 +167,9 @@ class Config:
             raise ConfigError(f"device is {self.device!r}; give 'cpu', 'cuda' or 'cuda:' and a number")
         if self.host_budget_bytes is not None:
             self._check_host_budget(self.host_budget_bytes)
+        if self.io is Io.GDS and (self.device == "cpu" or self.host_budget_bytes is not None):
+            has = "steps run on the CPU" if self.device == "cpu" else "host_budget has weights come through host memory"
+            raise ConfigError(f"io='gds' is for files that go straight to a GPU, and {has}: leave one of them out")
         if self.allocator is Allocator.MBALL and self.device == "cpu":
             raise ConfigError("allocator='mball' gives out memory of a GPU: add device='cuda', or leave it out")
         if self.compile is not Compile.INDUCTOR and (self.mode or self.options or self.step_bytes):

@@ -72,6 +72,7 @@ def take_report(
         slot_bytes=slots,
         workspace_bytes=workspace,
         scratch_bytes=engine.ledger.account(Kind.SCRATCH).current_bytes,
+        taken_bytes=engine.execution.idle.taken_bytes,
         pinned_bytes=pinned.size_bytes,
         pinning_s=pinned.time_s,
         capture_bytes=engine.capture.held_bytes,

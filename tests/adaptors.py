@@ -14,7 +14,7 @@ from mball.compute import Compute, OpenCompute, open_compute
 from mball.config import Config
 from mball.errors import MballError
 from mball.memory.arena import Arena
-from mball.memory.device import ArenaRead, Device, Event, Gauge, Graphs, Held, Pinned
+from mball.memory.device import ArenaRead, Device, Donors, Event, Gauge, Graphs, Held, Moment, Pinned
 from mball.storage import FileTable
 
 
@@ -43,6 +43,9 @@ class DeviceAdaptor:
     def record(self) -> Event:
         return self.device.record()
 
+    def moment(self) -> Moment:
+        return self.device.moment()
+
     def wait(self, event: Event) -> None:
         self.device.wait(event)
 
@@ -61,6 +64,9 @@ class DeviceAdaptor:
 
     def allocating(self) -> AbstractContextManager[None]:
         return self.device.allocating()
+
+    def donors(self) -> Donors:
+        return self.device.donors()
 
     def pinned(self) -> Pinned:
         return self.device.pinned()

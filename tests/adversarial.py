@@ -165,6 +165,8 @@ class AdversarialDevice(DeviceAdaptor):
         self.device.changed(file, offset_bytes, size_bytes)
 
     def rows_of(self, home: torch.Tensor, reads: Sequence[ArenaRead]) -> torch.Tensor:
+        if not self.device.reads_mappings:
+            return self.device.rows_of(home, reads)
         # Compute comes late, and homes are the host's: it may write them, and gives their pages back.
         with without_dispatch(), torch.inference_mode(False):
             return home.detach().clone()

@@ -5,6 +5,9 @@ dtypes, what is a view of what), whatever its arguments hold by then; its number
 of the queue, with the same arguments and the same kernels, and its bytes go to the memory that was promised. What
 cannot be run twice, or decides by values, empties the queue first and runs at once: `synced` counts those by name.
 
+[Note: backward] Autograd is above the mode, and a backward pass calls operators like any other. On a device it has a
+thread of its own, to which autograd takes the modes of whoever waits for it: one of the two goes on at a time.
+
 [Note: memory that is freed] Whoever counts memory sees a tensor die when the caller lets it go, as with an allocator
 that knows streams: the queue holds on to the bytes by tensors of its own, over storages of their own.
 """
@@ -28,6 +31,7 @@ from mball.torch_private.dispatch import TorchDispatchMode, without_dispatch
 from mball.torch_private.operators import writes_and_aliases
 from mball.torch_private.tensors import is_subclass, storage_key
 from tests.adversarial import AdversarialDevice
+from tests.foreign import device as foreign
 from tests.streams import Entry, Kind, StreamError
 
 _PYTHON = torch._C.DispatchKeySet(torch._C.DispatchKey.Python) | torch._C.DispatchKeySet(
@@ -67,6 +71,7 @@ class DeferringMode(TorchDispatchMode):
 
     Attributes:
         num_deferred: operators that were queued.
+        num_steps: compiled steps that were; see `tests/compiled_deferral.py`.
         synced: how often each operator could not be.
     """
 
@@ -74,7 +79,7 @@ class DeferringMode(TorchDispatchMode):
 
     def __init__(self, device: AdversarialDevice) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not type its modes
-        self.num_deferred = 0
+        self.num_deferred = self.num_steps = 0
         self.synced: Counter[str] = Counter()
         self._streams = device.streams
         self._own: dict[int, _Owned] = {}
@@ -106,18 +111,57 @@ class DeferringMode(TorchDispatchMode):
         except (RuntimeError, IndexError, ValueError, NotImplementedError):
             # Either an error of the caller's, or one of the numbers that are not there yet.
             return self._now(func, args, kwargs)
+        if all(storage_key(each) in map(storage_key, tensors) for each in _tensors_of(result)):
+            return self._owned(result, tensors)
+        return self._promise(func, args, kwargs, result, tensors)
+
+    def _promise(self, func: Any, args: Any, kwargs: Any, result: Any, tensors: Sequence[torch.Tensor]) -> Any:
+        """Returns the results of a first run without their numbers, which a second one brings."""
         result = self._owned(result, tensors)
         sources = {storage_key(tensor) for tensor in tensors}
         promised = [None if storage_key(each) in sources else each for each in _tensors_of(result)]
-        if any(each is not None for each in promised):
-            for each in promised:
-                if each is not None:
-                    _destroy(each, self._own[storage_key(each)].memory)
-            self._defer(func, args, kwargs, [None if each is None else self._held(each) for each in promised])
+        for each in promised:
+            if each is not None:
+                _destroy(each, self._own[storage_key(each)].memory)
+        self._defer(func, args, kwargs, [None if each is None else self._held(each) for each in promised])
         return result
 
+    def call_step(
+        self, step: Callable[[list[Any]], Any], args: Sequence[Any], writes: Sequence[int], *, runs_once: bool
+    ) -> Any:
+        """Returns what a compiled step returns for `args`, of which it writes those at `writes`."""
+
+        def call(*values: Any) -> Any:
+            with without_dispatch():
+                return step(list(values))
+
+        call.__qualname__ = "a compiled step"
+        if runs_once or not all(self._owns(args[position]) for position in writes):
+            return self._now(call, args, {})
+        # The first run may write to copies only.
+        written = [args[position] for position in writes]
+        copies = {storage_key(each): _storage_over(_copied(each), each.device) for each in written}
+        originals = {storage._cdata: key for key, storage in copies.items()}
+        tensors = _tensors_of(args)
+        there = {storage_key(tensor): tensor.untyped_storage() for tensor in tensors}
+
+        def on_copy(tensor: torch.Tensor) -> torch.Tensor:
+            copy = copies.get(storage_key(tensor))
+            return tensor if copy is None else _over(copy, tensor)
+
+        def on_original(tensor: torch.Tensor) -> torch.Tensor:
+            key = originals.get(storage_key(tensor))
+            return tensor if key is None else _over(there[key], tensor)
+
+        try:
+            result = call(*tree_map_only(torch.Tensor, on_copy, list(args)))
+        except (RuntimeError, IndexError):  # of the numbers that are not there yet
+            return self._now(call, args, {})
+        self.num_steps += 1
+        return self._promise(call, args, {}, tree_map_only(torch.Tensor, on_original, result), tensors)
+
     def _now(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.synced[str(func)] += 1
+        self.synced[str(func) if isinstance(func, torch._ops.OpOverload) else func.__qualname__] += 1
         self._streams.finish_compute()
         return self._owned(func(*args, **kwargs), _tensors_of((args, kwargs)))
 
@@ -144,16 +188,13 @@ class DeferringMode(TorchDispatchMode):
             if (key := storage_key(tensor)) in known:
                 return tensor
             if key not in moved:
-                old = tensor.untyped_storage()
-                memory = _aligned(old.nbytes())
-                ctypes.memmove(memory.ctypes.data, old.data_ptr(), old.nbytes())
-                moved[key] = self._own_storage(memory)
+                moved[key] = self._own_storage(_copied(tensor), tensor.device)
             return _over(moved[key], tensor)
 
         return tree_map_only(torch.Tensor, move, result)
 
-    def _own_storage(self, memory: _Bytes) -> torch.UntypedStorage:
-        storage = _storage_over(memory)
+    def _own_storage(self, memory: _Bytes, place: torch.device) -> torch.UntypedStorage:
+        storage = _storage_over(memory, place)
         key = storage._cdata
         forget = weakref.ref(storage, lambda _: self._own.pop(key, None))
         self._own[key] = _Owned(memory=memory, alive=forget)
@@ -162,7 +203,7 @@ class DeferringMode(TorchDispatchMode):
     def _held(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the same tensor for the queue to keep, over a storage that nobody counts."""
         owned = self._own.get(storage_key(tensor))
-        return tensor if owned is None else _over(_storage_over(owned.memory), tensor)
+        return tensor if owned is None else _over(_storage_over(owned.memory, tensor.device), tensor)
 
     def _owns(self, tensor: Any) -> bool:
         """Whether the memory came of an operator that was called under the mode: nobody else looks at it meanwhile."""
@@ -183,6 +224,14 @@ def deferred(device: AdversarialDevice) -> Iterator[DeferringMode]:
     mode = DeferringMode(device)
     with device.deferral(), mode:
         yield mode
+
+
+def decides_or_draws(node: torch.fx.Node) -> bool:
+    """Returns whether what a node of a graph returns, or how large that is, is another in another run."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    draws = torch.Tag.nondeterministic_seeded in node.target.tags and not _draws_nothing(node.target, node.args)
+    return draws or _facts(node.target).decides
 
 
 def _tensors_of(value: Any) -> list[torch.Tensor]:
@@ -209,15 +258,25 @@ def _aligned(num_bytes: int) -> _Bytes:
     return memory[start : start + num_bytes]
 
 
-def _storage_over(memory: _Bytes) -> torch.UntypedStorage:
+def _storage_over(memory: _Bytes, place: torch.device) -> torch.UntypedStorage:
     with without_dispatch():
-        return torch.from_numpy(memory).untyped_storage()
+        if place.type == "cpu":
+            return torch.from_numpy(memory).untyped_storage()
+        return foreign.foreign_tensor(memory.ctypes.data, memory.nbytes, memory).untyped_storage()
+
+
+def _copied(tensor: torch.Tensor) -> _Bytes:
+    """Returns a copy of all memory of a tensor."""
+    storage = tensor.untyped_storage()
+    memory = _aligned(storage.nbytes())
+    ctypes.memmove(memory.ctypes.data, storage.data_ptr(), storage.nbytes())
+    return memory
 
 
 def _over(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
     """Returns a tensor that looks like another one, over another storage."""
     with without_dispatch(), torch.inference_mode(like.is_inference()):
-        tensor = torch.empty(0, dtype=like.dtype)
+        tensor = torch.empty(0, dtype=like.dtype, device=like.device)
         tensor.set_(storage, like.storage_offset(), like.shape, like.stride())
         if like.is_conj():
             tensor = torch._conj(tensor)

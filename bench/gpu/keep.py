@@ -103,6 +103,15 @@ LINK = Book(
         "32 MiB are created in {create_32_mib} and mapped in {map_32_mib}",
     ),
 )
+DISK = Book(
+    name="gpu-load",
+    topic=Topic.LOAD,
+    phrases=(
+        "a cold file comes to the GPU at {disk_mball} by mball.load_file, at {disk_safetensors} by safetensors",
+        "its bytes alone at {disk_ring} through pinned memory",
+        "at {disk_straight} by GPUDirect Storage",
+    ),
+)
 SPEED = Book(
     name="gpu-speed",
     topic=Topic.SPEED,
@@ -117,5 +126,6 @@ PEERS = Book(
     topic=Topic.PEERS,
     phrases=(
         "decode of 8 B parameters in half the memory: accelerate's CPU offload takes {peers_accelerate} mball's time",
+        "blocks in turn, as diffusers' group offloading, {peers_blocks_decode} at equal bytes",
     ),
 )

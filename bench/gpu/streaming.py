@@ -1,4 +1,4 @@
-"""Streaming a model to a GPU, against the copies alone, against itself where it fits, and against accelerate.
+"""Streaming a model to a GPU, against the copies alone, against itself where it fits, and against others.
 
 Each function runs its contenders' bursts in turn, for as many rounds as there is time, and returns measurements.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench.gpu.contender import GpuContender, step_s
 from bench.gpu.limit import Limit
-from bench.gpu.ways import Loading, Way
+from bench.gpu.ways import Loading, Way, offloaded_bytes
 from bench.results import Measurement
 from bench.speed.model import weight_bytes
 from bench.speed.ratios import Target, ratio, ratio_measurements
@@ -27,6 +27,8 @@ FITS_TARGET = Target(limit=1.02)
 DECODE_PROMPT_TOKENS = 128
 # The length of a prompt whose compute takes about as long as the copies is looked for between these.
 PREFILL_TOKENS = (256, 16384)
+# How much longer than the copies a prompt computes that is said to wait for compute.
+COMPUTE_BOUND = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +245,58 @@ def peers(scale: Scale, percent: int, limit: Limit, say: Say) -> list[Measuremen
     ]  # fmt: skip
     found += held("peers_mball", load_s, settled, reports[-1])
     say(f"accelerate takes {found[0].figure()} mball's time")
+    return found
+
+
+def group_offload(scale: Scale, kind: Kind, limit: Limit, say: Say) -> list[Measurement]:
+    """Returns how many times as long diffusers' schedule takes at equal bytes on the device.
+
+    A decode waits for the link, where what counts is how much less mball streams; the prompt is so long that it waits
+    for compute, of which both do the same. Raises ContenderError.
+    """
+    resident_bytes, copied_bytes = offloaded_bytes(scale.checkpoint)
+    budget_bytes = resident_bytes + scale.spare_bytes
+    mine = replace(scale.mball(100), budget_bytes=budget_bytes)
+    theirs = Loading(way=Way.BLOCKS, checkpoint=scale.checkpoint, device=scale.device)
+    with GpuContender("mball") as child, GpuContender("group offload") as other:
+        load_s = child.bring(mine)
+        other_load_s = other.bring(theirs)
+        tokens = DECODE_PROMPT_TOKENS
+        if kind is Kind.PREFILL:
+            # The longest waits for compute if any does, so it tells the pace.
+            other.tell("work", prompt_tokens=PREFILL_TOKENS[1])
+            pass_s = min(other.tell("burst", kind=kind.value, warm=1, timed=2)["steps_s"])
+            rate = float(child.tell("bare", num_copies=scale.copies)["bytes_per_s"])
+            tokens = balanced_tokens(PREFILL_TOKENS[1], pass_s, COMPUTE_BOUND * copied_bytes / rate)
+        for each in (child, other):
+            each.tell("work", prompt_tokens=tokens)
+        settled = child.tell("settle", kind=kind.value, passes=scale.settling)
+        other.tell("burst", kind=kind.value, warm=1, timed=1)
+        _gate(child, kind)
+        _same_tokens(child, other, kind)
+        reports: list[dict[str, Any]] = []
+        samples = take_turns(
+            {"mball": _steps_of(child, kind, scale.burst, reports), "other": _steps_of(other, kind, 2, [])},
+            scale.rounds, limit, say, f"group offload, {kind.value}",
+        )  # fmt: skip
+    name = f"peers_blocks_{kind.value}"
+    streamed = statistics.median(float(report["bytes_read_last_pass"]) for report in reports)
+    least = 1.0 if kind is Kind.PREFILL else 0.9 * copied_bytes / max(streamed, 1.0)
+    found = ratio_measurements(
+        name, ratio(samples["other"], samples["mball"]),
+        f"a {kind.value} step by group offloading with a stream, {format_bytes(resident_bytes)} of weights on the GPU",
+        f"mball's, with a budget of {format_bytes(budget_bytes)}", Target(limit=least, at_least=True),
+    )  # fmt: skip
+    found += [
+        Measurement.of(f"{name}_mball_s", samples["mball"], unit="s", description="a step by mball"),
+        Measurement.of(f"{name}_s", samples["other"], unit="s", description="a step by group offloading"),
+        Measurement.of(f"{name}_copied", [copied_bytes], unit="bytes", description="that group offloading copies"),
+        Measurement.of(f"{name}_streamed", [streamed], unit="bytes", description="that mball streams"),
+        Measurement.of(f"{name}_tokens", [tokens], unit="tokens", description="of the prompt"),
+        Measurement.of(f"{name}_load", [other_load_s], unit="s", description="group offloading's loading"),
+    ]
+    found += held(f"{name}_mball", load_s, settled, reports[-1])
+    say(f"group offload, {kind.value}: takes {found[0].figure()} mball's time")
     return found
 
 

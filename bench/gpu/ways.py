@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import mball
+from bench.gpu.group_offload import NUM_PLACES, GroupOffload
 from mball.api import _states
 from mball.integrations.transformers import from_pretrained
 from mball.memory import facts
@@ -25,6 +26,7 @@ class Way(Enum):
     COMPILED = "compiled"  # the same by torch.compile
     GRAPHS = "graphs"  # and by torch.compile's mode="reduce-overhead"
     ACCELERATE = "accelerate"  # accelerate's CPU offload: what does not fit lies in host memory
+    BLOCKS = "blocks"  # diffusers' group offloading, as a schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,11 @@ def load(loading: Loading) -> Any:
     if loading.way is Way.ACCELERATE:
         places = device_map(loading.checkpoint, loading.resident_bytes, loading.device)
         return AutoModelForCausalLM.from_pretrained(loading.checkpoint, device_map=places, **settings).eval()
-    model = LlamaForCausalLM.from_pretrained(loading.checkpoint, **settings).eval().to(loading.device)
+    model = LlamaForCausalLM.from_pretrained(loading.checkpoint, **settings).eval()
+    if loading.way is Way.BLOCKS:
+        GroupOffload(model, model.model.layers, torch.device(loading.device))  # lives in the model's hooks
+        return model
+    model.to(loading.device)
     if loading.way in _MODES:
         model.compile(mode=_MODES[loading.way])
     return model
@@ -92,8 +98,6 @@ def load(loading: Loading) -> Any:
 
 def device_map(checkpoint: Path, resident_bytes: int, device: str) -> dict[str, str]:
     """Returns what accelerate keeps on the device, in the order of use, until `resident_bytes` are full."""
-    from transformers import AutoConfig
-
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint, local_files_only=True))
     modules = ["model.embed_tokens", *(f"model.layers.{number}" for number in range(len(model.model.layers)))]
@@ -104,6 +108,15 @@ def device_map(checkpoint: Path, resident_bytes: int, device: str) -> dict[str, 
         places[name] = device if size_bytes <= left else "cpu"
         left -= size_bytes if size_bytes <= left else 0
     return places
+
+
+def offloaded_bytes(checkpoint: Path) -> tuple[int, int]:
+    """Returns what group offloading has on the device at one time, and what it copies in a pass."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint, local_files_only=True))
+    blocks = [2 * sum(parameter.numel() for parameter in layer.parameters()) for layer in model.model.layers]
+    weight_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
+    return weight_bytes - sum(blocks) + NUM_PLACES * max(blocks), sum(blocks)
 
 
 def settle(model: Any) -> None:

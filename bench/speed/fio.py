@@ -1,4 +1,4 @@
-"""The other yardstick: fio reading as many bytes of the same file past the page cache, as fast as it can."""
+"""The other yardstick: fio reading or writing as many bytes of the same file past the page cache, as fast as it can."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,8 @@ def _run(path: Path, size_bytes: int, job: Job, rw: str, *more: str) -> dict[str
     return done
 
 
-def best_job(path: Path, size_bytes: int, jobs: list[Job] = JOBS) -> Job:
-    """Returns the job that read fastest, of two tries each."""
-    return min(jobs, key=lambda job: min(read(path, size_bytes, job) for _ in range(2)))
-
-
-def best_write_job(path: Path, size_bytes: int, jobs: list[Job] = JOBS) -> Job:
-    """Returns the job that wrote fastest, of two tries each."""
-    return min(jobs, key=lambda job: min(write(path, size_bytes, job) for _ in range(2)))
+def best_job(
+    path: Path, size_bytes: int, jobs: Sequence[Job] = JOBS, act: Callable[[Path, int, Job], float] = read
+) -> Job:
+    """Returns the job with which `act`, one of the above, was fastest, of two tries each."""
+    return min(jobs, key=lambda job: min(act(path, size_bytes, job) for _ in range(2)))

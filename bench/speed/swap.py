@@ -33,6 +33,11 @@ FULL = SwapScale(size_bytes=1 << 30, num_rounds=9, with_fio=True)
 SMOKE = SwapScale(size_bytes=8 << 20, num_rounds=2, with_fio=False)
 
 
+# As the bias of a layer, or a row of experts; no multiple of a page.
+_SMALL_BYTES = 100_032
+_HANDED_BYTES = 64 << 20
+
+
 class _Swap:
     """mball's side: an extent that is written again and again, and reads of another file through the same seam."""
 
@@ -48,6 +53,28 @@ class _Swap:
         began_s = time.perf_counter()
         self._swap.write_all(self._writes)
         return time.perf_counter() - began_s
+
+    def write_small(self) -> float:
+        """As `write`, as many tensors that lie side by side, at odd addresses."""
+        (write,) = self._writes
+        began_s = time.perf_counter()
+        self._swap.write_all(
+            [
+                Write(offset_bytes=self._start + first, source=write.source[first : first + _SMALL_BYTES])
+                for first in range(0, len(write.source), _SMALL_BYTES)
+            ]
+        )
+        return time.perf_counter() - began_s
+
+    def hand_over(self) -> float:
+        """Hands over what the queue has room for; returns the seconds for which that blocks the caller."""
+        (write,) = self._writes
+        part = Write(offset_bytes=self._start, source=write.source[:_HANDED_BYTES])
+        began_s = time.perf_counter()
+        handle = self._swap.submit([part])
+        took_s = time.perf_counter() - began_s
+        handle.wait()
+        return took_s
 
     def both(self) -> float:
         """Reads and writes at one time; returns the seconds until both were done. Reads go first."""
@@ -85,21 +112,23 @@ class _Swap:
 def swap(directory: Path, scale: SwapScale, say: Say) -> list[Measurement]:
     """Returns the seconds of each contender and their ratios. Raises OSError when the disk fails.
 
-    The yardstick of each figure is the faster of a bare loop and fio, by its median.
+    The yardstick of writes is the faster of a bare loop and fio, by its median; that of both fio's mixed run where fio
+    is installed, else the bare loop.
     """
     with _contenders(directory, scale, say) as sources:
         found = interleave(sources, scale.num_rounds, say, "swap")
     measurements = []
+    yardsticks = {act: [name for name in found if name in (f"bare_{act}", f"fio_{act}")] for act in ("write", "both")}
+    # Of reads and writes together fio's own run is the measure, where it is installed.
+    yardsticks["both"] = yardsticks["both"][-1:]
     for act, bound, what in (
         ("write", Target(limit=1 / 0.9), "written to swap"),
         ("both", Target(limit=1.0), "written to swap and as much read beside"),
     ):
-        yardstick = smaller(
-            found, [name for name in found if name.endswith(f"_{act}") and not name.startswith("mball")]
-        )
+        yardstick = smaller(found, yardsticks[act])
         times = ratio(found[f"mball_{act}"], found[yardstick])
         size = f"{scale.size_bytes / 1e9:.2f} GB {what}"
-        compared = f"{'fio' if yardstick.startswith('fio') else 'a bare loop'}, the faster yardstick"
+        compared = "fio" if yardstick.startswith("fio") else "a bare loop"
         measurements += ratio_measurements(f"swap_{act}", times, f"{size}, with {CHECKSUM}", compared, bound)
         for name in sorted(found):
             if name.endswith(f"_{act}"):
@@ -113,8 +142,12 @@ def swap(directory: Path, scale: SwapScale, say: Say) -> list[Measurement]:
         Measurement.of(
             f"swap_{name}_s", found[f"mball_{name}"], unit="s", description=f"{scale.size_bytes / 1e9:.2f} GB"
         )
-        for name in ("read", "unhurried")
+        for name in ("read", "unhurried", "small")
     ]
+    handed_s = [seconds * (1 << 30) / min(scale.size_bytes, _HANDED_BYTES) for seconds in found["mball_handed"]]
+    measurements.append(
+        Measurement.of("swap_handed_s", handed_s, unit="s/GiB", description="for which `submit` blocks the caller")
+    )
     rates = [scale.size_bytes / seconds / 1e9 for seconds in found["mball_write"]]
     measurements.append(Measurement.of("swap_rate", rates, unit="GB/s", description="written by mball"))
     return measurements
@@ -156,12 +189,14 @@ def _contenders(directory: Path, scale: SwapScale, say: Say) -> Iterator[dict[st
             "bare_both": lambda: bare.both(best["both"]),
             "mball_read": mball.read,
             "mball_unhurried": mball.both_unhurried,
+            "mball_small": mball.write_small,
+            "mball_handed": mball.hand_over,
         }
         if scale.with_fio and not fio.is_there():
             say("fio is not installed: the bare loop alone is the yardstick")
         elif scale.with_fio:
-            write_job = fio.best_write_job(write_path, scale.size_bytes)
-            say(f"fio writes by {write_job}")
-            sources["fio_write"] = lambda: fio.write(write_path, scale.size_bytes, write_job)
-            sources["fio_both"] = lambda: fio.mixed(write_path, scale.size_bytes, write_job)
+            jobs = {act: fio.best_job(write_path, scale.size_bytes, act=act) for act in (fio.write, fio.mixed)}
+            say(f"fio writes by {jobs[fio.write]}, both by {jobs[fio.mixed]}")
+            sources["fio_write"] = lambda: fio.write(write_path, scale.size_bytes, jobs[fio.write])
+            sources["fio_both"] = lambda: fio.mixed(write_path, scale.size_bytes, jobs[fio.mixed])
         yield sources

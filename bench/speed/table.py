@@ -213,7 +213,7 @@ def _swap(results: Sequence[Result]) -> list[str]:
         for act, what in (("write", "writes"), ("both", "writes, and as many reads"))
         if figures.has(f"swap_{act}")
     ]  # fmt: skip
-    head = ["", "mball, with checksums", "bare loop", "fio", "over the faster of these", "target"]
+    head = ["", "mball, with checksums", "bare loop", "fio", "over the yardstick", "target"]
     parts = ["## Swap", figures.source(), markdown_table(head, rows)]
     if figures.has("swap_reads_beside"):
         parts.append(

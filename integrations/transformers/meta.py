@@ -36,7 +36,7 @@ def build(model_class: Any, config: PretrainedConfig, dtype: torch.dtype) -> Pre
     # The initialisers of transformers compute such buffers anew, as its own loading does. They leave parameters alone
     # that are marked so: random numbers for the meta device take a tenth of a second.
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True
+        parameter._is_hf_initialized = True  # what transformers itself sets
     model.initialize_weights()
     return model.eval()
 

@@ -8,6 +8,7 @@ from mball.cli.calibrate import figures
 from mball.cli.findings import Finding, Need, check, limit
 from mball.config import calibration_directory, own_cache
 from mball.errors import StorageError
+from mball.gds import NVIDIA_FS, kept_speeds
 from mball.schema import Tier
 from mball.storage import DirectoryFacts, choose_reader, file_system_of, load_calibration, probe_directory
 from mball.units import format_bytes
@@ -16,7 +17,6 @@ from mball.units import format_bytes
 SLOW_DISK_BYTES_PER_S = 2e8
 # Those that NVIDIA lists for cuFile; there are more with modules of their vendors.
 _KINDS_OF_CUFILE = ("ext4", "xfs", "nfs", "nfs4", "lustre", "beegfs", "gpfs", "wekafs")
-_NVIDIA_FS = Path("/proc/driver/nvidia-fs/stats")
 
 
 def disk(directory: str | Path, *, has_gpu: bool) -> tuple[list[Finding], DirectoryFacts | None]:
@@ -68,7 +68,7 @@ def disk(directory: str | Path, *, has_gpu: bool) -> tuple[list[Finding], Direct
         findings.append(check(section, "latency of a read on the idle disk", True, latency, ""))
     findings.append(_calibration(section, facts.directory))
     if has_gpu:
-        findings.append(_gpu_direct_storage(section, facts.file_system))
+        findings.append(_gpu_direct_storage(section, facts.file_system, facts.directory))
     return findings, facts
 
 
@@ -86,8 +86,8 @@ def _way(facts: DirectoryFacts) -> str:
     return "past the page cache" if facts.direct else "through the page cache: O_DIRECT is refused"
 
 
-def _gpu_direct_storage(section: str, kind: str) -> Finding:
-    """Whether cuFile could read from here to a GPU. Nothing in mball does so yet."""
+def _gpu_direct_storage(section: str, kind: str, directory: str) -> Finding:
+    """Whether cuFile could read from here to a GPU, and how fast it was, if a model was ever read so or nearly so."""
     obstacles = []
     try:
         from cuda.bindings import cufile
@@ -97,10 +97,14 @@ def _gpu_direct_storage(section: str, kind: str) -> Finding:
         obstacles.append("no package cuda-bindings with cufile")
     except RuntimeError as error:  # of cuda-bindings: no library, or one that is too old
         obstacles.append(str(error).partition(":")[0])
-    if not _NVIDIA_FS.exists():
+    if not NVIDIA_FS.exists():
         obstacles.append("nvidia-fs is not loaded")
     if kind not in _KINDS_OF_CUFILE:
         obstacles.append(f"{kind} is not a file system that it reads")
-    value = "could not work here: " + "; ".join(obstacles) if obstacles else f"could work here, cuFile {version}"
-    advice = "nothing to do: mball reads through pinned host memory, with O_DIRECT, and has no reader for cuFile"
-    return limit(section, "GPUDirect Storage", False, value, advice)
+    if obstacles:
+        value = "could not work here: " + "; ".join(obstacles)
+    else:
+        value = f"could work here, cuFile {version}: a model for a GPU is read so if that is faster (io='gds' insists)"
+        value = "; ".join([value, *map(str, kept_speeds(str(file_system_of(directory))))])
+    advice = "nothing to do: files go to a GPU through pinned host memory, read with O_DIRECT"
+    return limit(section, "GPUDirect Storage", not obstacles, value, advice)

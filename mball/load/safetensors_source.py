@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from mball.config import calibration_directory, own_cache
-from mball.errors import CheckpointError, DeviceError, StorageError
+from mball.errors import DeviceError, StorageError
 from mball.load.device_copy import load_to_device
 from mball.load.file_memory import MappedMemory, OwnMemory, TensorMemory
-from mball.load.source import Advance, Settings
+from mball.load.source import Advance, Settings, refuse_changed
 from mball.memory.facts import headroom_bytes
 from mball.storage import (
     CheckpointIndex,
@@ -218,13 +218,8 @@ class SafetensorsSource:
         return self._readers[mode]
 
     def _check_unchanged(self) -> None:
-        """Raises CheckpointError when an open file is no longer what its header was read from."""
-        for file in self._index.files:
-            if changes := file.changes(os.fstat(self._descriptor(file.path))):
-                raise CheckpointError(
-                    f"checkpoint file {file.path} changed while it was open: {'; '.join(changes)}. What was read may "
-                    "be of both versions and is not given out: open it again when it is whole"
-                )
+        # The open files: by a path another one may be found by now.
+        refuse_changed(self._index.files, lambda path: os.fstat(self._descriptor(path)))
 
 
 def stream(reads: Iterator[Read], reader: Reader, in_flight_bytes: int, advance: Advance) -> None:

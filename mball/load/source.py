@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -69,10 +70,10 @@ class Source(Protocol):
         """Gives files and threads back; tensors stay. May be called again."""
 
 
-def refuse_changed(files: Iterable[FileIdentity]) -> None:
-    """Raises CheckpointError when one of the files is no longer what was opened."""
+def refuse_changed(files: Iterable[FileIdentity], look: Callable[[str], os.stat_result] = os.stat) -> None:
+    """Raises CheckpointError when one of the files, which `look` finds by its path, is no longer what was opened."""
     for file in files:
-        if changes := file.changes_on_disk():
+        if changes := file.changes_on_disk(look):
             raise CheckpointError(
                 f"checkpoint file {file.path} changed while it was open: {'; '.join(changes)}. What was read may be of "
                 "both versions and is not given out: open it again when it is whole"

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from mball.memory.device import CopySource as CopySource
     from mball.memory.device import CpuDevice as CpuDevice
     from mball.memory.device import Device as Device
+    from mball.memory.device import Donors as Donors
     from mball.memory.device import Event as Event
+    from mball.memory.device import Extent as Extent
     from mball.memory.device import Gauge as Gauge
     from mball.memory.device import Graphs as Graphs
+    from mball.memory.device import Moment as Moment
     from mball.memory.device import Recorded as Recorded
     from mball.memory.ledger import Account as Account
     from mball.memory.ledger import Kind as Kind
@@ -47,6 +50,8 @@ _HOMES = {
     "CopySource": "mball.memory.device",
     "CpuDevice": "mball.memory.device",
     "CudaDevice": "mball.memory.cuda_device",
+    "Donors": "mball.memory.device",
+    "Extent": "mball.memory.device",
     "CudaDriver": "mball.memory.cuda_driver",
     "CudaMemory": "mball.memory.cuda_virtual",
     "CudaRegion": "mball.memory.cuda_region",
@@ -65,6 +70,7 @@ _HOMES = {
     "PinnedSlab": "mball.memory.pinned",
     "PlainCudaMemory": "mball.memory.cuda_plain",
     "PrivateMapping": "mball.memory.mapping",
+    "Moment": "mball.memory.device",
     "Recorded": "mball.memory.device",
     "SegmentAllocator": "mball.memory.allocator.segment_allocator",
     "VirtualMemory": "mball.memory.virtual",
@@ -84,8 +90,10 @@ __all__ = [
     "CudaMemory",
     "CudaRegion",
     "Device",
+    "Donors",
     "DriverError",
     "Event",
+    "Extent",
     "Gauge",
     "GpuLostError",
     "Graphs",
@@ -93,6 +101,7 @@ __all__ = [
     "Kind",
     "Ledger",
     "LedgerPage",
+    "Moment",
     "PinnedHomes",
     "PinnedRange",
     "PinnedSlab",

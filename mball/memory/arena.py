@@ -55,6 +55,11 @@ class Arena:
         return self._backed_bytes
 
     @property
+    def reach_bytes(self) -> int:
+        """Up to where there may be memory, of which what is above `backed_bytes` is to be given back by `resize`."""
+        return max(self._reach_bytes, self._backed_bytes)
+
+    @property
     def taken_bytes(self) -> int:
         """Bytes of memory that the arena occupies now: what is backed, and what cannot be split from it.
 
@@ -82,6 +87,11 @@ class Arena:
     def reserved_bytes(self) -> int:
         """How far the arena can grow."""
         return self._reservation.size_bytes
+
+    @property
+    def reservation(self) -> Reservation:
+        """Its addresses, for whoever has a hand in its pages."""
+        return self._reservation
 
     @property
     def address(self) -> int:
@@ -133,6 +143,12 @@ class Arena:
                 raise
             self._backed_bytes = size
         self._populated_bytes = min(self._populated_bytes, size)
+
+    def lose(self, num_bytes: int) -> None:
+        """Says that a page at `num_bytes` is gone. What is backed ends there; `resize` gives back what lies above."""
+        self._reach_bytes = self.reach_bytes
+        self._backed_bytes = min(self._backed_bytes, num_bytes)
+        self._populated_bytes = min(self._populated_bytes, self._backed_bytes)
 
     def populate(self) -> None:
         """Blocks until all backed pages are there: then using the arena changes no measurement of memory.

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mball.memory.device import Held
+from mball.memory.arena import Arena
+from mball.memory.device import NO_DONORS, Donors, Held
 
 
 @dataclass(slots=True)
@@ -39,6 +40,10 @@ class AllocatorCap:
     def routed(self) -> contextlib.AbstractContextManager[None]:
         """Does nothing: torch's allocator is what is used anyway."""
         return contextlib.nullcontext()
+
+    def donors(self, arena: Arena) -> Donors:
+        """Returns nobody: torch's allocator knows nothing of the arena."""
+        return NO_DONORS
 
     def make_room(self) -> None:
         """Has the allocator give back the blocks that no tensor is in, where there are any; its peak begins anew."""

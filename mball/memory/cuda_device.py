@@ -21,14 +21,15 @@ from mball.memory.arena import Arena
 from mball.memory.cuda_cap import AllocatorCap
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_errors import GpuLostError
-from mball.memory.cuda_events import EventPool, StreamEvent
+from mball.memory.cuda_events import EventPool, StreamEvent, StreamMoment
 from mball.memory.cuda_feed import DiskFeed, order
 from mball.memory.cuda_gauge import CudaGauge
 from mball.memory.cuda_graphs import CudaGraphs
 from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_segments import SegmentRoom
 from mball.memory.cuda_streams import CudaStreams
-from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Graphs, Held, Pinned
+from mball.memory.device import ArenaRead, CopySource, Donors, Event, Gauge, Graphs, Held, Moment, Pinned
+from mball.memory.gds_ring import GdsRing, Watched
 from mball.memory.host_level import HostLevel, Staged
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes
@@ -95,13 +96,15 @@ class CudaDevice:
         self._region = partial(CudaRegion, ordinal=driver.ordinal) if region is None else region
         self._streams = CudaStreams(driver)
         self._pool = EventPool(self._streams)
+        self._moments = EventPool(self._streams, has_times=True)
         self._arena: Arena | None = None
         self._stream: int | None = None  # that passes computed on lately
         self._recorded: StreamEvent | None = None  # the end of all that was computed there
         self._room = AllocatorCap(driver.ordinal) if room is None else room
         self._closed = False
         self._own_streams: list[int] = []
-        node = facts.numa_node(driver.pci_address())
+        self.pci_address = driver.pci_address()
+        node = facts.numa_node(self.pci_address)
         try:
             with driver.current():
                 for _ in range(2):
@@ -110,8 +113,12 @@ class CudaDevice:
             self._destroy_streams()
             raise
         self._home_stream, disk_stream = self._own_streams
-        make_ring = partial(PinnedRing, self._pool, num_buffers=num_buffers, buffer_bytes=buffer_bytes, node=node)
-        self._feed = DiskFeed(self._pool, source, disk_stream, make_ring, buffer_bytes)
+        make_ring = partial(
+            PinnedRing, self._pool, source, num_buffers=num_buffers, buffer_bytes=buffer_bytes, node=node
+        )
+        self._feed = DiskFeed(self._pool, disk_stream, make_ring, buffer_bytes)
+        self._num_buffers = num_buffers
+        self._buffer_bytes = buffer_bytes
         self._level = (
             HostLevel(self._pool, source, node=node, chunk_bytes=chunk_bytes, headroom=headroom) if has_level else None
         )
@@ -124,6 +131,22 @@ class CudaDevice:
             chunk_bytes=chunk_bytes,
             headroom=headroom,
         )
+
+    @property
+    def gds_bytes(self) -> int:
+        """What a `gds_ring` takes of the GPU's memory."""
+        return self._num_buffers * self._buffer_bytes
+
+    def gds_ring(self, descriptor: Callable[[str], int | None], watched: Watched) -> GdsRing:
+        """Returns buffers of this GPU that cuFile reads files into, as large as those of the pinned ring; see there.
+
+        They are the caller's, until `go_straight`.
+        """
+        return GdsRing(self._pool, descriptor, watched, num_buffers=self._num_buffers, buffer_bytes=self._buffer_bytes)
+
+    def go_straight(self, ring: GdsRing) -> None:
+        """Has files that `ring` takes come through it, which is the device's own from now on. Before any copy."""
+        self._feed.go_straight(ring)
 
     @property
     def place(self) -> torch.device:
@@ -212,6 +235,10 @@ class CudaDevice:
     def allocating(self) -> contextlib.AbstractContextManager[None]:
         return self._room.routed()
 
+    def donors(self) -> Donors:
+        assert self._arena is not None, "make the arena first"
+        return self._room.donors(self._arena)
+
     def record(self) -> Event:
         """Raises DeviceError when closed, or when the driver refuses.
 
@@ -224,6 +251,12 @@ class CudaDevice:
             event.settle(self._pool.record(self._current_stream()))
         self._recorded = event
         return event
+
+    def moment(self) -> Moment:
+        """Raises DeviceError when closed, or when the driver refuses."""
+        self._check_open()
+        with self._driver.current():
+            return StreamMoment(self._moments, self._current_stream())
 
     def wait(self, event: Event) -> None:
         """The host blocks for reads from disk only, and raises their errors; and for events that are not the GPU's."""
@@ -311,6 +344,7 @@ class CudaDevice:
                     for stream in self._own_streams:
                         self._streams.drain(stream)
                     self._pool.close()
+                    self._moments.close()
                 self._destroy_streams()
             self._tier.close()
             if self._level is not None:

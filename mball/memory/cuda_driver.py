@@ -201,7 +201,7 @@ class CudaDriver:
             raise DeviceError(
                 f"the CUDA driver has no {function}: {error}; install or update NVIDIA's driver, or use the CPU"
             ) from error
-        except ValueError as error:  # a newer driver's code, which the bindings do not know
+        except (ValueError, KeyError) as error:  # a newer driver's code, which the bindings do not know: as they say it
             raise DriverError(
                 f"{function} failed on GPU {self._ordinal}: {error}; update cuda-bindings to learn its name",
                 code_name="unknown",

@@ -17,8 +17,10 @@ class EventPool:
     Thread-safe: an event is given back by whichever thread lets it go last, also by the collector within a call.
     """
 
-    def __init__(self, streams: CudaStreams) -> None:
+    def __init__(self, streams: CudaStreams, *, has_times: bool = False) -> None:
+        """`has_times` says that the events remember when they were over."""
         self.streams = streams
+        self._has_times = has_times
         self.closed = False
         self._made: list[int] = []
         self._free: deque[int] = deque()
@@ -33,7 +35,7 @@ class EventPool:
         try:
             return self._free.popleft()
         except IndexError:
-            event = self.streams.create_event()
+            event = self.streams.create_event(has_time=self._has_times)
             self._made.append(event)
             return event
 
@@ -69,6 +71,30 @@ class EventPool:
                 raise
 
 
+class StreamMoment:
+    """When a stream was over with all that it had been given, by the GPU's clock."""
+
+    __slots__ = ("_event", "_pool")
+
+    def __init__(self, pool: EventPool, stream: int) -> None:
+        """Made inside `with driver.current()`, of a pool whose events have times. Raises as `EventPool.record`."""
+        self._pool = pool
+        self._event = pool.record(stream)
+
+    def since(self, earlier: StreamMoment) -> float:
+        """Raises DeviceError also when the device is closed."""
+        if self._pool.closed:
+            raise DeviceError("the device is closed, so its clock cannot be read any more: read it before")
+        streams = self._pool.streams
+        with streams.driver.current():
+            streams.synchronize(self._event)
+            return streams.elapsed_s(earlier._event, self._event)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_event"):
+            self._pool.give(self._event)
+
+
 class StreamEvent:
     """All that was given to some streams up to some moment, and to those that its work is still on its way to.
 
@@ -89,6 +115,11 @@ class StreamEvent:
         self._gate = threading.Lock()
         if num_parts:
             self._gate.acquire()
+
+    @property
+    def handle(self) -> int | None:
+        """The driver's event, as long as this lives, where a single one tells when all of it is over."""
+        return self._events[0] if len(self._events) == 1 and not (self._remaining or self._unsure) else None
 
     def settle(self, event: int) -> None:
         """Says that a stream has one part, all of it: `event` tells when it is over."""

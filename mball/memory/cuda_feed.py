@@ -1,9 +1,10 @@
-"""From disk to a GPU: reads into a ring of pinned buffers, and a copy out of each.
+"""From disk to a GPU: reads into the buffers of a ring, and a copy out of each.
 
 [Note: the feed] The driver cannot be told to wait for a read: an event that was not recorded yet is over in its eyes.
 So a thread hands copies to the stream as reads land, and records the event of a request behind its last copy. Until
 then `StreamEvent` keeps the host waiting. Reads go on while copies do: a read begins as soon as a buffer is free, its
-last copy being over by its own event, and copies are handed on in the order of the reads.
+last copy being over by its own event, and copies are handed on in the order of the reads. Files that cuFile reads
+straight into the GPU go through a ring there; whatever becomes of such a read, the pinned ring can make it again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from dataclasses import dataclass, field
 
 from mball.errors import DeviceError, MballError
 from mball.memory.cuda_events import EventPool, StreamEvent
-from mball.memory.device import ArenaRead, CopySource, Event
-from mball.memory.libc import PAGE_BYTES
-from mball.memory.pinned_ring import PinnedRing, RingBuffer
+from mball.memory.cufile import CuFileError
+from mball.memory.device import ArenaRead, Event
+from mball.memory.gds_ring import GdsRing
+from mball.memory.pinned_ring import PinnedRing
+from mball.memory.ring import Ring, RingBuffer, shift_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,7 @@ class FeedPart:
     @property
     def shift_bytes(self) -> int:
         """How far behind a page boundary of the file it begins."""
-        return (self.read.offset_bytes + self.first) % PAGE_BYTES
+        return shift_bytes(self.read, self.first)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -52,6 +55,7 @@ class _Landing:
 
     request: _Request
     part: FeedPart
+    ring: Ring
     buffer: RingBuffer
     event: Event
 
@@ -74,7 +78,7 @@ def cut(read: ArenaRead, address: int, buffer_bytes: int) -> Iterator[FeedPart]:
     """Yields the parts of a read that fit a buffer, cut at page boundaries of the file."""
     first = 0
     while first < read.size_bytes:
-        room = buffer_bytes - (read.offset_bytes + first) % PAGE_BYTES
+        room = buffer_bytes - shift_bytes(read, first)
         size = min(room, read.size_bytes - first)
         yield FeedPart(read=read, first=first, size_bytes=size, address=address + first)
         first += size
@@ -83,22 +87,14 @@ def cut(read: ArenaRead, address: int, buffer_bytes: int) -> Iterator[FeedPart]:
 class DiskFeed:
     """Brings stretches of files to a GPU through `make_ring()`, on `stream`, by a thread that the first one starts."""
 
-    def __init__(
-        self,
-        pool: EventPool,
-        source: CopySource,
-        stream: int,
-        make_ring: Callable[[], PinnedRing],
-        buffer_bytes: int,
-    ) -> None:
-        """`source` and `stream` stay the caller's."""
+    def __init__(self, pool: EventPool, stream: int, make_ring: Callable[[], PinnedRing], buffer_bytes: int) -> None:
+        """`stream` stays the caller's."""
         self._pool = pool
-        self._source = source
         self._stream = stream
         self._make_ring = make_ring
         self._buffer_bytes = buffer_bytes
         self._ring: PinnedRing | None = None
-        self._next = 0  # the buffer that was used longest ago
+        self._gds: GdsRing | None = None
         self._landings: deque[_Landing] = deque()
         self._queue = _Queue()
 
@@ -122,6 +118,13 @@ class DiskFeed:
             queue.requests.append(request)
             queue.changed.notify_all()
 
+    def go_straight(self, ring: GdsRing) -> None:
+        """Has files that `ring` takes come through it; closes it at the end. Its buffers are as large as all others.
+
+        Called before anything is submitted.
+        """
+        self._gds = ring
+
     def drain(self) -> None:
         """Blocks until every copy that was asked for is with the stream, or failed."""
         queue = self._queue
@@ -139,11 +142,15 @@ class DiskFeed:
         # The collector may drop a model in any thread.
         if queue.worker is not None and queue.worker is not threading.current_thread():
             queue.worker.join()
-        if self._ring is not None:
+        if self._ring is not None or self._gds is not None:
             with self._pool.streams.driver.current():
                 self._pool.streams.drain(self._stream)
+        if self._ring is not None:
             self._ring.close()
             self._ring = None
+        if self._gds is not None:
+            self._gds.close()
+            self._gds = None
 
     # -- on the thread ---------------------------------------------------------------------------------------------
 
@@ -197,28 +204,31 @@ class DiskFeed:
 
     def _begin(self, request: _Request) -> bool:
         """Starts the next read of a request; returns False where a landing has to be handed on first."""
+        part = request.parts[0]
         try:
             with self._pool.streams.driver.current():
-                if self._ring is None:
-                    self._ring = self._make_ring()
-                ring = self._ring
-                buffer = ring.buffers[self._next]
+                ring = self._ring_for(part)
+                buffer = ring.turn()
                 if self._landings and not ring.is_free(buffer):
                     return False
-                if len(self._landings) == len(ring.buffers):
+                if len(self._landings) == len(ring.buffers):  # all of its own are, at most
                     return False
                 ring.free(buffer)
-            part = request.parts[0]
-            event = self._source.submit(
-                [part.read.into(ring.view(buffer, part.shift_bytes, part.size_bytes), part.first)]
-            )
+            event = ring.read(buffer, part.read, part.first, part.size_bytes)
         except MballError as error:
             self._fail(request, error)
             return True
         request.parts.popleft()
-        self._landings.append(_Landing(request=request, part=part, buffer=buffer, event=event))
-        self._next = (self._next + 1) % len(ring.buffers)
+        self._landings.append(_Landing(request=request, part=part, ring=ring, buffer=buffer, event=event))
+        ring.take_turn()
         return True
+
+    def _ring_for(self, part: FeedPart) -> Ring:
+        if self._gds is not None and self._gds.takes(part.read.file):
+            return self._gds
+        if self._ring is None:
+            self._ring = self._make_ring()
+        return self._ring
 
     def _hand_on(self) -> None:
         """Waits for the oldest read and has the stream copy it.
@@ -232,12 +242,17 @@ class DiskFeed:
         try:
             landing.event.wait()
             if request.error is None:
-                assert self._ring is not None
                 with self._pool.streams.driver.current():
                     if request.after is not None:
                         order(self._stream, request.after)
                         request.after = None
-                    self._ring.copy_out(landing.buffer, part.shift_bytes, part.address, part.size_bytes, self._stream)
+                    landing.ring.copy_out(landing.buffer, part.shift_bytes, part.address, part.size_bytes, self._stream)
+        except CuFileError as error:
+            assert self._gds is not None
+            self._gds.refuse(part.read.file, error)
+            self._landings.popleft()
+            request.parts.appendleft(part)  # it is open again, and comes by the other way
+            return
         except MballError as error:
             self._fail(request, error)
         self._landings.popleft()

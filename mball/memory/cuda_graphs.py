@@ -3,6 +3,11 @@
 [Note: what a replay reads] A graph holds addresses, whoever they belong to. What its work allocated lies in the pool,
 which all graphs share, since they run one after the other; the rest is in the caller's hands. Waits for copies, and the
 copies themselves, are issued between replays, on streams that are not recorded.
+
+[Note: what cannot be recorded] Where a recording is broken off, torch (2.11) leaves its capturing stream the current
+one, and its allocator believing that a capture is under way for good: it would give nothing back any more before it
+runs out of memory. So both are put right here. The allocator of pinned memory goes on asking the graph whether a stream
+is its own, so that is kept.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ _SMALL_BYTES, _LARGE_BYTES = 2 * MIB, 20 * MIB
 
 # Of all GPUs and threads: so torch wants it.
 _one_at_a_time = threading.Lock()
+_broken_off: list[torch.cuda.CUDAGraph] = []
 
 
 class CudaGraphs:
@@ -58,14 +64,25 @@ class CudaGraphs:
                 self._pool = torch.cuda.graph_pool_handle()  # torch takes up none that no graph uses any more
             graph = torch.cuda.CUDAGraph()
             # Threads of ours pin memory and copy meanwhile, which is not forbidden them.
-            with (
-                _one_at_a_time,
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                work()
+            recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+            with _one_at_a_time, torch.cuda.stream(torch.cuda.current_stream()):
+                try:
+                    with recording:
+                        work()
+                except BaseException:
+                    self._break_off(graph)
+                    raise
         recorded = CudaGraph(graph)
         self._graphs.add(recorded)
         return recorded
+
+    def _break_off(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            torch._C._cuda_endAllocateToPool(self._ordinal, self._pool)
+        except RuntimeError:  # torch ended it: `work` failed, and the capture did not
+            return
+        torch._C._cuda_releasePool(self._ordinal, self._pool)
+        _broken_off.append(graph)
 
     def _is_in_use(self) -> bool:
         return any(graph.is_open for graph in self._graphs)

@@ -19,9 +19,11 @@ import torch
 
 from mball.errors import DeviceError
 from mball.memory.allocator.segment_allocator import SegmentAllocator
+from mball.memory.arena import Arena
 from mball.memory.cuda_cap import unreleasable_bytes
+from mball.memory.cuda_donors import CudaDonors
 from mball.memory.cuda_virtual import CudaMemory
-from mball.memory.device import Held
+from mball.memory.device import Donors, Held
 
 _log = logging.getLogger(__name__)
 
@@ -131,6 +133,13 @@ class SegmentRoom:
             self._is_routed = False
             self._pool.leave()
 
+    def donors(self, arena: Arena) -> Donors:
+        """Returns what takes idle extents of `arena` for segments; nothing is on offer while anything else is called.
+
+        Only so is the limit, which a donor that is taken raises, nobody else's to set.
+        """
+        return CudaDonors(self._segments, self._memory, arena)
+
     def begin(self) -> None:
         """Says that a pass begins: what lives now is not the pass's."""
         self._base_bytes = self._before_bytes + max(self._pool.begin() - self._taken_bytes, 0)
@@ -157,13 +166,9 @@ class SegmentRoom:
         return Held.of(self._limit() - self._base_bytes, self._pool.rise_bytes())
 
     def _limit(self) -> int:
-        used_bytes = self._used_bytes
         if self._left_bytes is not None:
-            limit_bytes = max(self._base_bytes + self._left_bytes, used_bytes)
-        else:
-            limit_bytes = self._most_bytes if self._is_routed else used_bytes
-        self._segments.set_limit(limit_bytes)
-        return used_bytes
+            return self._segments.fit_limit(self._base_bytes + self._left_bytes)
+        return self._segments.fit_limit(self._most_bytes if self._is_routed else 0)
 
     def close(self) -> None:
         """Gives all back that no tensor is in. Raises DeviceError when the driver refuses something. Idempotent."""

@@ -42,10 +42,10 @@ class CudaStreams:
         """Blocks until all is over that the stream was given."""
         self._driver.call("cuStreamSynchronize", stream)
 
-    def create_event(self) -> int:
-        """Returns an event, which keeps no time."""
+    def create_event(self, *, has_time: bool = False) -> int:
+        """Returns an event, one that remembers when it was over with `has_time`, which takes the GPU longer."""
         disable_timing = 2
-        return int(self._driver.call("cuEventCreate", disable_timing))
+        return int(self._driver.call("cuEventCreate", 0 if has_time else disable_timing))
 
     def destroy_event(self, event: int) -> None:
         """Gives an event up; streams that wait for it go on waiting."""
@@ -67,6 +67,10 @@ class CudaStreams:
         """Blocks until it is over what the event stands for."""
         self._driver.call("cuEventSynchronize", event)
 
+    def elapsed_s(self, first: int, last: int) -> float:
+        """Returns the seconds between two events that remember when they were over, and are."""
+        return float(self._driver.call("cuEventElapsedTime", first, last)) / 1e3
+
     def copy_in(self, address: int, source: int, size_bytes: int, stream: int) -> None:
         """Copies host memory to the GPU. Pinned, it is read when the stream gets there; else now, which may block.
 
@@ -77,6 +81,10 @@ class CudaStreams:
     def copy_out(self, destination: int, address: int, size_bytes: int, stream: int) -> None:
         """Copies the GPU's memory to the host. Blocks until it is there unless the host memory is pinned."""
         self._driver.call("cuMemcpyDtoHAsync", destination, address, size_bytes, stream, size_bytes=size_bytes)
+
+    def copy_within(self, destination: int, source: int, size_bytes: int, stream: int) -> None:
+        """Copies from one place of the GPU's memory to another."""
+        self._driver.call("cuMemcpyDtoDAsync", destination, source, size_bytes, stream, size_bytes=size_bytes)
 
     def register(self, address: int, size_bytes: int) -> None:
         """Pins host memory, which brings its pages in: some 0.1 s a GiB and more. Blocks.

@@ -15,7 +15,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -56,7 +56,7 @@ class Piece:
 
 @dataclass(slots=True)
 class _Space:
-    """A reservation and its pieces, side by side from offset 0 on."""
+    """A reservation and its pieces, side by side from offset 0 on, but where some were lost."""
 
     reservation: Reservation
     pieces: list[Piece] = field(default_factory=list)
@@ -227,6 +227,24 @@ class CudaMemory:
             f"take over {format_bytes(size)} ({size} bytes)", partial(segments.return_to, self._pool, size)
         )
 
+    def extents(self, reservation: Reservation) -> list[Piece]:
+        """Returns the extents of a reservation that are mapped for certain, by their offsets."""
+        space = self._spaces[reservation]
+        return [piece for piece in space.pieces[: space.num_sure] if piece.size_bytes == self._extent_bytes]
+
+    def lose(self, reservation: Reservation, pieces: Collection[Piece]) -> None:
+        """Forgets pieces that segments have taken, which are mapped no more. Trim what lies above the first next.
+
+        Idempotent: after an interrupt do it again.
+        """
+        with self._lock:
+            space = self._spaces[reservation]
+            for piece in pieces:
+                self._pool.disown([piece.handle])
+                if piece in space.pieces:
+                    space.num_sure -= space.pieces.index(piece) < space.num_sure
+                    space.pieces.remove(piece)
+
     def close(self) -> None:
         """Gives the driver's context up; every reservation was released before. Idempotent. Raises DeviceError."""
         assert not self._spaces, "release what is reserved first"
@@ -354,18 +372,21 @@ class CudaMemory:
                     raise
             space.pieces.pop()
             self._pool.give([piece.handle])
-        gone = space.pieces[keep:]
-        if not gone:
-            return
-        first, end = gone[0].offset, space.end
-        space.num_sure = keep
-        try:
-            self._driver.unmap(address + first, end - first)
-        except DriverError:
-            space.num_sure = len(space.pieces)
-            raise
-        del space.pieces[keep:]
-        self._pool.give([piece.handle for piece in gone])
+        while len(space.pieces) > keep:
+            first, end = len(space.pieces) - 1, space.end
+            while first > keep and space.pieces[first - 1].offset + space.pieces[first - 1].size_bytes == (
+                space.pieces[first].offset
+            ):
+                first -= 1
+            gone = space.pieces[first:]
+            space.num_sure = first
+            try:
+                self._driver.unmap(address + gone[0].offset, end - gone[0].offset)
+            except DriverError:
+                space.num_sure = len(space.pieces)
+                raise
+            del space.pieces[first:]
+            self._pool.give([piece.handle for piece in gone])
 
     def _reclaim(self) -> None:
         self._pool.reclaim({piece.handle for space in self._spaces.values() for piece in space.pieces})

@@ -9,9 +9,10 @@ two copies may land in any order.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
@@ -60,6 +61,26 @@ class Event(Protocol):
 
     def wait(self) -> None:
         """Blocks the calling thread until it is reached. Raises the error of the work, every time."""
+
+
+class Moment(Protocol):
+    """A point in the compute of a device, as the device's own clock has it."""
+
+    def since(self, earlier: Any) -> float:
+        """Returns the seconds from `earlier`, which the same device gave out before. Blocks until this one is reached.
+
+        Raises the error of the work that was issued before, where it failed.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class HostMoment:
+    """A look at the host's clock: where compute is over when its call returns, that tells how long it took."""
+
+    time_s: float
+
+    def since(self, earlier: HostMoment) -> float:
+        return self.time_s - earlier.time_s
 
 
 class ArenaRead(Protocol):
@@ -144,6 +165,43 @@ class Graphs(Protocol):
         """
 
 
+class Extent(NamedTuple):
+    """Bytes `[first, end)` of the arena, which come and go as one."""
+
+    first: int
+    end: int
+
+
+class Donors(Protocol):
+    """Idle memory of the arena for compute that finds none: it is taken in an allocation, on whichever thread."""
+
+    @property
+    def taken_bytes(self) -> int:
+        """What `withdraw` found taken, ever."""
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether something on offer was taken, as far as one sees without a call; `withdraw` tells for certain."""
+
+    def extents(self) -> Sequence[Extent]:
+        """Returns what can be offered of the arena as it is now, by offsets. Ask again once it was resized."""
+
+    def is_offered(self, extent: Extent) -> bool:
+        """Returns whether it is on offer, or was taken since."""
+
+    def offer(self, extents: Iterable[Extent], after: Event) -> None:
+        """Offers some of `extents()`, those that are to be taken first first, which nothing uses that is not before
+        `after`, until `withdraw`. Does not block.
+        """
+
+    def withdraw(self, first: int = 0, end: int | None = None) -> None:
+        """Has back all on offer that meets `[first, end)`; all there is where some was taken.
+
+        Then the arena ends before the first that was (`Arena.backed_bytes`), and what is backed above it is for nothing
+        but to be given back, by `Arena.resize`. May wait for an allocation that is under way. Idempotent.
+        """
+
+
 class Device(Protocol):
     """Where steps run: memory, copies into it, and the order of copies and compute."""
 
@@ -198,8 +256,14 @@ class Device(Protocol):
     def allocating(self) -> contextlib.AbstractContextManager[None]:
         """What the calling thread computes within is allocated where the cap binds it. Around a pass."""
 
+    def donors(self) -> Donors:
+        """Returns what takes idle memory of the arena, which was made, where compute may allocate it."""
+
     def record(self) -> Event:
         """Returns the event that completes when all compute issued so far has finished. Does not block."""
+
+    def moment(self) -> Moment:
+        """Returns when all compute issued so far has finished, to be read later. Does not block."""
 
     def wait(self, event: Event) -> None:
         """Makes compute that is issued from now on wait for `event`.
@@ -263,6 +327,28 @@ class _Complete:
 COMPLETE: Event = _Complete()
 
 
+class _NoDonors:
+    """Of an arena that nobody takes anything of."""
+
+    taken_bytes = 0
+    has_lost = False
+
+    def extents(self) -> Sequence[Extent]:
+        return ()
+
+    def is_offered(self, extent: Extent) -> bool:
+        return False
+
+    def offer(self, extents: Iterable[Extent], after: Event) -> None:
+        """Does nothing."""
+
+    def withdraw(self, first: int = 0, end: int | None = None) -> None:
+        """Does nothing."""
+
+
+NO_DONORS: Donors = _NoDonors()
+
+
 class CpuDevice:
     """Host memory. Compute is over when its call returns, so only copies are ever waited for."""
 
@@ -303,8 +389,14 @@ class CpuDevice:
     def allocating(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def donors(self) -> Donors:
+        return NO_DONORS
+
     def record(self) -> Event:
         return COMPLETE
+
+    def moment(self) -> Moment:
+        return HostMoment(time.perf_counter())
 
     def wait(self, event: Event) -> None:
         event.wait()

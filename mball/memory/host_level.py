@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from mball.memory import facts
 from mball.memory.arena import Arena
 from mball.memory.cuda_events import EventPool, StreamEvent
 from mball.memory.cuda_feed import order
-from mball.memory.device import ArenaRead, CopySource, Event, Gauge, Held, Pinned
+from mball.memory.device import NO_DONORS, ArenaRead, CopySource, Donors, Event, Gauge, Held, HostMoment, Moment, Pinned
 from mball.memory.gauge import HostGauge
 from mball.memory.pinned import CHUNK_BYTES
 from mball.memory.pinned_memory import PinnedMemory
@@ -166,9 +167,15 @@ class HostLevel:
     def allocating(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def donors(self) -> Donors:
+        return NO_DONORS
+
     def record(self) -> Event:
         self._taken = [event for event in self._taken if not event.done()]
         return _All(tuple(self._taken))
+
+    def moment(self) -> Moment:
+        return HostMoment(time.perf_counter())
 
     def wait(self, event: Event) -> None:
         """Does nothing: `take_out` waits for each read itself."""

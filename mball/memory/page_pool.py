@@ -114,9 +114,9 @@ class PagePool:
         self.give([page.handle for page in pages])
 
     def disown(self, handles: Sequence[int]) -> None:
-        """Forgets pages that were lent and are somebody else's now, such as a donor's that was taken."""
+        """Forgets pages that were lent and are somebody else's now, such as a donor's that was taken. Idempotent."""
         for handle in handles:
-            del self._sizes[handle]
+            self._sizes.pop(handle, None)
 
     def reclaim(self, used: Collection[int]) -> None:
         """Takes back what was lent and is not in `used`: an interrupt came while it changed hands."""

@@ -44,7 +44,8 @@ class Report:
         peak_bytes: the most that weights, buffers and predicted activations took together.
         slot_bytes: of the arena, what is not for residents.
         workspace_bytes: of the activations, the most that is for what operators of one step allocate inside.
-        scratch_bytes: what the budget has for what the allocator keeps beside tensors.
+        scratch_bytes: what the budget has for what the allocator keeps beside tensors, and for what was taken before.
+        taken_bytes: what operators took of the arena so far, where they found no memory; with `allocator="mball"`.
         pinned_bytes: host memory that is pinned for the device, beside the budget.
         pinning_s: what pinning took so far.
         capture_bytes: what captured graphs hold, in the compiler too; in the budget if `capture_is_counted`.
@@ -74,6 +75,7 @@ class Report:
     slot_bytes: int
     workspace_bytes: int
     scratch_bytes: int
+    taken_bytes: int
     pinned_bytes: int
     pinning_s: float
     capture_bytes: int
@@ -135,6 +137,7 @@ class Report:
                 f"{format_bytes(self.scratch_bytes)}, buffers {format_bytes(self.buffer_bytes)}"
                 f"{self._graphs_in_words()}",
             ),
+            *((("taken", f"{format_bytes(self.taken_bytes)} of the arena by operators"),) if self.taken_bytes else ()),
             *(
                 (("beside it", f"{format_bytes(self.pinned_bytes)} of host memory, pinned in {self.pinning_s:.2f} s"),)
                 if self.pinned_bytes

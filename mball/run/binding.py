@@ -2,6 +2,12 @@
 
 User code always sees homes. Only inside an operator is a home exchanged for the slot that holds
 its bytes; views stay views of homes, and writes go to homes.
+
+[Note: autocast on another device] Autocast comes before the dispatch mode, and casts what lies on its device: not
+homes, which lie in host memory. So an operator that was called under it is called so again, with slots: what it cast
+already it leaves as it is, and weights are cast as if they had been there from the start. Where a function is more than
+one operator that is too late, so `CastWeights` is asked before. A matrix product within a `tensordot`, which casts to
+the widest type and never to a narrow one, stays as it is; the weights of a group norm are cast as its input was.
 """
 
 from __future__ import annotations
@@ -13,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map
 
+from mball.errors import WrapError
 from mball.lookups import gathered_bytes, is_index, is_table, lookup_of
 from mball.run.segments import OperatorReads
-from mball.torch_private.dispatch import TorchDispatchMode
+from mball.torch_private.dispatch import CastWeights, TorchDispatchMode, autocast_again, casts_here
 from mball.torch_private.operators import can_run_again, writes_and_aliases
 from mball.torch_private.tensors import storage_key
 
@@ -28,12 +35,14 @@ class BindingMode(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, casting: CastWeights) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not type its modes
         self.engine = engine
         self.paused = False
         self.watched = 0  # operators so far
         self._entered: tuple[int, int] | None = None  # where the engine was when the last operator entered
+        self._casting = casting
+        self._device_type = engine.place.type
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -107,9 +116,34 @@ class BindingMode(TorchDispatchMode):
                     return value if weight is None or weight not in views else _same_view(value, views[weight])
                 return tree_map(bind, value) if isinstance(value, (list, tuple, dict)) else value
 
-            return func(*map(bind, args), **{name: bind(value) for name, value in kwargs.items()})
+            bound, named = tuple(map(bind, args)), {name: bind(value) for name, value in kwargs.items()}
+            if self._device_type != "cpu" and casts_here(self._device_type):
+                return self._cast(func, args, bound, named)
+            return func(*bound, **named)
         finally:
             self.engine.leave_operator()
+
+    def _cast(self, func: Any, args: tuple[Any, ...], bound: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Returns what an operator that was called under autocast makes of `bound`, for which it was given `args`.
+
+        Raises:
+            WrapError: nobody knows whether it is a part of a linear layer.
+        """
+        fast = torch.get_autocast_dtype(self._device_type)
+        cast = {value.dtype for value, given in zip(bound, args, strict=True) if value is given and _is_float(value)}
+        if func is _GROUP_NORM:
+            (dtype,) = cast
+            return func(bound[0], *(_as(value, dtype) for value in bound[1:3]), *bound[3:], **named)
+        if func is _MATRIX_PRODUCT and cast - {fast}:
+            return func(*bound, **named)
+        if func is _ADDITION and cast == {fast} != {bound[1].dtype} and not self._casting.num_open:
+            raise WrapError(
+                f"a weight of {bound[1].dtype} is added to {fast} under torch.autocast({self._device_type!r}), between "
+                "captured graphs or where autocast began within the model, and it may be the bias of a linear layer: "
+                "have autocast begin around the call of the model, and wrap it with capture='operators'"
+            )
+        with autocast_again(self._device_type):
+            return func(*bound, **named)
 
     def _lookup(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], weights: tuple[int, ...]
@@ -133,6 +167,9 @@ class BindingMode(TorchDispatchMode):
 
 
 _STRIDED = torch.strided
+_GROUP_NORM = torch.ops.aten.native_group_norm.default
+_MATRIX_PRODUCT = torch.ops.aten.mm.default
+_ADDITION = torch.ops.aten.add.Tensor
 _facts = cache(writes_and_aliases)
 
 
@@ -165,6 +202,14 @@ def _same_view(home: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     if home.is_conj():
         view = view.conj()
     return torch._neg_view(view) if home.is_neg() else view
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
 
 def _flat(slot: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from mball.run.household import Household
 from mball.run.placed import names_of
 from mball.run.tiers import kind_of
 from mball.torch_private.calls import plain_call, set_call
-from mball.torch_private.dispatch import is_only_mode, no_autocast_cache, without_dispatch
+from mball.torch_private.dispatch import CastWeights, is_active, is_only_mode, no_autocast_cache, without_dispatch
 from mball.torch_private.tensors import is_subclass
 
 _R = TypeVar("_R")
@@ -55,7 +56,8 @@ class Gate:
         self, engine: Engine, parameters: Sequence[tuple[torch.nn.Parameter, int]], roots: Sequence[torch.nn.Module]
     ) -> None:
         self.engine = engine
-        self.mode = BindingMode(engine)
+        self._casting = CastWeights(engine.place.type, engine.homes.has)
+        self.mode = BindingMode(engine, self._casting)
         self._tenants = [tenant_of(engine, parameter, weight) for parameter, weight in parameters]
         self._require_grad: list[bool] = []
         self._managed = {id(parameter) for parameter, _ in parameters}
@@ -72,10 +74,14 @@ class Gate:
 
         Raises:
             AutogradError: autograd would record through streamed weights.
-            WrapError: a weight was exchanged, converted or added behind mball's back; or autocast cannot be followed.
+            WrapError: a weight was exchanged, converted or added behind mball's back; or autocast is on for the CPU
+                where steps compute elsewhere.
             DeviceError: an operator found no memory.
         """
         engine = self.engine
+        # Also in a thread of autograd's, which computes a checkpoint again: who holds the lock waits for it to end.
+        if is_active(self.mode):
+            return call(*args, **kwargs)
         with engine.lock:
             if engine.passing.locked():
                 return call(*args, **kwargs)
@@ -91,7 +97,8 @@ class Gate:
             check_autocast(self.engine.place)
             self._follow_requires_grad()
             self.mode.paused = False
-            with no_autocast_cache(), self.engine.execution.device.allocating(), self.mode:
+            casting = self._casting if torch.is_autocast_enabled(self.engine.place.type) else nullcontext()
+            with no_autocast_cache(), self.engine.execution.device.allocating(), self.mode, casting:
                 result = call(*args, **kwargs)
             self.engine.end_pass()
         except torch.OutOfMemoryError as error:
@@ -174,23 +181,12 @@ def check_autograd(tenants: Iterable[Tenant], args: Sequence[Any], kwargs: Mappi
 
 
 def check_autocast(place: torch.device) -> None:
-    """Raises WrapError under autocast of another device than the one that weights lie on: it would not cast them."""
-    if place.type != "cpu" and torch.is_autocast_enabled(place.type):
+    """Raises WrapError under autocast for the CPU where steps compute elsewhere: it would cast homes, and no input."""
+    if place.type != "cpu" and torch.is_autocast_enabled("cpu"):
         raise WrapError(
-            f"torch.autocast({place.type!r}) casts what lies on that device, and weights lie in host memory: convert "
-            "the model before it is wrapped (model.to(torch.bfloat16)), and call it without autocast"
+            f"torch.autocast('cpu') is on, and the model computes on {str(place)!r}, where that casts nothing: use "
+            f"torch.autocast({place.type!r}), or leave it out"
         )
-
-
-def check_graph_inputs(args: Iterable[Any]) -> None:
-    """Raises AutogradError when grad mode is on and an input of a captured graph requires grad."""
-    if torch.is_grad_enabled():
-        for value in args:
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                raise AutogradError(
-                    "a tensor that requires grad reaches a captured graph while grad mode is on, so autograd would "
-                    "record through streamed weights: run the model under torch.no_grad() or torch.inference_mode()"
-                )
 
 
 def hang_door(module: torch.nn.Module, gate: Gate, inner: Callable[..., Any] | None = None) -> None:

@@ -25,13 +25,13 @@ from mball.run.capture_cost import CaptureCost
 from mball.run.correction import Correction
 from mball.run.execution import Bound, Execution
 from mball.run.homes import Home, HomeFile, Homes
-from mball.run.operator_room import GROWTH_SHARE, OperatorRoom
+from mball.run.more_room import MoreRoom, full, lost, refusal
+from mball.run.operator_room import OperatorRoom
 from mball.run.pass_meter import PassEnd, PassMeter, Retimer
 from mball.run.pass_plans import PassPlan, PassPlans, Planner, Stretch
 from mball.run.segments import OperatorReads, OperatorSegment, Segment
 from mball.run.step_graphs import StepGraphs
 from mball.schema import Plan, Trace
-from mball.units import format_bytes
 
 # A plan that keeps less for operators takes over when this part of the budget becomes free for weights.
 WORTHWHILE_SHARE = 32
@@ -112,6 +112,7 @@ class Engine:
             ledger.budget_bytes,
             lambda: self.step_graph_bytes,
         )
+        self._more_room = MoreRoom(self.plans, self.room, self.allocator, self._planned)
         self._unclear = False  # a pass began and did not end
         self._collecting = False  # written homes are being found
         self._closed = False
@@ -289,6 +290,8 @@ class Engine:
         self._unclear = False
 
     def _learn(self, ended: PassEnd) -> None:
+        self.execution.claim(None)  # nothing is on offer between passes
+        self._note_taken()
         self.meter.end(ended)
         active, tape = self._active, tuple(self._tape)
         if active is not None and tape == active.tape.keys and self.meter.calls_for_another_plan(active):
@@ -316,6 +319,7 @@ class Engine:
             BudgetError: the graph's steps do not fit the budget; nothing was changed.
         """
         self._segments[segment.key] = segment
+        self._heed_taken()
         position = self._seek(segment.key)
         if position is None:
             position = self._replan(segment.key)
@@ -329,11 +333,16 @@ class Engine:
 
     def enter(self, step: int) -> tuple[torch.Tensor, ...]:
         """Returns the weights that the running graph's step `step` reads; see Execution.enter."""
+        assert self._active is not None
         assert self._stretch is not None
         planned = self._stretch.steps[step]
         if planned != self._step:
             if self._step >= 0:
                 self.execution.leave(self._step)
+            if not self.execution.claim(planned):
+                self._heed_taken()
+                self._stretch = self._active.stretches[self._position - 1]
+                planned = self._stretch.steps[step]
             self._step = planned
             self._handed = self.execution.enter(planned)
         return self._handed[self._stretch.places[step]]
@@ -368,6 +377,7 @@ class Engine:
         """
         key, weights = self._operator(reads, name).key, reads.weights
         self.room.note_live(self.live.current)
+        self._heed_taken()
         position = self._seek(key)
         if position is None and self._must_replan(key, reads):
             position = self._replan(key)
@@ -379,6 +389,9 @@ class Engine:
             # Going elsewhere in the plan, and back, would bring all that is read there.
             position = None
         assert self._active is not None
+        step = None if position is None else self._active.stretches[position].steps[0]
+        if not self.execution.claim(step):  # it was taken in this very moment
+            return self.enter_operator(reads, name)
         self._tape.append(key)
         self.weights_read.update(weights)
         self.num_steps = len(self._active.plan.steps)
@@ -387,14 +400,15 @@ class Engine:
             if reads.rows_bytes is not None:
                 return {weights[0]: self.execution.look_up(weights[0])}
             return dict(zip(weights, self.execution.on_demand(weights), strict=True))
+        assert step is not None
         self._position = position + 1
-        self._operator_step = self._active.stretches[position].steps[0]
-        (views,) = self.execution.enter(self._operator_step)
+        self._operator_step = step
+        (views,) = self.execution.enter(step)
         return dict(zip(weights, views, strict=True))
 
     def _must_replan(self, key: Hashable, reads: OperatorReads) -> bool:
         active = self._active
-        if active is None or active.reserve < self.room.needed_bytes:
+        if active is None or self.execution.is_short or active.reserve < self.room.needed_bytes:
             return True
         if not self._tape and (self._stale or key in self._next):
             return True
@@ -429,7 +443,7 @@ class Engine:
     def _seek(self, key: Hashable) -> int | None:
         """Returns where the active tape has segment `key`: as expected, else at the next place, else None."""
         active = self._active
-        if active is None:
+        if active is None or self.execution.is_short:
             return None
         keys = active.tape.segments
         position = self._position if self._position < len(keys) else 0
@@ -475,11 +489,11 @@ class Engine:
         arena_bytes = self.execution.arena.bytes_of(plan.arena_bytes)
         beside_bytes = self.budget_bytes - planned.graph_bytes - plan.budget_bytes
         scratch_bytes = min(self.allocator.share_of(self.budget_bytes), beside_bytes)
-        capture_bytes = beside_bytes - scratch_bytes
+        capture_bytes = beside_bytes - scratch_bytes - planned.taken_bytes
         ledger.set(Kind.ARENA, arena_bytes)
         ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
         ledger.set(Kind.GRAPHS, planned.graph_bytes)
-        ledger.set(Kind.SCRATCH, scratch_bytes)
+        ledger.set(Kind.SCRATCH, scratch_bytes + planned.taken_bytes)
         ledger.set(Kind.CAPTURE, capture_bytes)
         self._active = None  # until the plan is adopted whole: `recover` sees by this what an interrupt left
         gathered = [{gather.tensor for gather in step.gathers} for step in planned.tape.trace.steps]
@@ -505,7 +519,7 @@ class Engine:
 
         Returns whether there is more room now.
         """
-        planned = self._with_more_room()
+        planned = self._more_room.plan(self._active)
         if planned is None:
             return False
         if entered is not None:
@@ -515,6 +529,31 @@ class Engine:
         self._adopt(planned)
         return True
 
+    def _note_taken(self) -> PassPlan | None:
+        """Plans with more room from now on if operators took memory of the arena; returns a plan for what is left.
+
+        None where they took none; or where there is no such plan: between passes the arena grows again.
+        """
+        if not (self.execution.idle.has_lost or self.execution.is_short) or self.execution.claim(None):
+            return None
+        assert self._active is not None
+        taken_bytes = self._active.plan.arena_bytes - self.execution.left_bytes
+        planned = self._more_room.without(self._active, taken_bytes)
+        self._stale = True
+        return planned
+
+    def _heed_taken(self) -> None:
+        """Goes on with a plan for what operators left of the arena, if they took some; no step is in use.
+
+        Raises DeviceError: there is none.
+        """
+        planned = self._note_taken()
+        if self._tape and self.execution.is_short:
+            if planned is None:
+                raise lost(self.budget_bytes, self.execution.arena.backed_bytes)
+            self.allocator.hold()
+            self._adopt(planned)
+
     @property
     def here(self) -> tuple[int, int]:
         """Where the pass is: what comes next in the active tape, and how much ran."""
@@ -522,49 +561,13 @@ class Engine:
 
     def refused(self, error: torch.OutOfMemoryError) -> DeviceError:
         """Returns what to raise where a pass found no memory and has ended; the next one is planned with more room."""
-        left_bytes, arena_bytes = self.allocator.left_bytes, self.execution.arena.taken_bytes
-        device_said = f"The device said: {str(error).partition(' If ')[0]}"
+        arena_bytes = self.execution.arena.taken_bytes
         if not self.allocator.was_capped:
-            return DeviceError(
-                f"an operator found no memory on a device that is full: a budget of {format_bytes(self.budget_bytes)} "
-                f"({self.budget_bytes} bytes), of which the arena has {arena_bytes} bytes, is more than others leave. "
-                f"Free memory of the device, or lower the budget (mball.set_budget). {device_said}"
-            )
+            return full(error, self.budget_bytes, arena_bytes)
         self.allocator.forget()
-        if self._with_more_room() is not None:
-            self._stale = True
-            way_out = "the next call leaves more room; call it again, or"
-        else:
-            way_out = "no plan leaves more:"
-        left = "" if left_bytes is None else f", which leaves {left_bytes} bytes to operators"
-        return DeviceError(
-            f"an operator found no memory under a budget of {format_bytes(self.budget_bytes)} ({self.budget_bytes} "
-            f"bytes), of which the arena has {arena_bytes} bytes{left}: {way_out} raise the budget "
-            f"(mball.set_budget), or compute less at one time. {device_said}"
-        )
-
-    def _with_more_room(self) -> PassPlan | None:
-        """Returns a plan like the active one with a smaller arena; None if there is none, and nothing is changed."""
-        active, room, allocator = self._active, self.room, self.allocator
-        if active is None:
-            return None
-        before = room.missed_bytes, allocator.kept_bytes
-        while max(room.missed_bytes, allocator.kept_bytes) < self.budget_bytes:
-            # Nobody tells how much it was: twice as much each time.
-            if active.has_operators:
-                room.missed_bytes = max(2 * room.missed_bytes, self.budget_bytes // GROWTH_SHARE)
-            else:
-                allocator.kept_bytes = max(2 * allocator.kept_bytes, self.budget_bytes // GROWTH_SHARE)
-                self.plans.clear()
-            try:
-                planned = self._planned(active.tape.keys)
-            except BudgetError:
-                break
-            if planned.plan.arena_bytes < active.plan.arena_bytes:
-                return planned
-        room.missed_bytes, allocator.kept_bytes = before
-        self.plans.clear()  # those that were tried are for other figures
-        return None
+        has_more = self._more_room.plan(self._active) is not None
+        self._stale |= has_more
+        return refusal(error, self.budget_bytes, arena_bytes, self.allocator.left_bytes, has_more=has_more)
 
     def _reserve_of(self, planned: PassPlan) -> int:
         return self.room.needed_bytes if planned.has_operators else 0

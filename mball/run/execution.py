@@ -13,9 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -25,9 +24,11 @@ from mball.memory.device import COMPLETE
 from mball.run.copy_order import CopyOrder
 from mball.run.file_read import FileRead
 from mball.run.homes import Homes
-from mball.run.recorder import ReadRecord, Recorder
+from mball.run.idle import IdleExtents
+from mball.run.recorder import Recorder
 from mball.run.rows import RowsAtHome
-from mball.run.slot_leaks import SlotView, watch
+from mball.run.slot_leaks import watch
+from mball.run.slots import Occupant, SlotViews
 from mball.schema import Bundle, Plan
 
 logger = logging.getLogger(__name__)
@@ -51,31 +52,6 @@ class _NotStarted:
 
 
 _NOT_STARTED = _NotStarted()
-
-
-@dataclass(slots=True, eq=False)
-class Occupant:
-    """A bundle at its place in the arena, and the event that makes it valid (None: it is valid).
-
-    `planned` is False where the place was not chosen by the plan, but for an operator that came unannounced.
-    """
-
-    bundle: Bundle
-    offset_bytes: int
-    event: Event | None
-    planned: bool = True
-    views: dict[int, torch.Tensor] = field(default_factory=dict)
-    record: ReadRecord | None = None
-
-    @property
-    def end_bytes(self) -> int:
-        return self.offset_bytes + self.bundle.size_bytes
-
-    def settle(self) -> None:
-        """Says that its copy is over."""
-        if self.record is not None:
-            self.record.settle()
-        self.event = None
 
 
 @dataclass(slots=True)
@@ -106,6 +82,7 @@ class Execution:
         self.counters = Counters()
         self.recorder = Recorder()
         self.rows = RowsAtHome(device, homes)
+        self.idle = IdleExtents(device.donors())
         self.plan: Plan | None = None
         self._occupants: dict[int, Occupant] = {}
         self._in_use: tuple[int, ...] = ()
@@ -118,9 +95,10 @@ class Execution:
         self._released: Event = COMPLETE  # nothing was computed in the arena yet
         # Copies that steps wait for. Where compute is late nobody knows yet how they end, and compute cannot say.
         self._landing: list[tuple[Occupant, Event]] = []
-        self._views: dict[tuple[int, int], torch.Tensor] = {}
+        self._views = SlotViews(arena, homes)
         self._bound: list[tuple[tuple[Occupant, ...], Bound] | None] = []
         self._step_weights: list[tuple[tuple[int, ...], ...]] = []
+        self._taken_before_bytes = 0  # of the arena, before the plan was adopted
         self._tables: list[frozenset[int]] = []  # of each step what it looks up rows of and the plan does not bring
 
     # -- plans ---------------------------------------------------------------------------------------------------
@@ -134,6 +112,7 @@ class Execution:
             gathered: those of which it only looks up rows.
         """
         assert not self._in_use
+        self._have_all_back()
         known = {bundle: index for index, bundle in enumerate(plan.bundles)}
         resident = {placement.bundle: placement.offset_bytes for placement in plan.residents}
         for number, occupant in list(self._occupants.items()):
@@ -162,17 +141,22 @@ class Execution:
             for step in plan.steps
         ]
         self._bound = [None] * count
+        uses = [
+            {*step.reads, *(self._bundle_of_weight[weight] for weight in tables)}
+            for step, tables in zip(plan.steps, self._tables, strict=True)
+        ]
+        self.idle.adopt(plan, uses)
+        self._taken_before_bytes = self.idle.taken_bytes
         if self.below is not None:
             nothing: list[tuple[int, ...]] = [()] * len(plan.transfers)
             self.below.adopt(plan.below(), nothing, nothing)
             self._copy_order = CopyOrder(plan.transfers, count)
         self._expect()
-        if len(self._views) > 8 * len(self.homes):
-            self._views.clear()
+        self._views.trim()
 
     def _resize(self, num_bytes: int) -> None:
         """Resizes the arena, so that it takes no more than that."""
-        if num_bytes < self.arena.backed_bytes:
+        if num_bytes < self.arena.reach_bytes:
             cut = self.arena.cut_at(num_bytes)
             if cut < num_bytes:  # memory comes in pieces, and what lies in one that is cut comes anew
                 for bundle in [n for n, occupant in self._occupants.items() if occupant.end_bytes > cut]:
@@ -196,6 +180,49 @@ class Execution:
         self._bound = [None] * len(self._bound)
         for occupant in self._occupants.values():
             occupant.views.clear()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether operators took so much of the arena that the plan cannot be executed: adopt one that is smaller."""
+        return self.plan is not None and self.arena.backed_bytes < self.arena.bytes_of(self.plan.arena_bytes)
+
+    @property
+    def left_bytes(self) -> int:
+        """What a plan may take of the arena, once operators have taken some."""
+        assert self.plan is not None
+        return self.plan.arena_bytes - (self.idle.taken_bytes - self._taken_before_bytes)
+
+    def claim(self, step: int | None) -> bool:
+        """Has back what is on offer of what entering `step` uses, None: anything; nothing is in use.
+
+        Returns whether the plan can be executed. If not, operators took some of the arena, and what lay there and above
+        is forgotten.
+        """
+        assert not self._in_use
+        if self.idle.is_possible:
+            if step is not None and step == self._cursor and self._is_there(step):
+                self.idle.claim(step)
+            else:  # what is brought evicts others
+                self.idle.withdraw()
+        if not self.is_short:
+            return True
+        self._have_all_back()
+        return False
+
+    def _is_there(self, step: int) -> bool:
+        """Returns whether the step's bundles are where the plan has them, or on their way."""
+        assert self.plan is not None
+        found = map(self._occupants.get, self.plan.steps[step].reads)
+        return all(occupant is not None and occupant.planned for occupant in found)
+
+    def _have_all_back(self) -> None:
+        """Has all back that is on offer, and forgets what lay in memory that was taken, and above it."""
+        self.idle.withdraw()
+        lost = [bundle for bundle, each in self._occupants.items() if each.end_bytes > self.arena.backed_bytes]
+        for bundle in lost:
+            self._evict(bundle)
+        if self.arena.backed_bytes < self.arena.reach_bytes:
+            self._resize(self.arena.backed_bytes)
 
     def holds(self, weights: Iterable[int]) -> bool:
         """Returns whether the bundles of `weights` are all in the arena, or on their way."""
@@ -231,6 +258,7 @@ class Execution:
         if tables := self._tables[step]:
             occupants += self._present(tables)
         bound = self._bind(step, tuple(occupants))
+        self._offer(occupants)
         self.recorder.entered(step)
         return bound
 
@@ -272,7 +300,8 @@ class Execution:
             self._bring(bundle, offset, planned=False)
             self.counters.unplanned_fetches += 1
         occupants = {bundle: self._land(bundle) for bundle in bundles}
-        views = tuple(self._view(weight, occupants[self._bundle_of_weight[weight]]) for weight in weights)
+        views = tuple(self._views.of(weight, occupants[self._bundle_of_weight[weight]]) for weight in weights)
+        self._offer(occupants.values())
         self.recorder.entered(tuple(weights))
         return views
 
@@ -285,7 +314,8 @@ class Execution:
         assert self.plan is not None
         assert not self._in_use
         there = self._present((weight,))
-        view = self._view(weight, there[0]) if there else self.rows.view(weight)
+        view = self._views.of(weight, there[0]) if there else self.rows.view(weight)
+        self._offer(there)
         self.recorder.entered((weight,))
         return view
 
@@ -308,6 +338,11 @@ class Execution:
         self._in_use = ()
         self._released = self.device.record()
         self.counters.bytes_read += self.rows.leave()
+        self._offer(())
+
+    def _offer(self, in_use: Iterable[Occupant]) -> None:
+        """Offers what is idle to operators that find no memory."""
+        self.idle.offer(self._occupants.values(), in_use, self._released)
 
     def catch_up(self) -> None:
         """Blocks until all compute that was issued is over."""
@@ -337,6 +372,7 @@ class Execution:
         self.device.synchronize()
         with contextlib.suppress(*_CopyErrors):  # the pass failed anyway
             self._hear()
+        self._have_all_back()
         for bundle, occupant in list(self._occupants.items()):
             if occupant.event is not None:
                 self._evict(bundle)
@@ -349,6 +385,7 @@ class Execution:
 
         Then call `adopt`.
         """
+        self._have_all_back()
         for bundle in list(self._occupants):
             self._evict(bundle)
         self.plan = None
@@ -377,6 +414,7 @@ class Execution:
             return
         self._in_use = ()
         try:
+            self.idle.withdraw()
             self.catch_up()
         except GpuLostError as error:
             logger.warning("nothing of a lost GPU is waited for: %s", error)
@@ -384,7 +422,7 @@ class Execution:
             try:
                 self.device.close()
             finally:
-                views = self._handed_out()
+                views = self._views.handed_out()
                 self._occupants.clear()
                 self._landing.clear()
                 self._views.clear()
@@ -394,13 +432,6 @@ class Execution:
                 watch(views)
                 if self.below is not None:
                     self.below.close()
-
-    def _handed_out(self) -> list[SlotView]:
-        names, taken_bytes = [home.name for home in self.homes.homes], self.arena.taken_bytes
-        return [
-            SlotView(names[weight], weakref.ref(view.untyped_storage()), taken_bytes)
-            for (weight, _), view in self._views.items()
-        ]
 
     # -- transfers -----------------------------------------------------------------------------------------------
 
@@ -556,6 +587,7 @@ class Execution:
 
     def _evict(self, bundle: int) -> None:
         occupant = self._occupants[bundle]
+        self.idle.withdraw(occupant.offset_bytes, occupant.end_bytes)
         if occupant.event is not None:
             # Nobody reads these bytes; who needs them reads them again and sees the error.
             with contextlib.suppress(*_CopyErrors):
@@ -566,7 +598,8 @@ class Execution:
         del self._occupants[bundle]
         for view in occupant.views.values():
             torch.autograd.graph.increment_version(view)
-        self.device.discard(occupant.offset_bytes, occupant.bundle.size_bytes)
+        if occupant.end_bytes <= self.arena.backed_bytes:  # else nobody may touch it
+            self.device.discard(occupant.offset_bytes, occupant.bundle.size_bytes)
 
     # -- views ---------------------------------------------------------------------------------------------------
 
@@ -580,26 +613,11 @@ class Execution:
             return cached[1]
         by_weight = {weight: occupant for occupant in occupants for weight in occupant.bundle.tensors}
         views = tuple(
-            tuple(at_home[weight] if weight in at_home else self._view(weight, by_weight[weight]) for weight in weights)
+            tuple(
+                at_home[weight] if weight in at_home else self._views.of(weight, by_weight[weight])
+                for weight in weights
+            )
             for weights in self._step_weights[step]
         )
         self._bound[step] = (occupants, views)
         return views
-
-    def _view(self, weight: int, occupant: Occupant) -> torch.Tensor:
-        view = occupant.views.get(weight)
-        if view is None:
-            place = occupant.bundle.tensors.index(weight)
-            offset = occupant.offset_bytes + occupant.bundle.offsets_bytes[place]
-            view = self._views.get((weight, offset))
-            if view is None:
-                like = self.homes.homes[weight]
-                with torch.inference_mode(False):
-                    length = like.span_bytes // like.tensor.element_size()
-                    flat = self.arena.tensor(offset, like.tensor.dtype, (length,))
-                    # No view in autograd's eyes, as a Parameter is none: ATen asks the base whether it requires grad.
-                    view = flat.as_strided(like.tensor.shape, like.tensor.stride()).data
-                    view.requires_grad_(self.homes.requires_grad[weight])
-                self._views[(weight, offset)] = view
-            occupant.views[weight] = view
-        return view

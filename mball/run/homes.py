@@ -195,6 +195,22 @@ class HomeFile:
             pieces.append(Piece(file, offset, end - first, shift))
         return pieces
 
+    def verify(self, first: int, end: int, *, again: bool = True) -> None:
+        """Holds what the swap file has of pages `[first, end)` of the file against its checksums.
+
+        Args:
+            first, end: bytes of the file, multiples of the page, of which nothing was written to since it was settled.
+            again: whether also what was right when it was read before; see `SwapFile.verify`.
+
+        Raises:
+            StorageError: something else was written there.
+        """
+        if self.is_swap or self._moved:
+            extent = Extent(file=self.name, offset_bytes=first, size_bytes=end - first, slot_offset_bytes=0)
+            for piece in self.resolve(extent):
+                if piece.file == self.swap.name:
+                    self.swap.verify(piece.offset_bytes, piece.size_bytes, again=again)
+
 
 class Homes:
     """All homes of one engine, in the order of its weights."""
@@ -272,10 +288,15 @@ class Homes:
     def prefetch_rows(self, weight: int, indices: torch.Tensor) -> int:
         """Has these rows of a home read at once, before somebody waits for one after another; returns their bytes.
 
+        What the swap file has of their pages is held against its checksums, as `SwapCheck` says: mostly the first time.
+
         Args:
             weight: whose rows lie one after another.
             indices: the numbers of the rows, in any order and shape, negative ones from the end. What is out of range
                 is left out: whoever looks it up will say so.
+
+        Raises:
+            StorageError: something else was written there.
         """
         file, home = self._file_of_weight[weight], self.homes[weight]
         num_rows = home.tensor.shape[0]
@@ -291,6 +312,8 @@ class Homes:
             else:
                 ranges.append((first, end))
         file.mapping.prefetch(ranges)
+        for first, end in ranges:
+            file.verify(first + file.mapped_from, end + file.mapped_from, again=False)
         return sum(end - first for first, end in ranges)
 
     def give_back(self, weight: int) -> int:
@@ -327,12 +350,9 @@ class Homes:
             StorageError: something else was written there.
         """
         home = self.homes[weight]
-        first, end = home.offset_bytes, home.offset_bytes + home.span_bytes
-        for begin, stop in self._file_of[home.file].unwritten(first, end):
-            extent = Extent(file=home.file, offset_bytes=begin, size_bytes=stop - begin, slot_offset_bytes=0)
-            for piece in self._file_of[home.file].resolve(extent):
-                if piece.file == self.swap.name:
-                    self.swap.verify(piece.offset_bytes, piece.size_bytes)
+        file = self._file_of[home.file]
+        for first, end in file.unwritten(home.offset_bytes, home.offset_bytes + home.span_bytes):
+            file.verify(first, end)
 
     def close(self) -> None:
         """Closes the swap file. Homes that somebody still holds stay readable. Idempotent."""

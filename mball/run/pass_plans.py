@@ -55,6 +55,7 @@ class PassPlan:
         has_operators: whether there are such operators.
         workspace_fits: whether there is room for what operators allocate inside.
         graph_bytes: the bytes that are kept for steps that are recorded.
+        taken_bytes: the bytes that are kept for what captured graphs were seen to take that nobody foresaw.
     """
 
     tape: Tape
@@ -65,19 +66,26 @@ class PassPlan:
     has_operators: bool
     workspace_fits: bool
     graph_bytes: int
+    taken_bytes: int
 
 
 class _Fit(NamedTuple):
-    """What a plan is to leave: bytes for operators, and of the limit for recorded steps; and whether for workspace."""
+    """What a plan is to leave: bytes for operators, of the limit for recorded steps, and whether for workspace.
+
+    And beside the limit what was taken, that nobody foresaw.
+    """
 
     reserve: int
     limit: int
     workspace: bool
     graph_bytes: int
+    taken_bytes: int = 0
 
 
 # By the keys of the tape and what was wished to be kept for operators.
 _Known = OrderedDict[tuple[tuple[Hashable, ...], int], PassPlan]
+# The budget, the plans, what was taken by passes, and the room for operators.
+PlansState = tuple[int, _Known, dict[tuple[Hashable, ...], int], RoomState]
 
 
 class PassPlans:
@@ -114,6 +122,7 @@ class PassPlans:
         self._budget_bytes = budget_bytes
         self._graph_bytes = graph_bytes
         self._known: _Known = OrderedDict()
+        self._taken: dict[tuple[Hashable, ...], int] = {}  # by the keys of the tape
         self.gathers = True
 
     @property
@@ -121,18 +130,18 @@ class PassPlans:
         """The budget."""
         return self._budget_bytes
 
-    def state(self) -> tuple[int, _Known, RoomState]:
+    def state(self) -> PlansState:
         """Returns what `restore` takes."""
-        return self._budget_bytes, self._known, self._room.state()
+        return self._budget_bytes, self._known, self._taken, self._room.state()
 
     def set_budget(self, budget_bytes: int) -> None:
         """Plans for another budget from now on."""
-        self._budget_bytes, self._known = budget_bytes, OrderedDict()
+        self._budget_bytes, self._known, self._taken = budget_bytes, OrderedDict(), {}
         self._room.set_budget(budget_bytes)
 
-    def restore(self, state: tuple[int, _Known, RoomState]) -> None:
+    def restore(self, state: PlansState) -> None:
         """Goes back to the budget, the plans and the room for operators that there were."""
-        self._budget_bytes, self._known, room = state
+        self._budget_bytes, self._known, self._taken, room = state
         self._room.restore(room)
 
     def check(self, weights: tuple[Tensor, ...], passes: Iterable[Sequence[Segment]]) -> None:
@@ -192,10 +201,20 @@ class PassPlans:
         self._correction.forget(keys)
         for tape, wished in [plan for plan in self._known if not set(plan[0]).isdisjoint(keys)]:
             del self._known[tape, wished]
+        self._taken = {tape: size for tape, size in self._taken.items() if set(tape).isdisjoint(keys)}
 
     def clear(self) -> None:
         """Forgets all plans."""
         self._known.clear()
+
+    def taken_bytes(self, keys: tuple[Hashable, ...]) -> int:
+        """Returns what graphs of a pass of these segments took that nobody foresaw."""
+        return self._taken.get(keys, 0)
+
+    def note_taken(self, keys: tuple[Hashable, ...], num_bytes: int) -> None:
+        """Says how much that is: plans leave it from now on."""
+        self._taken[keys] = num_bytes
+        self.clear()
 
     def _make(
         self, weights: tuple[Tensor, ...], segments: Sequence[Segment], previous: Plan | None, operators: bool
@@ -215,7 +234,15 @@ class PassPlans:
             format_bytes(plan.activation_bytes),
         )
         return PassPlan(
-            tape, plan, _stretches(tape, plan), positions, fit.reserve, operators, fit.workspace, fit.graph_bytes
+            tape,
+            plan,
+            _stretches(tape, plan),
+            positions,
+            fit.reserve,
+            operators,
+            fit.workspace,
+            fit.graph_bytes,
+            fit.taken_bytes,
         )
 
     def _fit(
@@ -224,16 +251,19 @@ class PassPlans:
         """Returns a tape of these segments, its plan, and what that leaves for others.
 
         What is only wished for, measured or guessed yields: recorded steps first, then room to grow, then capture and
-        what the allocator keeps, then workspace.
+        what the allocator keeps, then workspace. What was taken, and may not be again, goes before all of them.
         """
         name, budget = f"pass of {len(segments)} segments", self._budget_bytes
         without_capture = budget - self._capture.share_of(budget) - self._allocator.share_of(budget)
         needed, wished = (self._room.needed_bytes, self._room.wished_bytes) if operators else (0, 0)
-        slower = self._correction.slower(tuple(segment.key for segment in segments))
+        keys = tuple(segment.key for segment in segments)
+        slower = self._correction.slower(keys)
         graphs = self._graph_bytes()
         attempts = [_Fit(wished, without_capture, True, graphs), _Fit(needed, without_capture, True, graphs)]
         attempts += [_Fit(wished, without_capture, True, 0), _Fit(needed, without_capture, True, 0)]
         attempts += [_Fit(needed, budget, True, 0), _Fit(needed, budget, False, 0)]
+        if taken := self.taken_bytes(keys):
+            attempts = [fit._replace(limit=fit.limit - taken, taken_bytes=taken) for fit in attempts] + attempts
         refused: list[BudgetError] = []
         for fit in dict.fromkeys(attempts):
             tape = make_tape(

@@ -44,13 +44,16 @@ class RowsAtHome:
             return home.data.requires_grad_(self._homes.requires_grad[weight])
 
     def expect(self, weight: int, indices: torch.Tensor) -> None:
-        """Says which rows the step in use looks up, before it does: a hint, so that they come all at one time.
+        """Says which rows the step in use looks up, before it does, so that they come all at one time and are checked.
 
         Args:
             weight: bound in this step; one that is bound in the arena needs no hint.
             indices: the numbers of the rows, of any shape.
+
+        Raises:
+            StorageError: the swap file has something else of them than was written there.
         """
-        # The host reads the numbers, so the compute that makes them has to be over. Nobody waits for a hint.
+        # The host reads the numbers, so the compute that makes them has to be over: on a CPU it is. Nobody waits.
         if weight in self._asked_bytes and self._device.reads_mappings and self._device.record().done():
             self._asked_bytes[weight] += self._homes.prefetch_rows(weight, indices)
 

@@ -14,7 +14,8 @@ from mball.storage.probe import DirectoryFacts, measure_link, probe_directory
 from mball.storage.reader import Read, Reader, ReadHandle, ReadStatistics
 from mball.storage.swapfile import SwapFile, SwapSettings, SwapStatistics
 from mball.storage.threads import ThreadedReader
-from mball.storage.write_queue import PendingWrites, QueueLimits, Write
+from mball.storage.write_queue import QueueLimits
+from mball.storage.writes import Write
 
 __all__ = [
     "DIRECT_ALIGNMENT_BYTES",
@@ -28,7 +29,6 @@ __all__ = [
     "FileSystem",
     "FileTable",
     "NativeReader",
-    "PendingWrites",
     "QueueLimits",
     "Read",
     "ReadHandle",

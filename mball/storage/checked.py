@@ -1,4 +1,4 @@
-"""A reader around another one: what comes from swap is what was written there, and a slow disk is named."""
+"""A reader around another one: what comes from swap is what was written there."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from functools import partial
 
 from mball.storage.files import FileTable
 from mball.storage.reader import Read, Reader, ReadHandle, ReadStatistics
-from mball.storage.watchdog import watched
 
 
 class _CheckedReads:
     """A `ReadHandle` whose first `wait` checks what came."""
 
-    __slots__ = ("_checks", "_file", "_inner", "size_bytes")
+    __slots__ = ("_checks", "_inner", "size_bytes")
 
-    def __init__(self, inner: ReadHandle, checks: list[Callable[[], None]], size_bytes: int, file: str) -> None:
+    def __init__(self, inner: ReadHandle, checks: list[Callable[[], None]], size_bytes: int) -> None:
         self._inner = inner
         self._checks = checks
-        self._file = file
         self.size_bytes = size_bytes
 
     @property
@@ -33,7 +31,7 @@ class _CheckedReads:
         return self._inner.done()
 
     def wait(self) -> None:
-        watched(self, self._inner.wait, lambda: f"reading {self._file}")
+        self._inner.wait()
         for check in self._checks:
             check()
         # Not before: after a failure every call raises, and of two threads that wait both check.
@@ -47,7 +45,6 @@ class CheckedReader:
     * What comes from a swap file is held against its checksums by who waits for it first, see `SwapCheck`. It must not
       be used before that. A handle holds its destinations until then.
     * Swap files write less while reads are under way.
-    * A wait that takes very long is logged.
     """
 
     def __init__(self, inner: Reader, files: FileTable) -> None:
@@ -80,8 +77,7 @@ class CheckedReader:
         handle = self._inner.submit(left)
         for swap in swaps.values():
             swap.give_way_to(handle)
-        name = reads[0].file if reads else "nothing"
-        return _CheckedReads(handle, checks, handle.size_bytes + memory_bytes, name)
+        return _CheckedReads(handle, checks, handle.size_bytes + memory_bytes)
 
     def drain(self) -> None:
         self._inner.drain()

@@ -93,6 +93,11 @@ def file_ended(offset_bytes: int) -> OSError:
     return OSError(errno.EIO, f"the file ends at {offset_bytes} B, so it was truncated while in use")
 
 
+def named(reads: Sequence[Read]) -> str:
+    """Returns which file is read, or the first of them, for people."""
+    return reads[0].file if reads else "nothing"
+
+
 def reader_is_closed() -> StorageError:
     """Returns what a reader that was closed raises."""
     return StorageError("the reader is closed; make another")
@@ -104,15 +109,6 @@ def refuse_fork(pid: int | None) -> None:
         raise DeviceError(
             f"the reader belongs to process {pid}, and this is its forked child {os.getpid()}, which has no reading "
             "threads. Wrap the model in the child, or start the child with 'spawn'"
-        )
-
-
-def refuse_waiting(pid: int | None, size_bytes: int) -> None:
-    """Raises DeviceError in a forked child of process `pid`, where `size_bytes` are being read."""
-    if os.getpid() != pid:
-        raise DeviceError(
-            f"a read of {format_bytes(size_bytes)} was under way when the process forked; its threads live in process "
-            f"{pid} only. Wrap the model in the child, or start the child with 'spawn'"
         )
 
 

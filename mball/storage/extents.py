@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
 from mball.units import round_up
@@ -12,6 +12,9 @@ from mball.units import round_up
 PAGE_BYTES = 4096
 # What has one checksum: long enough that hashing is fast, short enough that a read of some pages drags little along.
 BLOCK_BYTES = 16 * PAGE_BYTES
+
+# Bytes `[first, end)` of the file.
+Span = tuple[int, int]
 
 
 class BlockState(IntEnum):
@@ -21,12 +24,13 @@ class BlockState(IntEnum):
     WRITTEN = 1  # nobody has read it back yet
     READ_BACK = 2  # it was read, and it was right
     FAILED = 3  # a write failed: it may be old, new, or part of each
+    QUEUED = 4  # all of it waits to be written, and is summed then
 
 
 class SwapExtent:
     """Whole pages `[start, end)` of the swap file that were allocated together, with a checksum for each block.
 
-    Blocks are counted from `start`; the last one may be shorter.
+    Blocks end at multiples of `BLOCK_BYTES` of the file, as requests do; the first and the last one may be shorter.
     """
 
     __slots__ = ("end", "failed", "start", "states", "sums")
@@ -34,20 +38,63 @@ class SwapExtent:
     def __init__(self, start: int, end: int) -> None:
         self.start = start
         self.end = end
-        num_blocks = -(-(end - start) // BLOCK_BYTES)
+        num_blocks = len(self.blocks(start, end))
         self.sums = array("Q", bytes(8 * num_blocks))
         self.states = bytearray(num_blocks)
-        # Of blocks that cannot be read, which bytes `[first, end)` of the file have to be written anew for that.
-        self.failed: dict[int, tuple[int, int]] = {}
+        # Of blocks that failed, which bytes of the file have to be written anew before they can be read; all of those
+        # that are not here.
+        self.failed: dict[int, list[Span]] = {}
 
     def blocks(self, first: int, end: int) -> range:
         """Returns the blocks that bytes `[first, end)` of the file touch."""
-        return range((first - self.start) // BLOCK_BYTES, -(-(end - self.start) // BLOCK_BYTES))
+        number = self.start // BLOCK_BYTES
+        return range(first // BLOCK_BYTES - number, -(-end // BLOCK_BYTES) - number)
+
+    def filled(self, first: int, end: int) -> range:
+        """Returns the blocks that bytes `[first, end)` of the file have all of."""
+        touched = self.blocks(first, end)
+        return range(
+            touched.start + (self.bounds(touched.start)[0] < first),
+            touched.stop - (self.bounds(touched.stop - 1)[1] > end),
+        )
 
     def bounds(self, block: int) -> tuple[int, int]:
         """Returns where in the file a block is."""
-        first = self.start + block * BLOCK_BYTES
-        return first, min(first + BLOCK_BYTES, self.end)
+        first = (self.start // BLOCK_BYTES + block) * BLOCK_BYTES
+        return max(first, self.start), min(first + BLOCK_BYTES, self.end)
+
+    def cuts(self, blocks: range) -> list[int]:
+        """Returns where in the file these blocks begin, and where the last one ends; nothing if there are none."""
+        if not blocks:
+            return []
+        first, end = self.bounds(blocks[0])[0], self.bounds(blocks[-1])[1]
+        return [first, *range(first - first % BLOCK_BYTES + BLOCK_BYTES, end, BLOCK_BYTES), end]
+
+    def mark(self, blocks: range, state: BlockState) -> None:
+        """Says what is known of all of these blocks."""
+        self.states[blocks.start : blocks.stop] = bytes([state]) * len(blocks)
+        if self.failed:
+            for block in blocks:
+                self.failed.pop(block, None)
+
+    def written(self, blocks: range, sums: array[int] | None) -> None:
+        """Notes that these blocks were written, with these sums; None where nobody wants them."""
+        if sums is not None:
+            self.sums[blocks.start : blocks.stop] = sums
+        self.mark(blocks, BlockState.UNKNOWN if sums is None else BlockState.WRITTEN)
+
+    def fail(self, first: int, end: int) -> None:
+        """Notes that a write of bytes `[first, end)` of the file failed."""
+        for block in self.blocks(first, end):
+            begin, stop = self.bounds(block)
+            self.failed[block] = [*self.left(block), (max(begin, first), min(stop, end))]
+            self.states[block] = BlockState.FAILED
+
+    def left(self, block: int) -> list[Span]:
+        """Returns which bytes of the file failed writes left in a block; none where it did not fail."""
+        if self.states[block] != BlockState.FAILED:
+            return []
+        return self.failed.get(block, [self.bounds(block)])
 
 
 class ExtentMap:
@@ -145,15 +192,6 @@ class ExtentMap:
             if self._extents[start].end > first:
                 yield self._extents[start]
 
-    def fail(self, first: int, end: int) -> None:
-        """Notes that a write of `[first, end)` failed."""
-        for extent in self.overlapping(first, end):
-            for block in extent.blocks(max(first, extent.start), min(end, extent.end)):
-                block_first, block_end = extent.bounds(block)
-                begin, stop = extent.failed.get(block, (block_end, block_first))
-                extent.failed[block] = min(begin, max(block_first, first)), max(stop, min(block_end, end))
-                extent.states[block] = BlockState.FAILED
-
     def _fits(self, size: int) -> int | None:
         number = bisect_left(self._by_size, (size, 0))
         return number if number < len(self._by_size) else None
@@ -169,6 +207,15 @@ class ExtentMap:
         if self._by_size[number : number + 1] == [hole]:
             del self._by_size[number]
         del self._hole_starts[self._hole_ends.pop(first)]
+
+
+def without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
+    """Returns what is in some of `spans` and in none of `others`."""
+    left = list(spans)
+    for first, end in others:
+        parts = [part for begin, stop in left for part in ((begin, min(stop, first)), (max(begin, end), stop))]
+        left = [(begin, stop) for begin, stop in parts if begin < stop]
+    return left
 
 
 def whole_pages(size: int) -> int:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy
 
 from mball.c_library import CLibrary
-from mball.errors import DeviceError, StorageError
+from mball.errors import DeviceError
 from mball.storage.chunks import (
     CLOSED,
     DEFAULT_CHUNK_BYTES,
@@ -34,11 +34,12 @@ from mball.storage.chunks import (
     Chunk,
     ChunkedReader,
     file_ended,
+    named,
     reader_is_closed,
     refuse_fork,
-    refuse_waiting,
 )
 from mball.storage.files import FileTable
+from mball.storage.pending import Pending
 from mball.storage.reader import Read, ReadStatistics
 
 READ_POOL = CLibrary(source=Path(__file__).with_name("read_pool.c"), title="the readers' C library")
@@ -160,15 +161,14 @@ class _Pool:
 _with_threads: set[_Pool] = set()
 
 
-class NativeReads:
-    """The handle of one submit; see `ReadHandle`."""
+class NativeReads(Pending):
+    """The handle of one submit."""
 
-    __slots__ = ("_chunks", "_failure", "_pool", "_records", "_request", "_size_bytes")
+    __slots__ = ("_chunks", "_pool", "_records", "_request")
 
-    def __init__(self, pool: _Pool, chunks: list[Chunk]) -> None:
+    def __init__(self, doing: str, pool: _Pool, chunks: list[Chunk]) -> None:
+        super().__init__(doing, sum(chunk.required_bytes for chunk in chunks))
         self._pool = pool
-        self._size_bytes = sum(chunk.required_bytes for chunk in chunks)
-        self._failure: tuple[str, BaseException] | None = None
         self._chunks: list[Chunk] | None = chunks
         # Of what is not direct any more by now a chunk knows when it is read.
         direct = [None if chunk.alignment_bytes is None else chunk.file.direct() for chunk in chunks]
@@ -191,10 +191,6 @@ class NativeReads:
         self._request = _Request(chunks=self._records.ctypes.data, num_chunks=len(chunks))
 
     @property
-    def size_bytes(self) -> int:
-        return self._size_bytes
-
-    @property
     def began_s(self) -> float | None:
         return self._request.began_ns / 1e9 or None
 
@@ -208,16 +204,10 @@ class NativeReads:
         self._let_go()
         return True
 
-    def wait(self) -> None:
-        library, pool = self._pool.library, self._pool
-        if not library.over(self._request):
-            refuse_waiting(pool.pid, self._size_bytes)
-            while not library.wait(pool.memory, self._request, _WAIT_NS):
-                pass
+    def _block(self) -> None:
+        while not self._pool.library.wait(self._pool.memory, self._request, _WAIT_NS):
+            pass
         self._let_go()
-        if self._failure is not None:
-            message, cause = self._failure
-            raise StorageError(message) from cause
 
     def start(self) -> None:
         """Submits it. Raises StorageError when the reader is closed."""
@@ -257,7 +247,7 @@ class NativeReads:
                 cause = RuntimeError(CLOSED)
             else:
                 cause = OSError(request.error, os.strerror(request.error))
-            self._failure = failed.failure_message(cause), cause
+            self.failure = failed.failure_message(cause), cause
         for chunk in chunks:
             chunk.view.release()
         self._chunks = None
@@ -312,7 +302,7 @@ class NativeReader(ChunkedReader):
         pool = self._pool
         self._start()
         pool.let_go()
-        handle = NativeReads(pool, self._cut(reads))
+        handle = NativeReads(f"reading {named(reads)}", pool, self._cut(reads))
         if handle.size_bytes:
             handle.start()
         return handle

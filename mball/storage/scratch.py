@@ -1,7 +1,8 @@
-"""What it takes to measure a disk: a file that was never read, and memory that does not slow it down."""
+"""Memory that does not slow a disk down, and a file that was never read."""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 
@@ -25,19 +26,27 @@ def fill(descriptor: int, size_bytes: int) -> None:
     os.fsync(descriptor)
 
 
-def huge_page_memory(size_bytes: int) -> memoryview:
-    """Returns pre-faulted zeros, aligned to 2 MiB, on huge pages where the system gives them.
+def huge_page_memory(size_bytes: int, *, populate: bool = True) -> memoryview:
+    """Returns zeros, aligned to 2 MiB, on huge pages where the system gives them: small ones would slow the disk down.
 
-    Fragmented small pages would slow the disk down, and page faults would count as reading.
+    Args:
+        populate: whether page faults come now; else a page takes memory once it is touched.
     """
-    mapped_bytes = size_bytes + _HUGE_PAGE_BYTES
-    mapping = mmap.mmap(-1, mapped_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    mapping = mmap.mmap(-1, size_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
         mapping.madvise(mmap.MADV_HUGEPAGE)
-        mapping.madvise(_MADV_POPULATE_WRITE)
-    except OSError:
-        # An older kernel: writing faults the pages in just as well.
-        numpy.frombuffer(mapping, dtype=numpy.uint8)[:: mmap.PAGESIZE] = 0
     address = int(numpy.frombuffer(mapping, dtype=numpy.uint8).__array_interface__["data"][0])
     lead = -address % _HUGE_PAGE_BYTES
+    if populate:
+        try:
+            mapping.madvise(_MADV_POPULATE_WRITE)
+        except OSError:
+            # An older kernel: writing faults the pages in just as well.
+            numpy.frombuffer(mapping, dtype=numpy.uint8)[:: mmap.PAGESIZE] = 0
     return memoryview(mapping)[lead : lead + size_bytes]
+
+
+def give_back(memory: memoryview) -> None:
+    """Gives back what `huge_page_memory` took; it is zeros again, and takes memory again once it is touched."""
+    assert isinstance(memory.obj, mmap.mmap)
+    memory.obj.madvise(mmap.MADV_DONTNEED)

@@ -11,12 +11,11 @@ from typing import NamedTuple
 from mball.config import SwapCheck
 from mball.errors import StorageError
 from mball.storage.checksum import NAME, checksum
-from mball.storage.extents import BLOCK_BYTES, BlockState, ExtentMap, SwapExtent
+from mball.storage.extents import BLOCK_BYTES, BlockState, ExtentMap, Span, SwapExtent, without
+from mball.storage.pending import PendingChunks
 from mball.storage.reader import Read
-from mball.storage.write_queue import Write, WriteQueue
-
-# Parts of blocks, each with where in the block it begins.
-Parts = dict[tuple[SwapExtent, int], list[tuple[int, memoryview]]]
+from mball.storage.write_queue import WriteQueue
+from mball.storage.writes import WriteChunk
 
 
 class BlockSum(NamedTuple):
@@ -24,17 +23,8 @@ class BlockSum(NamedTuple):
 
     extent: SwapExtent
     block: int
-    value: int
+    value: int | None  # None: it could not be read
     on_disk: bool
-
-
-class Run(NamedTuple):
-    """The sums of blocks that are about to be written, from `first` on."""
-
-    extent: SwapExtent
-    first: int
-    values: array[int]
-    failed: tuple[int, int] | None = None  # where in the file of a single block something is left of a failed write
 
 
 class SwapContent:
@@ -58,17 +48,17 @@ class SwapContent:
         left: list[Read] = []
         destination = read.destination.cast("B")
         with self._queue.lock:
-            found = list(self._from_queue(first, end, destination))
-            sums = list(self._sums(first, end, queued=bool(found)))
             position = first
-            for chunk_first, chunk_end in found:
+            for chunk_first, chunk_end in self._from_queue(first, end, destination):
                 left.append(_part(read, position, chunk_first))
                 position = chunk_end
                 self.hit_bytes += chunk_end - chunk_first
             left.append(_part(read, position, end))
+            left = [part for part in left if part.size_bytes]
+            sums = list(self._sums(left))
             self.read_bytes += read.size_bytes
             self.num_reads += 1
-        return [part for part in left if part.size_bytes], sums
+        return left, sums
 
     def check(self, read: Read, sums: Sequence[BlockSum]) -> None:
         """Holds what a read brought against the sums of when it began. What was written since is not looked at.
@@ -79,6 +69,8 @@ class SwapContent:
         end = read.offset_bytes + read.size_bytes
         for extent, block, value, on_disk in sums:
             block_first, block_end = extent.bounds(block)
+            if value is None:
+                raise self._refusal(block_first, block_end)
             first, stop = max(block_first, read.offset_bytes), min(block_end, end)
             got = read.destination[first - read.offset_bytes : stop - read.offset_bytes]
             if (first, stop) == (block_first, block_end):
@@ -89,111 +81,123 @@ class SwapContent:
                 content[first - block_first : stop - block_first] = got
                 found = checksum(content)
             with self._queue.lock:
-                if extent.sums[block] != value or self._extents.find(extent.start) is not extent:
-                    continue  # written anew since the read began, or freed
+                is_gone = self._extents.find(extent.start) is not extent
+                if is_gone or extent.sums[block] != value or extent.states[block] == BlockState.QUEUED:
+                    continue  # freed, or written anew since the read began
                 if extent.states[block] == BlockState.FAILED:
-                    raise StorageError(
-                        f"{block_end - block_first} B at offset {block_first} B of {self._queue.target.label} cannot "
-                        "be read: writing them failed. Write them again"
-                    )
+                    raise self._refusal(block_first, block_end)
                 if found != value:
                     raise self._damage(block_first, block_end, found, value)
                 self.checked_bytes += block_end - block_first
                 if on_disk:
                     extent.states[block] = BlockState.READ_BACK
 
-    def verify(self, first: int, end: int) -> None:
+    def verify(self, first: int, end: int, *, again: bool) -> None:
         """Reads the blocks of `[first, end)` and holds them against their sums, for who reads them by a mapping.
+
+        Args:
+            first, end: bytes of the file.
+            again: whether also those that were right before, in whatever mode.
 
         Raises:
             StorageError: as `check`.
         """
         with self._queue.lock:
+            self._queue.settle(first, end)  # a mapping knows nothing of what is in memory
             extents = list(self._extents.overlapping(first, end))
         for extent in extents:
             for block in extent.blocks(max(first, extent.start), min(end, extent.end)):
                 block_first, block_end = extent.bounds(block)
                 with self._queue.lock:
-                    known = extent.states[block] != BlockState.UNKNOWN and self._mode is not SwapCheck.OFF
-                    value, content = extent.sums[block], self._bytes(block_first, block_end) if known else None
-                if content is not None and checksum(content) != value:
-                    raise self._damage(block_first, block_end, checksum(content), value)
+                    if extent.states[block] == BlockState.FAILED:
+                        raise self._refusal(block_first, block_end)
+                    if self._mode is SwapCheck.OFF or extent.states[block] in self._trusted(again=again):
+                        continue
+                    value, content = extent.sums[block], self._bytes(block_first, block_end)
+                if (found := checksum(content)) != value:
+                    raise self._damage(block_first, block_end, found, value)
+                with self._queue.lock:
+                    self.checked_bytes += block_end - block_first
+                    if extent.states[block] == BlockState.WRITTEN and extent.sums[block] == value:
+                        extent.states[block] = BlockState.READ_BACK
 
-    def sums_of(self, writes: Sequence[Write]) -> tuple[list[Run], Parts]:
-        """Returns the sums of blocks that one write fills, and the parts of other blocks. Needs no lock."""
-        runs: list[Run] = []
-        parts: Parts = defaultdict(list)
-        if self._mode is SwapCheck.OFF:
-            return runs, parts
-        for write in writes:
-            first, end = write.offset_bytes, write.offset_bytes + len(write.source)
-            extent = self._extents.find(first)
-            if extent is None or first == end:
-                continue
-            values = array("Q")
-            run = Run(extent, -(-(first - extent.start) // BLOCK_BYTES), values)
-            for block in extent.blocks(first, end):
-                block_first, block_end = extent.bounds(block)
-                begin, stop = max(block_first, first), min(block_end, end)
-                view = write.source[begin - first : stop - first]
-                if stop - begin == block_end - block_first:
-                    values.append(checksum(view))
-                else:
-                    parts[extent, block].append((begin - block_first, view))
-            runs.append(run)
-        return runs, parts
+    def hand_over(self, chunks: Sequence[WriteChunk]) -> PendingChunks:
+        """Has chunks written; the lock is held, and nothing that waits is where they go.
 
-    def sum_with(self, extent: SwapExtent, block: int, parts: Sequence[tuple[int, memoryview]]) -> Run:
-        """Returns the sum of a block after these parts of it are written.
+        Blocks that a chunk fills are summed by who writes it, since only then their bytes are looked at anyway. Of the
+        others the sum is made now, of these parts and what they are to be among.
 
         Raises:
-            StorageError: the rest of it is damaged: a new sum would vouch for that.
+            StorageError: the rest of such a block is damaged, and a new sum would vouch for it. Nothing is written.
         """
+        parts: dict[tuple[SwapExtent, int], list[WriteChunk]] = defaultdict(list)
+        for chunk in chunks:
+            touched, filled = chunk.extent.blocks(chunk.offset, chunk.end), chunk.filled
+            for block in {touched[0], touched[-1]}.difference(filled):
+                parts[chunk.extent, block].append(chunk)
+        known = [(extent, block, *self._sum_with(extent, block, some)) for (extent, block), some in parts.items()]
+        # An interrupt from here on leaves blocks of which nobody knows what they hold.
+        for chunk in chunks:
+            chunk.extent.mark(chunk.extent.blocks(chunk.offset, chunk.end), BlockState.FAILED)
+        handle = self._queue.put(chunks)
+        for chunk in chunks:
+            chunk.extent.mark(chunk.filled, BlockState.QUEUED)
+        for extent, block, sums, left in known:
+            if left:
+                extent.failed[block] = left
+            else:
+                extent.written(range(block, block + 1), sums)
+        return handle
+
+    def _sum_with(
+        self, extent: SwapExtent, block: int, chunks: Sequence[WriteChunk]
+    ) -> tuple[array[int] | None, list[Span]]:
+        """Returns the sum of a block after these chunks are written, and what failed writes still leave in it."""
         first, end = extent.bounds(block)
-        if sum(len(view) for _, view in parts) < end - first:
+        spans = [(chunk.offset, chunk.end) for chunk in chunks]
+        left = without(extent.left(block), spans)
+        if self._mode is SwapCheck.OFF or left:
+            return None, left
+        if not without([(first, end)], spans):
+            content = bytearray(end - first)
+        else:
             content = self._bytes(first, end)
             if extent.states[block] in (BlockState.WRITTEN, BlockState.READ_BACK):
                 found = checksum(content)
                 if found != extent.sums[block]:
                     raise self._damage(first, end, found, extent.sums[block])
-        else:
-            content = bytearray(end - first)
-        failed = extent.failed.get(block)
-        if failed is not None and _covers(parts, failed[0] - first, failed[1] - first):
-            failed = None
-        for offset, view in parts:
-            content[offset : offset + len(view)] = view
-        return Run(extent, block, array("Q", [checksum(content)]), failed)
+        with memoryview(content) as view:
+            for chunk in chunks:
+                chunk.copy(first, end, view)
+        return array("Q", [checksum(content)]), []
 
-    def forget(self, runs: Sequence[Run]) -> None:
-        """Says that these blocks cannot be read until `set` says more."""
-        for extent, first, values, _ in runs:
-            extent.states[first : first + len(values)] = bytes([BlockState.FAILED]) * len(values)
-            extent.failed |= {block: extent.bounds(block) for block in range(first, first + len(values))}
+    def _trusted(self, *, again: bool) -> tuple[BlockState, ...]:
+        """Returns the states of blocks that are not held against their sums; `again` if not for having been right."""
+        if again or self._mode is SwapCheck.ALWAYS:
+            return BlockState.UNKNOWN, BlockState.QUEUED
+        return BlockState.UNKNOWN, BlockState.QUEUED, BlockState.READ_BACK
 
-    def set(self, runs: Sequence[Run]) -> None:
-        """Says what the sums of blocks are from now on."""
-        for extent, first, values, failed in runs:
-            extent.sums[first : first + len(values)] = values
-            if failed is not None:
-                extent.failed[first] = failed
-                continue
-            extent.states[first : first + len(values)] = bytes([BlockState.WRITTEN]) * len(values)
-            for block in range(first, first + len(values)):
-                extent.failed.pop(block, None)
-
-    def _sums(self, first: int, end: int, *, queued: bool) -> Iterator[BlockSum]:
-        """Yields the sums that a read is to be held against."""
-        if self._mode is SwapCheck.OFF:
+    def _sums(self, left: Sequence[Read]) -> Iterator[BlockSum]:
+        """Yields what to hold against its sum of what comes from the file."""
+        if not left:
             return
-        trusted = {BlockState.UNKNOWN}
-        if self._mode is SwapCheck.FIRST:
-            trusted.add(BlockState.READ_BACK)
-        for extent in self._extents.overlapping(first, end):
-            for block in extent.blocks(max(first, extent.start), min(end, extent.end)):
-                if extent.states[block] not in trusted:
-                    on_disk = not (queued and self._queue.overlapping(*extent.bounds(block)))
-                    yield BlockSum(extent, block, extent.sums[block], on_disk)
+        trusted = self._trusted(again=False)
+        # Also what is beside the read, in blocks that it has part of.
+        queued = self._queue.overlapping(
+            left[0].offset_bytes - BLOCK_BYTES, left[-1].offset_bytes + left[-1].size_bytes + BLOCK_BYTES
+        )
+        last = None  # a block may be in two parts of the read
+        for part in left:
+            first, end = part.offset_bytes, part.offset_bytes + part.size_bytes
+            for extent in self._extents.overlapping(first, end):
+                for block in extent.blocks(max(first, extent.start), min(end, extent.end)):
+                    state = extent.states[block]
+                    if state in trusted or (extent, block) == last:
+                        continue
+                    last = extent, block
+                    begin, stop = extent.bounds(block)
+                    on_disk = not any(chunk.offset < stop and begin < chunk.end for chunk in queued)
+                    yield BlockSum(extent, block, None if state == BlockState.FAILED else extent.sums[block], on_disk)
 
     def _bytes(self, first: int, end: int) -> bytearray:
         """Returns bytes of the file as they are or will be; the lock is held."""
@@ -220,13 +224,14 @@ class SwapContent:
     def _from_queue(self, first: int, end: int, destination: memoryview) -> Iterator[tuple[int, int]]:
         """Copies what waits to be written to `[first, end)`, and yields where that is, in order; the lock is held."""
         for chunk in sorted(self._queue.overlapping(first, end), key=lambda chunk: chunk.offset):
-            position = chunk.offset
-            for view in chunk.views:
-                begin, stop = max(position, first), min(position + len(view), end)
-                if begin < stop:
-                    destination[begin - first : stop - first] = view[begin - position : stop - position]
-                position += len(view)
+            chunk.copy(first, end, destination)
             yield max(chunk.offset, first), min(chunk.end, end)
+
+    def _refusal(self, first: int, end: int) -> StorageError:
+        return StorageError(
+            f"{end - first} B at offset {first} B of {self._queue.target.label} cannot be read: writing them failed. "
+            "Write them again"
+        )
 
     def _damage(self, first: int, end: int, found: int, value: int) -> StorageError:
         return StorageError(
@@ -244,11 +249,3 @@ def _part(read: Read, first: int, end: int) -> Read:
         size_bytes=end - first,
         destination=read.destination[begin : begin + end - first],
     )
-
-
-def _covers(parts: Sequence[tuple[int, memoryview]], first: int, end: int) -> bool:
-    """Returns whether these parts, each with its offset, have all of `[first, end)`."""
-    for offset, view in sorted(parts, key=lambda part: part[0]):
-        if offset <= first:
-            first = max(first, offset + len(view))
-    return first >= end

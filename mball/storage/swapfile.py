@@ -16,19 +16,21 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mball.config import SwapCheck
 from mball.errors import DeviceError, StorageError
-from mball.storage.extents import PAGE_BYTES, ExtentMap, whole_pages
+from mball.storage.extents import PAGE_BYTES, ExtentMap, SwapExtent, whole_pages
 from mball.storage.files import DirectIO
+from mball.storage.pending import PendingChunks
 from mball.storage.reader import Read, ReadHandle
 from mball.storage.swap_content import BlockSum, SwapContent
-from mball.storage.write_queue import PendingWrites, QueueLimits, Target, Write, WriteQueue
-from mball.units import MIB, format_bytes
+from mball.storage.write_queue import QueueLimits, WriteQueue
+from mball.storage.writes import CHUNK_BYTES, Target, Write, WriteChunk, cut
+from mball.units import format_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Buffer
 
-# What `write_all` hands over at one time: its sums are made while what went before is written.
-_PORTION_BYTES = 8 * MIB
+# What `write_all` hands over at one time, so that a queue has room for it.
+_PORTION_BYTES = 16 * CHUNK_BYTES
 
 _logger = logging.getLogger(__name__)
 _numbers = itertools.count()
@@ -83,8 +85,8 @@ class SwapFile:
     The descriptor is the only thing that keeps the bytes: `close`, or the end of the process however it
     comes, gives the disk space back. May be used by several threads; not in a forked child, which shares the file.
 
-    What is written has a checksum for each 64 KiB of its extent, made when it is handed over. Reads through a
-    `CheckedReader` are held against it; mappings of the file are not.
+    What is written has a checksum for each 64 KiB, made right before that. Reads through a `CheckedReader` are held
+    against it; mappings of the file are not, but by `verify`.
     """
 
     def __init__(self, descriptor: int, directory: str, settings: SwapSettings) -> None:
@@ -101,7 +103,9 @@ class SwapFile:
                 flags = os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC
                 self._descriptors.append(os.open(f"/proc/self/fd/{descriptor}", flags))
         direct = self._descriptors[1] if len(self._descriptors) > 1 else None
-        target = Target(f"{self._name} in {directory}", descriptor, direct, self._extents.fail)
+        target = Target(
+            f"{self._name} in {directory}", descriptor, direct, with_sums=settings.check is not SwapCheck.OFF
+        )
         self._queue = WriteQueue(target, settings.queue)
         self._content = SwapContent(self._extents, self._queue, settings.check)
         self._closer = weakref.finalize(self, _close, self._queue, self._descriptors)
@@ -152,11 +156,6 @@ class SwapFile:
     def limit_bytes(self) -> int | None:
         """How large the file may become; None for as much as the disk takes."""
         return self._settings.limit_bytes
-
-    @property
-    def is_full(self) -> bool:
-        """Whether so much waits to be written that `submit` would block."""
-        return self._queue.full
 
     @property
     def statistics(self) -> SwapStatistics:
@@ -233,8 +232,8 @@ class SwapFile:
 
     # -- writes --------------------------------------------------------------------------------------------------
 
-    def submit(self, writes: Sequence[Write]) -> PendingWrites:
-        """Starts writing, within extents; blocks only while too much waits already (`is_full` tells before).
+    def submit(self, writes: Sequence[Write]) -> PendingChunks:
+        """Starts writing, within extents; blocks only while too much waits already.
 
         The sources must stay as they are until the handle is done, and ranges do not overlap. From now on reads bring
         what is written here.
@@ -246,18 +245,7 @@ class SwapFile:
         """
         self._check_process()
         self.fd  # noqa: B018 - raises when closed
-        writes = [self._checked(write) for write in writes]
-        runs, parts = self._content.sums_of(writes)
-        queue = self._queue
-        with queue.lock:
-            queue.wait_for_room()
-            self._settle(writes)
-            runs += [self._content.sum_with(*block, views) for block, views in parts.items()]
-            # An interrupt from here on leaves blocks of which nobody knows what they hold.
-            self._content.forget(runs)
-            handle = queue.put(writes)
-            self._content.set(runs)
-        return handle
+        return self._hand_over(self._cut(writes))
 
     def write(self, offset_bytes: int, buffer: Buffer | NDArray[Any]) -> None:
         """Writes all of `buffer` (C-contiguous) at `offset_bytes` of the file, within an extent.
@@ -270,22 +258,24 @@ class SwapFile:
             self.write_all([Write(offset_bytes=offset_bytes, source=view)])
 
     def write_all(self, writes: Sequence[Write]) -> None:
-        """Writes all of this, and returns when it is written. Raises as `submit` and `PendingWrites.wait`.
+        """Writes all of this, and returns when it is written. Raises as `submit` and `PendingChunks.wait`.
 
         After an error or an interrupt nothing of it is under way any more.
         """
         self._check_process()  # before locks, which a thread may have held at the fork
         self.fd  # noqa: B018 - raises when closed
-        handles: list[PendingWrites] = []
+        chunks = self._cut(writes)
+        handles: list[PendingChunks] = []
         try:
-            for portion in _portions(writes):
-                handle = self.submit(portion)
+            for portion in _portions(chunks, -(-self._settings.queue.depth // 2)):
+                handle = self._hand_over(portion)
                 handle.urgent = True  # it is waited for below, and while the queue is full
                 handles.append(handle)
             for handle in handles:
                 handle.wait()
         except BaseException:
-            self._settle(writes)
+            with self._queue.lock:
+                self._settle(chunks)
             raise
 
     def flush(self) -> None:
@@ -339,37 +329,53 @@ class SwapFile:
         self._check_process()
         self._content.check(read, sums)
 
-    def verify(self, offset_bytes: int, size_bytes: int) -> None:
+    def verify(self, offset_bytes: int, size_bytes: int, *, again: bool = True) -> None:
         """Reads these bytes and holds them against their sums, for who reads them by a mapping of the file.
+
+        Args:
+            again: whether also what was right when it was read before, where `SwapCheck` does not ask for that.
 
         Raises:
             StorageError: as `check`.
         """
         self._check_process()
-        self._content.verify(offset_bytes, offset_bytes + size_bytes)
+        self._content.verify(offset_bytes, offset_bytes + size_bytes, again=again)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _settle(self, writes: Sequence[Write]) -> None:
-        """Blocks until nothing that was queued before is to be written where these are."""
-        spans = [(write.offset_bytes, write.offset_bytes + write.source.nbytes) for write in writes]
+    def _hand_over(self, chunks: Sequence[WriteChunk]) -> PendingChunks:
         with self._queue.lock:
-            if spans and self._queue.overlapping(min(first for first, _ in spans), max(end for _, end in spans)):
-                for first, end in spans:
-                    self._queue.settle(first, end)
+            self._queue.wait_for_room()
+            self._settle(chunks)
+            return self._content.hand_over(chunks)
 
-    def _checked(self, write: Write) -> Write:
-        view = write.source.cast("B") if write.source.c_contiguous else None
-        if view is None:
+    def _settle(self, chunks: Sequence[WriteChunk]) -> None:
+        """Blocks until nothing that was queued before is to be written where these are; the lock is held, once."""
+        if chunks and self._queue.overlapping(min(c.offset for c in chunks), max(c.end for c in chunks)):
+            for chunk in chunks:
+                self._queue.settle(chunk.offset, chunk.end)
+
+    def _cut(self, writes: Sequence[Write]) -> list[WriteChunk]:
+        placed = [self._placed(write) for write in writes if write.source.nbytes]
+        return [
+            chunk
+            for extent, some in itertools.groupby(placed, key=lambda each: each[0])
+            for chunk in cut(extent, (write for _, write in some))
+        ]
+
+    def _placed(self, write: Write) -> tuple[SwapExtent, Write]:
+        """Returns the extent that a write is in, and its bytes. Raises StorageError where it is in none."""
+        if not write.source.c_contiguous:
             raise StorageError(f"{self._name}: what is written must be C-contiguous bytes")
+        view = write.source.cast("B")
         first, end = write.offset_bytes, write.offset_bytes + len(view)
         extent = self._extents.find(first) if first >= 0 else None
-        if view.nbytes and (extent is None or end > extent.end):
+        if extent is None or end > extent.end:
             raise StorageError(
                 f"{self._name}: write to [{first}, {end}) B is outside the {self._extents.used_bytes} B allocated; "
                 "allocate the extent first"
             )
-        return Write(offset_bytes=first, source=view)
+        return extent, Write(offset_bytes=first, source=view)
 
     def _check_process(self) -> None:
         if self._queue.pid != os.getpid():
@@ -418,19 +424,16 @@ class SwapFile:
         )
 
 
-def _portions(writes: Sequence[Write]) -> Iterator[list[Write]]:
-    """Cuts writes into portions, so that a queue has room for them."""
-    portion: list[Write] = []
-    size = 0
-    for write in writes:
-        with write.source.cast("B") as source:
-            for first in range(0, len(source), _PORTION_BYTES):
-                part = source[first : first + _PORTION_BYTES]
-                portion.append(Write(offset_bytes=write.offset_bytes + first, source=part))
-                size += len(part)
-                if size >= _PORTION_BYTES:
-                    yield portion
-                    portion, size = [], 0
+def _portions(chunks: Sequence[WriteChunk], most: int) -> Iterator[list[WriteChunk]]:
+    """Yields `chunks` in portions of `most` at most, and of about `_PORTION_BYTES`."""
+    portion: list[WriteChunk] = []
+    size_bytes = 0
+    for chunk in chunks:
+        portion.append(chunk)
+        size_bytes += chunk.size
+        if size_bytes >= _PORTION_BYTES or len(portion) == most:
+            yield portion
+            portion, size_bytes = [], 0
     if portion:
         yield portion
 

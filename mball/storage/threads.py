@@ -19,7 +19,6 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 
-from mball.errors import StorageError
 from mball.storage.cached import is_all_cached
 from mball.storage.chunks import (
     CLOSED,
@@ -28,59 +27,13 @@ from mball.storage.chunks import (
     Chunk,
     ChunkedReader,
     file_ended,
+    named,
     reader_is_closed,
     refuse_fork,
-    refuse_waiting,
 )
 from mball.storage.files import FileTable
+from mball.storage.pending import PendingChunks
 from mball.storage.reader import Read, ReadStatistics
-
-
-class PendingReads:
-    """The handle of one submit; see `ReadHandle`."""
-
-    __slots__ = ("_failure", "_gate", "_pid", "_remaining", "_size_bytes", "began_s", "ended_s")
-
-    def __init__(self, num_chunks: int, size_bytes: int) -> None:
-        self._size_bytes = size_bytes
-        self._remaining = num_chunks
-        self._failure: tuple[str, BaseException] | None = None
-        self.began_s: float | None = None
-        self.ended_s: float | None = None
-        self._pid = os.getpid()
-        # Held until the last chunk is over. A bare lock: waiting on it can be interrupted and begun again safely.
-        self._gate = threading.Lock()
-        if num_chunks:
-            self._gate.acquire()
-
-    @property
-    def size_bytes(self) -> int:
-        return self._size_bytes
-
-    def done(self) -> bool:
-        return self._remaining == 0
-
-    def wait(self) -> None:
-        if self._remaining:
-            refuse_waiting(self._pid, self._size_bytes)
-        with self._gate:
-            pass
-        if self._failure is not None:
-            message, cause = self._failure
-            raise StorageError(message) from cause
-
-    @property
-    def failed(self) -> bool:
-        return self._failure is not None
-
-    def finish(self, failure: tuple[str, BaseException] | None) -> None:
-        """Counts one chunk as over; the caller holds the pool's lock."""
-        if failure is not None and self._failure is None:
-            self._failure = failure
-        self._remaining -= 1
-        if not self._remaining:
-            self.ended_s = time.perf_counter()
-            self._gate.release()
 
 
 def _read(chunk: Chunk) -> tuple[int, int]:
@@ -118,7 +71,7 @@ class _Pool:
         self.lock = threading.RLock()
         self.ready = threading.Condition(self.lock)
         self.idle = threading.Condition(self.lock)
-        self.pending: deque[tuple[Chunk, PendingReads]] = deque()
+        self.pending: deque[tuple[Chunk, PendingChunks]] = deque()
         self.stopping = False
         self.pid: int | None = None
         self.num_active = 0
@@ -128,7 +81,7 @@ class _Pool:
         self.direct_bytes = 0
         self.num_requests = 0
 
-    def take(self) -> tuple[Chunk, PendingReads] | None:
+    def take(self) -> tuple[Chunk, PendingChunks] | None:
         with self.lock:
             while not self.pending and not self.stopping:
                 self.ready.wait()
@@ -139,16 +92,15 @@ class _Pool:
                 self.busy_since_s = now_s
             self.num_active += 1
             chunk, handle = self.pending.popleft()
-            if handle.began_s is None:
-                handle.began_s = now_s
+            handle.begin(now_s)
             return chunk, handle
 
-    def run(self, chunk: Chunk, handle: PendingReads) -> None:
+    def run(self, chunk: Chunk, handle: PendingChunks) -> None:
         size_bytes = direct_bytes = num_requests = 0
         cause: BaseException | None = RuntimeError("the reading thread died; its traceback is on stderr")
         try:
             # One failed chunk fails the handle: reading its other chunks would be wasted.
-            if not handle.failed:
+            if handle.failure is None:
                 direct_bytes, num_requests = _read(chunk)
                 size_bytes = chunk.required_bytes
             cause = None
@@ -228,10 +180,10 @@ class ThreadedReader(ChunkedReader):
                 busy_s=pool.busy_s + running_s,
             )
 
-    def submit(self, reads: Sequence[Read]) -> PendingReads:
+    def submit(self, reads: Sequence[Read]) -> PendingChunks:
         self._start()
         chunks = self._cut(reads)
-        handle = PendingReads(len(chunks), sum(chunk.required_bytes for chunk in chunks))
+        handle = PendingChunks(f"reading {named(reads)}", len(chunks), sum(chunk.required_bytes for chunk in chunks))
         pool = self._pool
         with pool.lock:
             if pool.stopping:

@@ -10,191 +10,23 @@ way is known from state that only worker threads change.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy
-
-from mball.errors import DeviceError, StorageError
-from mball.storage.extents import PAGE_BYTES
+from mball.errors import StorageError
+from mball.storage.pending import PendingChunks
 from mball.storage.reader import ReadHandle
+from mball.storage.scratch import give_back, huge_page_memory
 from mball.storage.watchdog import watched
+from mball.storage.writes import CHUNK_BYTES, Target, WriteChunk, Written
 from mball.units import MIB, format_bytes
 
-CHUNK_BYTES = 2 * MIB
-# Of one `pwritev`; the kernel takes 1024.
-_MAX_VIEWS = 512
 # How often a writer that gives way looks whether reads are over.
 _LOOK_S = 1e-3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Write:
-    """Put `source`, C-contiguous bytes, at `offset_bytes` of the file. It stays as it is until the write is over.
-
-    Writes are fastest where offset, size and the source's address are multiples of 4096, and in long runs.
-    """
-
-    offset_bytes: int
-    source: memoryview
-
-
-class PendingWrites:
-    """The handle of one submit. It has the shape of a `ReadHandle`; the sources must stay until it is done."""
-
-    __slots__ = ("_failure", "_file", "_gate", "_pid", "_remaining", "_size_bytes", "began_s", "ended_s", "urgent")
-
-    def __init__(self, file: str, num_chunks: int, size_bytes: int) -> None:
-        self._file = file
-        self._size_bytes = size_bytes
-        self._remaining = num_chunks
-        self._failure: tuple[str, BaseException] | None = None
-        self.began_s: float | None = None
-        self.ended_s: float | None = None
-        self.urgent = False  # somebody waits: it gives way no more
-        self._pid = os.getpid()
-        self._gate = threading.Lock()
-        if num_chunks:
-            self._gate.acquire()
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes that are written."""
-        return self._size_bytes
-
-    def done(self) -> bool:
-        """Returns whether nothing is under way any more, be it written or failed. Does not block."""
-        return self._remaining == 0
-
-    def wait(self) -> None:
-        """Blocks until nothing is under way any more; may be called again, also after an interrupt.
-
-        Raises:
-            StorageError: a write failed; names file, offset, length and cause. Every call raises.
-            DeviceError: the process was forked since the submit.
-        """
-        if self._remaining and os.getpid() != self._pid:
-            raise DeviceError(
-                f"a write of {format_bytes(self._size_bytes)} was under way when the process forked; its threads live "
-                f"in process {self._pid} only. Wrap the model in the child, or start the child with 'spawn'"
-            )
-        self.urgent = True
-        watched(self, self._pass_gate, lambda: f"writing to {self._file}")
-        if self._failure is not None:
-            message, cause = self._failure
-            raise StorageError(message) from cause
-
-    def _pass_gate(self) -> None:
-        with self._gate:
-            pass
-
-    @property
-    def failed(self) -> bool:
-        return self._failure is not None
-
-    def finish(self, failure: tuple[str, BaseException] | None) -> None:
-        """Counts one chunk as over; the caller holds the queue's lock."""
-        if failure is not None and self._failure is None:
-            self._failure = failure
-        self._remaining -= 1
-        if not self._remaining:
-            self.ended_s = time.perf_counter()
-            self._gate.release()
-
-
-class _Chunk:
-    """Neighbours in the file that are written by one call, from `offset` on."""
-
-    __slots__ = ("asked_s", "handle", "offset", "size", "views")
-
-    def __init__(self, offset: int, view: memoryview) -> None:
-        self.offset = offset
-        self.size = len(view)
-        self.views = [view]
-        self.asked_s = 0.0
-        self.handle: PendingWrites
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.size
-
-    def takes(self, offset: int, first: int) -> bool:
-        """Whether what begins at `offset`, in that chunk of the file's grid, is its neighbour."""
-        return self.end == offset and self.offset // CHUNK_BYTES == first and len(self.views) < _MAX_VIEWS
-
-    def release(self) -> None:
-        for view in self.views:
-            view.release()
-
-
-class Target:
-    """Where chunks go: the descriptors of one file. They stay the owner's."""
-
-    __slots__ = ("buffered", "direct", "label", "on_failure")
-
-    def __init__(self, label: str, buffered: int, direct: int | None, on_failure: Callable[[int, int], None]) -> None:
-        self.label = label
-        self.buffered = buffered
-        self.direct = direct
-        self.on_failure = on_failure
-
-    def write(self, chunk: _Chunk, bounce: memoryview) -> tuple[int, int]:
-        """Writes all of a chunk; returns (bytes past the page cache, requests made). Raises OSError."""
-        views = chunk.views
-        whole = chunk.offset % PAGE_BYTES == chunk.size % PAGE_BYTES == 0
-        ragged = any(_address(view) % PAGE_BYTES or len(view) % PAGE_BYTES for view in views)
-        if ragged and (len(views) > 1 or (self.direct is not None and whole)):
-            views = [_gathered(views, bounce)]
-        done = direct_bytes = num_requests = 0
-        while done < chunk.size:
-            fd = self.direct if whole and done % PAGE_BYTES == 0 else None
-            num_requests += 1
-            rest = _after(views, done)
-            try:
-                got = os.pwritev(self.buffered if fd is None else fd, rest, chunk.offset + done)
-            except OSError as error:
-                if fd is None or error.errno != errno.EINVAL:
-                    raise
-                self.direct = None  # this file system does not take it after all
-                continue
-            finally:
-                for view in rest:
-                    view.release()
-            if not got:
-                raise OSError(errno.EIO, "the file system wrote nothing")
-            direct_bytes += 0 if fd is None else got
-            done += got
-        return direct_bytes, num_requests
-
-
-def _address(view: memoryview) -> int:
-    return int(numpy.frombuffer(view, dtype=numpy.uint8).__array_interface__["data"][0])
-
-
-def _gathered(views: Sequence[memoryview], bounce: memoryview) -> memoryview:
-    done = 0
-    for view in views:
-        # numpy copies without the interpreter's lock.
-        numpy.copyto(
-            numpy.frombuffer(bounce, dtype=numpy.uint8)[done : done + len(view)],
-            numpy.frombuffer(view, dtype=numpy.uint8),
-        )
-        done += len(view)
-    return bounce[:done]
-
-
-def _after(views: Sequence[memoryview], done: int) -> list[memoryview]:
-    rest = []
-    for view in views:
-        if done < len(view):
-            rest.append(view[done:])
-        done = max(done - len(view), 0)
-    return rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +40,7 @@ class QueueLimits:
         share: the part of the time in which one of them is under way while others read, unless it is waited for.
     """
 
-    num_threads: int = 4
+    num_threads: int = 8
     depth: int = 256
     high_bytes: int = 256 * MIB
     low_bytes: int = 128 * MIB
@@ -225,8 +57,8 @@ class WriteQueue:
         self.changed = threading.Condition(self.lock)
         self.target = target
         self.limits = limits
-        self.pending: deque[_Chunk] = deque()
-        self.active: set[_Chunk] = set()
+        self.pending: deque[WriteChunk] = deque()
+        self.active: set[WriteChunk] = set()
         self.queued_bytes = 0
         self.full = False
         self.stopping = False
@@ -257,13 +89,12 @@ class WriteQueue:
         """Whether there is room for more."""
         return not self.full
 
-    def put(self, writes: Sequence[Write]) -> PendingWrites:
-        """Queues writes; the caller holds the lock."""
+    def put(self, chunks: Sequence[WriteChunk]) -> PendingChunks:
+        """Queues chunks; the caller holds the lock."""
         if self.stopping:
             raise StorageError(f"{self.target.label} is closed")
-        chunks = list(_chunks(writes))
         size_bytes = sum(chunk.size for chunk in chunks)
-        handle = PendingWrites(self.target.label, len(chunks), size_bytes)
+        handle = PendingChunks(f"writing to {self.target.label}", len(chunks), size_bytes)
         now_s = time.perf_counter()
         for chunk in chunks:
             chunk.handle, chunk.asked_s = handle, now_s
@@ -275,7 +106,7 @@ class WriteQueue:
         self.ready.notify(len(chunks))
         return handle
 
-    def overlapping(self, first: int, end: int) -> list[_Chunk]:
+    def overlapping(self, first: int, end: int) -> list[WriteChunk]:
         """Returns what is still to be written to bytes `[first, end)`; the caller holds the lock."""
         return [
             chunk
@@ -302,7 +133,7 @@ class WriteQueue:
 
     # -- for threads ---------------------------------------------------------------------------------------------
 
-    def take(self) -> _Chunk | None:
+    def take(self) -> WriteChunk | None:
         with self.lock:
             while True:
                 while not self.pending and not self.stopping:
@@ -318,8 +149,7 @@ class WriteQueue:
                 self._busy_since_s = now_s
             self.active.add(chunk)
             self.queue_s += now_s - chunk.asked_s
-            if chunk.handle.began_s is None:
-                chunk.handle.began_s = now_s
+            chunk.handle.begin(now_s)
             return chunk
 
     def _turn_in_s(self) -> float | None:
@@ -334,45 +164,46 @@ class WriteQueue:
         left_s = self._next_turn_s - time.perf_counter()
         return None if left_s <= 0 else min(left_s, _LOOK_S)
 
-    def run(self, chunk: _Chunk, bounce: memoryview) -> None:
+    def run(self, chunk: WriteChunk, bounce: memoryview) -> None:
         began_s = time.perf_counter()
-        direct_bytes = num_requests = size = 0
-        cause: BaseException | None = RuntimeError("the writing thread died; its traceback is on stderr")
+        written: Written | None = None
+        cause: BaseException = RuntimeError("the writing thread died; its traceback is on stderr")
         try:
-            if not chunk.handle.failed:
-                direct_bytes, num_requests = self.target.write(chunk, bounce)
-                size = chunk.size
-                cause = None
+            if chunk.handle.failure is None:
+                written = self.target.write(chunk, bounce)
             else:
                 cause = OSError(errno.ECANCELED, "another write of the same submit failed")
         except (OSError, ValueError, MemoryError) as error:
             cause = error
         finally:
-            failure = None if cause is None else (self._failure_message(chunk, cause), cause)
+            outcome = written or (self._failure_message(chunk, cause), cause)
             with self.lock:
                 chunk.release()  # reads take what is under way from it, inside the lock
                 ended_s = time.perf_counter()
                 share = self.limits.share
                 self._next_turn_s = ended_s + (ended_s - began_s) * (1 - share) / share
-                self.written_bytes += size
-                self.direct_bytes += direct_bytes
-                self.num_requests += num_requests
                 self.active.discard(chunk)
                 if not self.active:
                     self.busy_s += ended_s - self._busy_since_s
-                self._over(chunk, failure)
+                self._over(chunk, outcome)
 
-    def _over(self, chunk: _Chunk, failure: tuple[str, BaseException] | None) -> None:
+    def _over(self, chunk: WriteChunk, outcome: Written | tuple[str, BaseException]) -> None:
         # Where nothing is left an interrupt inside `put` is put right.
         self.queued_bytes = max(self.queued_bytes - chunk.size, 0) if self.pending or self.active else 0
         if self.queued_bytes <= self.limits.low_bytes and len(self.pending) <= self.limits.depth // 2:
             self.full = False
-        if failure is not None:
-            self.target.on_failure(chunk.offset, chunk.end)
-        chunk.handle.finish(failure)
+        if isinstance(outcome, Written):
+            self.written_bytes += chunk.size
+            self.direct_bytes += outcome.direct_bytes
+            self.num_requests += outcome.num_requests
+            chunk.extent.written(chunk.filled, outcome.sums)
+            chunk.handle.finish(None)
+        else:
+            chunk.extent.fail(chunk.offset, chunk.end)
+            chunk.handle.finish(outcome)
         self.changed.notify_all()
 
-    def _failure_message(self, chunk: _Chunk, cause: BaseException) -> str:
+    def _failure_message(self, chunk: WriteChunk, cause: BaseException) -> str:
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
         number = cause.errno if isinstance(cause, OSError) else None
         hint = {
@@ -410,30 +241,10 @@ class WriteQueue:
                 thread.join()
 
 
-def _chunks(writes: Sequence[Write]) -> Iterator[_Chunk]:
-    """Cuts at multiples of the chunk, and puts together what lies side by side in the file."""
-    last: _Chunk | None = None
-    for write in writes:
-        done, size = 0, len(write.source)
-        while done < size:
-            offset = write.offset_bytes + done
-            first = offset // CHUNK_BYTES
-            upto = min(size, (first + 1) * CHUNK_BYTES - write.offset_bytes)
-            view = write.source[done:upto]
-            if last is not None and last.takes(offset, first):
-                last.views.append(view)
-                last.size += len(view)
-            else:
-                if last is not None:
-                    yield last
-                last = _Chunk(offset, view)
-            done = upto
-    if last is not None:
-        yield last
-
-
 def _work(queue: WriteQueue) -> None:
-    # Huge enough for a chunk, and aligned as direct writes need it.
-    bounce = memoryview(mmap.mmap(-1, CHUNK_BYTES))
+    # It takes no memory before something has to be gathered.
+    bounce = huge_page_memory(CHUNK_BYTES, populate=False)
     while (chunk := queue.take()) is not None:
         queue.run(chunk, bounce)
+        if not queue.pending:
+            give_back(bounce)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mball.torch_private.faked import homes_on
+from mball.torch_private.dispatch import without_casts
 
 
 class _Capture(threading.local):
@@ -41,14 +41,12 @@ def compile_call(
     faithful: bool,
     fullgraph: bool,
     dynamic: bool | None,
-    place: torch.device,
-    is_home: Callable[[torch.Tensor], bool],
 ) -> Callable[..., Any]:
     """Returns `torch.compile(call, backend=backend)`, made to notice hooks that come or go after capture.
 
     With `faithful` the model is told by `capturing` to do what it does uncompiled. `before_capture` is called in
-    the calling thread whenever Dynamo begins to capture. Tensors that `is_home` says are homes count as on `place`.
-    Only the first call asks for `torch.compile`, which imports for half a second: many models are never captured.
+    the calling thread whenever Dynamo begins to capture. Only the first call asks for `torch.compile`, which imports
+    for half a second: many models are never captured.
     """
     import torch._dynamo
     import torch._inductor.config  # which the line above imports too, and no more of it
@@ -72,7 +70,7 @@ def compile_call(
             callback_handler.register_start_callback(started)
             with (
                 _weights_as_arguments(),
-                homes_on(place, is_home),
+                without_casts(),  # else Dynamo would capture what the mode does
                 torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),
             ):
                 return compiled(*args, **kwargs)

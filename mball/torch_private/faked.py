@@ -8,34 +8,27 @@ is there too. Guards are made from the tensors themselves, and hold.
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import weakref
+from typing import Any, Protocol
 
 import torch
 
 
-class _Faking(threading.local):
-    homes: tuple[torch.device, Callable[[torch.Tensor], bool]] | None = None
+class Homes(Protocol):
+    """What knows which tensors lie at home."""
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Returns whether a plain tensor is a home, or a view of one."""
 
 
-_faking = _Faking()
+_places: weakref.WeakKeyDictionary[Homes, torch.device] = weakref.WeakKeyDictionary()
 
 
-@contextmanager
-def homes_on(place: torch.device, is_home: Callable[[torch.Tensor], bool]) -> Iterator[None]:
-    """Has fakes of homes be on `place`, in this thread."""
-    if place.type == "cpu":
-        yield
-        return
-    _watch_fakes()
-    before = _faking.homes
-    try:
-        _faking.homes = place, is_home
-        yield
-    finally:
-        _faking.homes = before
+def fake_homes_on(place: torch.device, homes: Homes) -> None:
+    """Has fakes of these homes be on `place`, for as long as there are `homes`."""
+    if place.type != "cpu":
+        _watch_fakes()
+        _places[homes] = place
 
 
 @functools.cache
@@ -47,9 +40,10 @@ def _watch_fakes() -> None:
     @functools.wraps(make)
     def from_tensor(self: FakeTensorMode, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         fake = make(self, tensor, *args, **kwargs)
-        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-        if _faking.homes is not None and plain and _faking.homes[1](tensor):
-            fake.fake_device = _faking.homes[0]
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided:
+            place = next((place for homes, place in list(_places.items()) if homes.has(tensor)), None)
+            if place is not None:
+                fake.fake_device = place
         return fake
 
     FakeTensorMode.from_tensor = from_tensor  # type: ignore[method-assign]

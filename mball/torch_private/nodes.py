@@ -34,6 +34,11 @@ def writes_argument(node: torch.fx.Node) -> bool:
     return node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder"  # type: ignore[union-attr]
 
 
+def begins_autocast(node: torch.fx.Node) -> bool:
+    """Returns whether `node` is where a region of the model's own under autocast begins."""
+    return node.target is torch.amp.autocast_mode._enter_autocast
+
+
 def argument_of(placeholder: torch.fx.Node) -> int | None:
     """Returns which argument of Dynamo's graph a placeholder of AOTAutograd's is, None if it is made of others."""
     from torch._functorch._aot_autograd.descriptors import PlainAOTInput

@@ -30,6 +30,11 @@ _USED = (
         "keeps the dispatch mode away from captured graphs",
     ),
     ("torch._C._DisableTorchDispatch", "keeps the dispatch mode away from captured graphs"),
+    ("torch._C._RestorePythonTLSSnapshot", "tells whether an operator was called under autocast"),
+    ("torch.overrides._pop_mode_temporarily", "keeps casts of weights under autocast out of captured graphs"),
+    ("torch.overrides._get_current_function_mode", "keeps casts of weights under autocast out of captured graphs"),
+    ("torch._C._is_any_autocast_enabled", "leaves room for what autocast makes of weights"),
+    ("torch.amp.autocast_mode._enter_autocast", "leaves room for what autocast makes of weights"),
     ("torch._dynamo.config.skip_nnmodule_hook_guards", "notices hooks that come after capture"),
     ("torch._dynamo.callback.callback_handler", "says when a capture begins, so that its memory is known"),
     (

@@ -68,7 +68,8 @@ class Cut:
         has_higher_order: whether a node is an operator on functions, such as `torch.cond`.
 
     Raises:
-        UnsupportedGraphError: the graph writes to a weight, or mixes a weight's memory into a result.
+        UnsupportedGraphError: the graph writes to a weight, mixes a weight's memory into a result, or has autograd
+            record what reads one: it would keep the slot for the backward pass, and give the slot the gradient.
     """
 
     def __init__(
@@ -105,6 +106,8 @@ class Cut:
         if reads and self._is_view(node):
             self.views.add(node)
             return
+        if reads and any(tensor.requires_grad for tensor in tensors_of(node)):
+            raise UnsupportedGraphError(f"{self.name}: autograd records {node.name}, which reads a weight")
         current = self.steps[-1]
         new = [weight for weight in reads if weight not in current.reads]
         if new and current.reads and not self._grouping.joins(new, current.reads):

@@ -15,7 +15,8 @@ import torch
 
 from mball.lookups import gathered_bytes
 from mball.schema import Gather, LiveRange, Step, Tensor
-from mball.torch_private.nodes import example_value, is_elementwise, is_reduction
+from mball.torch_private.dispatch import is_any_autocast_on
+from mball.torch_private.nodes import begins_autocast, example_value, is_elementwise, is_reduction
 from mball.torch_private.symbols import hint_of, symbol_of
 from mball.trace.cut import Cut, StepNodes, storage_of, tensors_of
 from mball.trace.workspace import assumed_workspace_bytes
@@ -93,7 +94,6 @@ class CapturedGraph:
 
     Attributes:
         steps: the finest steps, in order.
-        others: positions of the arguments that are no weights.
         has_higher_order: see Cut.
     """
 
@@ -110,12 +110,11 @@ class CapturedGraph:
             )
             for number, step in enumerate(cut.steps)
         ]
-        self.others = [number for number, node in enumerate(called_as.placeholders) if node not in called_as.weights]
         buffers = {node for node, flag in zip(cut.placeholders, is_buffer, strict=True) if flag}
         self._lives = _find_lives(cut, buffers, fused=_find_fused(cut) if compiled_from else set())
         self._symbols = _find_symbols(called_as.placeholders)
         # A dtype cast of a weight under autocast is a temporary that the graph does not show.
-        self._autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        self._autocast = is_any_autocast_on() or any(map(begins_autocast, cut.module.graph.nodes))
 
     def renumbered(self, name: str, weights: Mapping[int, int]) -> CapturedGraph:
         """Returns the same graph under another name, with other weights in the place of its own."""

@@ -6,7 +6,6 @@ under torch warm up in it. The second one takes times.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -64,21 +63,39 @@ class _Profile:
         raise NotImplementedError
 
 
-class TimeProfile(_Profile):
-    """Times each step, without the waits between steps; `catch_up` blocks until compute is where the host is."""
+class Moment(Protocol):
+    """A point in what is computed.
 
-    def __init__(self, steps: Sequence[StepFacts], hooks: StepHooks, catch_up: Callable[[], None]) -> None:
+    The part of a device's moment that is used here, under a name of its own; see `Gauge`.
+    """
+
+    def since(self, earlier: Any) -> float:
+        """Returns the seconds from an earlier one; blocks until this one is reached."""
+
+
+class TimeProfile(_Profile):
+    """Times each step, without the waits between steps: by `moment`, which tells when what was issued so far is over.
+
+    Nobody waits between steps, where a host that runs ahead would let the device stand idle, and for itself in the end.
+    """
+
+    def __init__(self, steps: Sequence[StepFacts], hooks: StepHooks, moment: Callable[[], Moment]) -> None:
         super().__init__(steps, hooks)
-        self._catch_up = catch_up
-        self._began_s = 0.0
+        self._moment = moment
+        self._began: Moment | None = None  # of the current step
+        self._timed: list[tuple[StepFacts, Moment, Moment]] = []
 
     def began(self, step: StepFacts) -> None:
-        self._catch_up()
-        self._began_s = time.perf_counter()
+        self._began = self._moment()
 
     def ended(self, step: StepFacts) -> None:
-        self._catch_up()
-        step.time_s = time.perf_counter() - self._began_s
+        assert self._began is not None
+        self._timed.append((step, self._began, self._moment()))
+
+    def finish(self) -> None:
+        super().finish()
+        for step, began, ended in self._timed:
+            step.time_s = ended.since(began)
 
 
 class CostProfile(_Profile):

@@ -35,8 +35,7 @@ from bench.traces.subjects import Subject, decode
 from mball.errors import BudgetError, SchemaError
 from mball.plan import make_plan, smallest_budget
 from mball.schema import Kind, Machine, Plan, Trace
-from mball.trace.graph import StepFacts
-from mball.trace.profile import TimeProfile
+from mball.trace.profile import TimeProfile, _Profile
 from tests.plan.traces import make_chain, make_machine, make_step, make_weights
 
 # The one whose plans are made fastest.
@@ -142,11 +141,13 @@ def test_recording_takes_the_least_of_the_times(tmp_path: Path, monkeypatch: pyt
     # The first time a step is measured it takes 3 s, then 1 s, then 2 s.
     measured: dict[int, int] = {}
 
-    def ended(self: TimeProfile, step: StepFacts) -> None:
-        measured[id(step)] = measured.get(id(step), -1) + 1
-        step.time_s = (3.0, 1.0, 2.0)[measured[id(step)] % 3]
+    def finish(self: TimeProfile) -> None:
+        _Profile.finish(self)
+        for step in self.steps:
+            measured[id(step)] = measured.get(id(step), -1) + 1
+            step.time_s = (3.0, 1.0, 2.0)[measured[id(step)] % 3]
 
-    monkeypatch.setattr(TimeProfile, "ended", ended)
+    monkeypatch.setattr(TimeProfile, "finish", finish)
     trace = recording.record(subject, tmp_path)["tiny"]
     assert set(measured.values()) == {recording.LEAST_TIMINGS - 1}
     assert {step.time_s for step in trace.steps} == {1.0}

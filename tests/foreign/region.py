@@ -9,6 +9,7 @@ import torch
 
 from mball.errors import DeviceError
 from mball.memory.region import Region
+from mball.torch_private.dispatch import without_dispatch
 from tests.foreign.device import foreign_tensor
 
 
@@ -31,9 +32,11 @@ class ForeignRegion(Region):
         memory = self._held(offset, size)
         if size == 0:
             return torch.empty(tuple(shape), dtype=dtype, device="foreign")
-        flat = foreign_tensor(self.address + offset, size, memory)
+        with without_dispatch():  # no mode may put it elsewhere
+            flat = foreign_tensor(self.address + offset, size, memory)
         return flat.view(dtype).view(tuple(shape))
 
     def fill(self, offset: int, size: int, byte: int) -> None:
         """Sets `size` bytes from `offset` to `byte`. Raises DeviceError out of range."""
-        self.tensor(offset, torch.uint8, (size,)).fill_(byte)
+        with without_dispatch():  # it is nothing that a caller computes
+            self.tensor(offset, torch.uint8, (size,)).fill_(byte)

@@ -525,10 +525,12 @@ def test_streams_and_events_are_accepted(foreign: ModuleType) -> None:
     assert stream != foreign.current_stream()
 
 
-def test_autocast_is_accepted_and_casts_nothing() -> None:
+def test_autocast_casts_as_for_a_gpu() -> None:
     foreign = X.to("foreign")
     with torch.autocast("foreign", dtype=torch.bfloat16):
-        assert_equal(foreign @ foreign, X @ X)
+        assert_equal(foreign @ foreign, X.bfloat16() @ X.bfloat16())
+        assert foreign.bfloat16().rsqrt().dtype == torch.float32
+        assert (foreign + foreign).dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):  # is not for what the CPU computes here
         result = F.scaled_dot_product_attention(foreign[None], foreign[None], foreign[None])
     assert_equal(result, F.scaled_dot_product_attention(X[None], X[None], X[None]))

@@ -360,6 +360,30 @@ def test_another_device(file: Path, foreign: ModuleType, monkeypatch: pytest.Mon
         assert checkpoint.get_slice("matrix")[3:5].device.type == "foreign"
 
 
+@pytest.mark.parametrize("cold", [True, False])
+def test_what_goes_to_another_device_is_never_whole_in_host_memory(
+    tmp_path: Path, foreign: ModuleType, cold: bool
+) -> None:
+    """It passes through a few buffers; what the device has of it is host memory here, too, and is counted apart."""
+    path = tmp_path / "model.safetensors"
+    save_file({f"w{number}": torch.full((12 * MIB,), number, dtype=torch.uint8) for number in range(12)}, path)
+    if cold:
+        forget(path)
+    taken: list[int] = []
+    before = anonymous_bytes() - foreign.memory_allocated()
+    found = mball.load_file(
+        path,
+        "foreign",
+        in_flight_bytes="32MiB",
+        progress=lambda done, total: taken.append(anonymous_bytes() - foreign.memory_allocated()),
+    )
+    assert foreign.memory_allocated() >= 144 * MIB
+    assert len(taken) > 4
+    # Pages of the device's memory are there once they were written, so at first there are fewer than are counted.
+    assert max(taken) - before <= 32 * MIB + 16 * MIB
+    assert all(int(tensor[-1]) == int(name[1:]) for name, tensor in found.items())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cold", [True, False])
 def test_a_gpu(tmp_path: Path, cold: bool) -> None:

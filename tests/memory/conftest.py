@@ -24,16 +24,20 @@ def standin() -> Iterator[StandIn]:
         pytest.skip("the stand-in for the CUDA driver is loaded in a process of its own")
     LOADED.configure()
     LOADED.forget()
+    LOADED.set_files()
     LOADED.run_in(Order.EARLIEST)
     yield LOADED
     LOADED.forget()
     LOADED.configure()
     is_empty, num_contexts, is_idle = LOADED.is_empty(), LOADED.num_contexts, LOADED.is_idle()
+    has_no_files = LOADED.has_no_files()
     LOADED.sweep()
     LOADED.pop_contexts()
     assert is_empty, "memory or addresses of the device are still taken"
     assert is_idle, "streams, events, pinned memory or work are left"
     assert num_contexts == 0, "a context was left current"
+    assert has_no_files, "cuFile is still open, or something is registered with it"
+    assert LOADED.falls_back, "cuFile's settings are not what they were"
 
 
 @pytest.fixture

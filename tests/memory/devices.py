@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mball.errors import DeviceError
 from mball.memory import Arena, CpuDevice, Device
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
@@ -24,8 +25,9 @@ from mball.memory.pinned import PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes, PinnedRange
 from mball.memory.region import Region
 from mball.run.file_read import FileRead
-from mball.storage import FileTable, ThreadedReader
-from mball.units import MIB
+from mball.storage import DirectIO, FileTable, ThreadedReader
+from mball.storage.watchdog import watched
+from mball.units import KIB, MIB
 from tests.memory.conftest import LOADED
 from tests.memory.driver.standin import EXTENT_BYTES, Order
 
@@ -79,22 +81,22 @@ Open = Callable[[Path], Any]
 
 
 @contextmanager
-def opened_file(folder: Path) -> Iterator[tuple[Path, bytes, ThreadedReader]]:
-    """A file of pages that all differ, and a reader of it."""
+def opened_file(folder: Path) -> Iterator[tuple[Path, bytes, ThreadedReader, FileTable]]:
+    """A file of pages that all differ, a reader of it, and the table it is in."""
     path = folder / "weights"
     halves = [bytes([first + number]) * (PAGE // 2) for number in range(NUM_PAGES) for first in (1, 101)]
     content = b"".join(halves)
     path.write_bytes(content)
-    files = FileTable()
+    files = FileTable(direct=DirectIO.ALWAYS)
     files.add_path(str(path))
-    yield path, content, ThreadedReader(files, num_threads=2)
+    yield path, content, ThreadedReader(files, num_threads=2), files
     files.close()
 
 
 @contextmanager
 def cpu(folder: Path) -> Iterator[Bench]:
     """Host memory, where compute is over when its call returns."""
-    with opened_file(folder) as (path, content, reader):
+    with opened_file(folder) as (path, content, reader, _):
         device = CpuDevice(reader)
         arena = device.arena(RESERVE_BYTES)
         arena.resize(NUM_PAGES * PAGE)
@@ -163,8 +165,9 @@ def cuda_on_the_stand_in(
     home_pages: range = range(0),
     plain: bool = False,
     has_level: bool = False,
+    straight: bool = False,
 ) -> Iterator[Bench]:
-    """A GPU of the stand-in, with these pages of the file in pinned memory."""
+    """A GPU of the stand-in, with these pages of the file pinned; the others come `straight`, by cuFile, or not."""
     assert LOADED
     LOADED.run_in(order, seed)
     driver = CudaDriver()
@@ -174,7 +177,7 @@ def cuda_on_the_stand_in(
         if plain
         else CudaMemory(driver, pool=PagePool(driver, limit_bytes=0), extent_bytes=EXTENT_BYTES)
     )
-    with opened_file(folder) as (path, content, reader), ExitStack() as stack:
+    with opened_file(folder) as (path, content, reader, files), ExitStack() as stack:
         stack.callback(driver.close)
         stack.callback(memory.close)
         homes = PinnedHomes()
@@ -200,6 +203,9 @@ def cuda_on_the_stand_in(
             has_level=has_level,
             chunk_bytes=CHUNK_BYTES,
         )
+        stack.callback(device.close)
+        if straight:
+            device.go_straight(device.gds_ring(lambda name: files[name].direct(), watched))
         arena = device.arena(RESERVE_BYTES)
         stack.callback(arena.close)
         stack.callback(device.close)
@@ -216,15 +222,18 @@ def cuda_on_the_stand_in(
 
 
 @contextmanager
-def cuda(folder: Path, *, home_pages: range = range(0)) -> Iterator[Bench]:
-    """GPU 0, with torch's work as compute, which a long kernel makes late."""
+def cuda(folder: Path, *, home_pages: range = range(0), straight: bool = False) -> Iterator[Bench]:
+    """GPU 0, with torch's work as compute, which a long kernel makes late.
+
+    Pages are pinned, or come `straight`, by cuFile, which skips the test where it does not read files there.
+    """
     import torch
 
     torch.zeros(1, device="cuda:0")
     driver = CudaDriver()
     memory = CudaMemory(driver) if driver.has_virtual_memory else PlainCudaMemory(driver)
     streams = CudaStreams(driver)
-    with opened_file(folder) as (path, content, reader), ExitStack() as stack:
+    with opened_file(folder) as (path, content, reader, files), ExitStack() as stack:
         stack.callback(driver.close)
         stack.callback(memory.close)
         homes = PinnedHomes()
@@ -242,9 +251,19 @@ def cuda(folder: Path, *, home_pages: range = range(0)) -> Iterator[Bench]:
             reader,
             lambda: torch.cuda.current_stream().cuda_stream,
             homes=homes,
-            num_buffers=NUM_BUFFERS,
-            buffer_bytes=BUFFER_BYTES,
+            # What is registered with cuFile comes in the GPU's own pages.
+            num_buffers=32 if straight else NUM_BUFFERS,
+            buffer_bytes=64 * KIB if straight else BUFFER_BYTES,
         )
+        stack.callback(device.close)
+        if straight:
+            try:
+                ring = device.gds_ring(lambda name: files[name].direct(), watched)
+            except DeviceError as error:
+                pytest.skip(f"cuFile does not read straight into this GPU: {error}")
+            device.go_straight(ring)
+            if not ring.takes(str(path)):
+                pytest.skip(f"cuFile does not read files of {folder}")
         arena = device.arena(RESERVE_BYTES)
         stack.callback(arena.close)
         stack.callback(device.close)
@@ -289,11 +308,17 @@ DEVICES = (
             for order, seed in ((Order.LATEST, 0), (Order.RANDOM, 0), (Order.RANDOM, 1))
         ),
         _named("disk-EARLIEST", cuda_on_the_stand_in, order=Order.EARLIEST),
+        *(
+            _named(f"disk-straight-{order.name}", cuda_on_the_stand_in, order=order, straight=True)
+            for order in (Order.EARLIEST, Order.LATEST, Order.RANDOM)
+        ),
+        _named("both-straight", cuda_on_the_stand_in, order=Order.LATEST, home_pages=_BOTH, straight=True),
         _named("plain", cuda_on_the_stand_in, order=Order.LATEST, home_pages=_BOTH, plain=True),
     ]
     if LOADED
     else [
         _named("cpu", cpu),
         *(_named(f"cuda-{place}", cuda, gpu=True, home_pages=pages) for place, pages in PLACES.items()),
+        _named("cuda-straight", cuda, gpu=True, straight=True),
     ]
 )

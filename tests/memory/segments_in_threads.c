@@ -23,6 +23,8 @@ typedef struct {
   uint64_t num_mallocs, num_frees, num_failed, num_waits, num_taken;
   uint64_t taken, lent, taken_back, created, released;
 } Statistics;
+typedef struct { uint64_t number, outcome; } Offer;
+enum { KEPT = 1, GIVEN = 2 };
 typedef struct { uint64_t address, size, requested, stream, is_leaving, time_us; } Listed;
 typedef struct { uint64_t time_us, action, address, size, stream; } Entry;
 typedef struct { char call[48], name[64]; int64_t code; uint64_t size, count; } Failure;
@@ -31,7 +33,7 @@ void mball_free(void *, ssize_t, int, void *);
 int mball_open(int, size_t, size_t), mball_close(int), mball_set_limit(int, size_t), mball_trim(int, size_t, size_t *);
 int mball_lend(int, size_t, const Address *, const size_t *);
 int mball_take_back(int, size_t, size_t, Address *, size_t *, size_t *);
-int mball_offer(int, Address, size_t, Address, void *, uint64_t *), mball_withdraw(int, uint64_t);
+int mball_offer(int, Address, size_t, Address, void *, Offer *), mball_withdraw(int, Offer *);
 size_t mball_taken(int, size_t, uint64_t *), mball_list(int, size_t, Listed *), mball_history(int, size_t, Entry *);
 const void *mball_generation(int);
 int mball_statistics(int, Statistics *);
@@ -76,7 +78,7 @@ typedef struct {
   void *stream, *event;
   Slot slots[NUM_SLOTS];
   Address range, extent;  // addresses of one extent, and its pages; 0: it was taken
-  uint64_t donor;         // 0: not offered
+  Offer donor;            // 0: not offered
 } Thread;
 
 static void *context;
@@ -142,10 +144,10 @@ static void take_back(Thread *thread) {
 static void offer_or_withdraw(Thread *thread) {
   Slot slot = {(unsigned char *)(uintptr_t)thread->range, EXTENT, ~(uint64_t)thread->number << 32};
   begin();
-  if (thread->donor) {
-    int code = mball_withdraw(0, thread->donor);
-    thread->donor = 0;
-    EXPECT(!code || code == TAKEN);
+  if (thread->donor.number) {
+    int code = mball_withdraw(0, &thread->donor);
+    thread->donor.number = 0;
+    EXPECT(thread->donor.outcome == (code == TAKEN ? GIVEN : KEPT) && (!code || code == TAKEN));
     if (code == TAKEN) thread->extent = 0;
     else EXPECT(holds(&slot));
   } else if (!thread->extent) {
@@ -194,7 +196,7 @@ static void *run(void *of_thread) {
       EXPECT(holds(&thread->slots[i]));
       mball_free(thread->slots[i].start, 0, 0, thread->stream);
     }
-  if (thread->donor) offer_or_withdraw(thread);
+  if (thread->donor.number) offer_or_withdraw(thread);
   return NULL;
 }
 

@@ -17,6 +17,8 @@ def test_this_torch_has_what_is_asked_of_it() -> None:
     inspect.signature(torch.cuda.memory_snapshot).bind((0, 1))
     assert all(hasattr(torch.cuda.CUDAGraph, name) for name in ("replay", "reset"))
     assert callable(torch.cuda.graph_pool_handle)
+    if torch.version.cuda is not None:
+        assert all(callable(getattr(torch._C, f"_cuda_{name}")) for name in ("endAllocateToPool", "releasePool"))
 
 
 def test_the_pool_is_expected_in_what_the_allocator_takes() -> None:
@@ -86,9 +88,22 @@ def test_what_waits_for_the_gpu_is_refused_and_the_next_recording_works() -> Non
     def adds() -> None:
         x.add_(1)
 
+    def fails() -> None:
+        x.add_(1)
+        raise ValueError("a mistake of the step's own")
+
+    stream = torch.cuda.current_stream()
     for _ in range(2):
         with pytest.raises(RuntimeError):
             graphs.record(waits)
+        with pytest.raises(ValueError, match="of the step's own"):
+            graphs.record(fails)
+        assert torch.cuda.current_stream() == stream
+        kept = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda:0")
+        held_bytes = torch.cuda.memory_reserved(0)
+        del kept
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved(0) <= held_bytes - 64 * MIB, "the allocator gives nothing back any more"
         before = x.clone()
         graph = graphs.record(adds)
         graph.replay()

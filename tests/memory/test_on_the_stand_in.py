@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -38,20 +39,31 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("number", range(NUM_PROCESSES))
 def test_cuda_memory_on_the_stand_in(library: Path, tmp_path: Path, number: int) -> None:
     files = FILES[number::NUM_PROCESSES]
+    assert run(library, tmp_path, files, "not gpu and not slow") == {file.stem for file in files}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * LIMIT_S + 60)
+def test_campaigns_on_the_stand_in(library: Path, tmp_path: Path) -> None:
+    files = [file for file in FILES if "mark.slow" in file.read_text()]
+    assert run(library, tmp_path, files, "slow and not gpu") == {file.stem for file in files}
+
+
+def run(library: Path, tmp_path: Path, files: Sequence[Path], chosen: str) -> set[str]:
+    """Runs the chosen tests of these files in a process of its own; returns the files that had some."""
     report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", f"--junit-xml={report}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, f"--junit-xml={report}"]
     finished = subprocess.run(
         [*command, *map(str, files)],
         cwd=ROOT,
         env=os.environ | {standin.LIBRARY_VARIABLE: str(library)},
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=LIMIT_S if "not slow" in chosen else 2 * LIMIT_S,
         check=False,
     )
     assert finished.returncode in (0, 1), finished.stdout + finished.stderr
     cases = list(ElementTree.parse(report).iter("testcase"))
-    assert {case.get("classname", "").rpartition(".")[2] for case in cases} == {file.stem for file in files}
     # Of those that pass the report says nothing; one that is skipped is as wrong as one that fails.
     wrong = [
         f"{case.get('classname')}.{case.get('name')}: {part.tag}\n{part.get('message')}\n{part.text}"
@@ -59,6 +71,7 @@ def test_cuda_memory_on_the_stand_in(library: Path, tmp_path: Path, number: int)
         for part in case
     ]
     assert not wrong, "\n\n".join(wrong)
+    return {case.get("classname", "").rpartition(".")[2] for case in cases}
 
 
 def test_this_process_has_no_stand_in(library: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mball.api import _wrap
+from mball.compute import OpenCompute, open_compute
 from mball.config import Config
 from mball.memory import Device
 from tests.adaptors import adapted
@@ -28,6 +29,7 @@ class Adversary:
         model: is wrapped.
         budget: in bytes.
         directory: for the swap file.
+        open_compute: opens the device that is made adversarial.
         settings: as for `mball.wrap`.
 
     Attributes:
@@ -37,9 +39,18 @@ class Adversary:
 
     mode: DeferringMode
 
-    def __init__(self, model: nn.Module, budget: int, directory: Path, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: int,
+        directory: Path,
+        *,
+        open_compute: OpenCompute = open_compute,
+        **settings: Any,
+    ) -> None:
         self.model = model
-        _wrap((model,), Config.of(budget=budget, swap_dir=directory, **settings), None, {}, adapted(self._adapt))
+        opened = adapted(self._adapt, open_compute)
+        _wrap((model,), Config.of(budget=budget, swap_dir=directory, **settings), None, {}, opened)
 
     def _adapt(self, device: Device) -> Device:
         self.device = AdversarialDevice(device, CORNERS["all at once"])

@@ -74,6 +74,7 @@ def assert_same(got: Any, expected: Any, where: str = "") -> None:
         if not isinstance(b, torch.Tensor):
             _check(a == b, f"{result} is {a!r} instead of {b!r}")
             continue
+        _check(isinstance(a, torch.Tensor), f"{result} is {a!r}, not a tensor")
         _check((a.dtype, a.shape) == (b.dtype, b.shape), f"{result} is {a.dtype} {a.shape}, not {b.dtype} {b.shape}")
         assert not b.is_floating_point() or not b.isnan().any(), f"{where}: the expected result {number} is NaN"
         if a.is_floating_point() and a.isnan().any():

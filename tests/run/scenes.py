@@ -136,6 +136,32 @@ def streams_as_resident(
     return report
 
 
+def casts_as_resident(place: Place, kind: str, *, capture: str, swap_dir: Path) -> None:
+    """Under autocast, which casts what lies on the device: weights do not."""
+    specimen = place.specimens[kind]
+
+    def under_autocast(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def casting(model: Any) -> Any:
+            with torch.autocast(torch.device(place.name).type, dtype=torch.bfloat16):
+                return call(model)
+
+        return casting
+
+    calls = list(map(under_autocast, specimen.runs))
+    expected = resident(place, make(specimen.make), calls)
+    model = make(specimen.make)
+    budget_bytes = int(weight_bytes(model) * specimen.budget) + place.activation_bytes
+    with place.wrapped(model, budget_bytes, swap_dir=swap_dir, capture=capture):
+        for attempt in range(2):
+            for number, call in enumerate(calls):
+                compare(
+                    place, model, call, expected[number], f"{kind} under autocast, attempt {attempt}, call {number}"
+                )
+        report = mball.report(model)
+    assert report.in_place_bytes == 0, report
+    assert report.peak_bytes <= report.budget_bytes, report
+
+
 def passes_follow_each_other(
     place: Place, num_slots: int, *, capture: str, swap_dir: Path, hostility: Hostility, num_passes: int = 12
 ) -> None:

@@ -82,6 +82,7 @@ def test_inductor_settings_that_it_does_not_know(settings: dict[str, Any], messa
         ({"budget": "1GiB", "fullgraph": True}, r"torch\.compile's own"),
         ({"budget": "1GiB", "options": {"max_fusion_size": 1}}, "compile='inductor'"),
         ({"budget": "much"}, "much"),
+        ({"budget": "1GiB", "io": "gds"}, "io='gds' is for files that go straight to a GPU"),
     ],
 )
 def test_settings_that_make_no_sense(settings: Any, message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from mball.api import _wrap, trace_and_plan
 from mball.backend_door import mball_backend
 from mball.config import Config
 from mball.errors import CheckpointError, ConfigError, DeviceError, WrapError
-from mball.memory import Device, Event
+from mball.memory import Device
+from mball.memory.device import HostMoment
 from tests.adaptors import DelayedDevice, DeviceAdaptor, PoisonedDevice, adapted
 from tests.foreign.compute import open_foreign
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes
@@ -171,44 +171,38 @@ def test_a_device_that_is_not_there(device: str, reason: str, tmp_path: Path) ->
     assert type(model) is before
     assert not list(tmp_path.iterdir())
     compiled = torch.compile(model, backend=mball_backend, options={"budget": "1GiB", "device": device})
-    with pytest.raises(ConfigError, match=r"runs on the CPU so far|give 'cpu'"), torch.no_grad():
+    with pytest.raises(ConfigError, match=r"Wrap the model first|give 'cpu'"), torch.no_grad():
         compiled(ids(1, 5))
 
 
 class _LateDevice(DeviceAdaptor):
-    """Compute goes on for a while after its call has returned."""
+    """Compute goes on after its call has returned, and has a clock of its own: 20 ms pass between two looks."""
 
     LATE_S = 0.02
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self._num_looks = 0
 
     @property
     def computes_at_once(self) -> bool:
         return False
 
-    def record(self) -> Event:
-        return _LateEvent(time.perf_counter() + self.LATE_S)
+    def moment(self) -> HostMoment:
+        self._num_looks += 1
+        return HostMoment(self._num_looks * self.LATE_S)
 
 
-class _LateEvent:
-    def __init__(self, over_s: float) -> None:
-        self._over_s = over_s
-
-    def done(self) -> bool:
-        return time.perf_counter() >= self._over_s
-
-    def wait(self) -> None:
-        time.sleep(max(self._over_s - time.perf_counter(), 0))
-
-
-def test_steps_are_timed_until_compute_is_over(tmp_path: Path) -> None:
+def test_steps_are_timed_by_the_clock_of_compute(tmp_path: Path) -> None:
     model = make(llama)
     budget = int(weight_bytes(model) * 0.7)
     _wrap((model,), Config.of(budget=budget, swap_dir=tmp_path, capture="graphs"), None, {}, adapted(_LateDevice))
     for _ in range(12):
         run(model, logits(1, 5))
     trace, plan = trace_and_plan(model)
-    assert all(step.time_s >= _LateDevice.LATE_S for step in trace.steps)
+    assert all(step.time_s == pytest.approx(_LateDevice.LATE_S) for step in trace.steps)
     # The host's clock saw passes that took less, and plans are not made for it.
-    assert plan.prediction.compute_s >= _LateDevice.LATE_S * len(trace.steps)
+    assert plan.prediction.compute_s == pytest.approx(_LateDevice.LATE_S * len(trace.steps))
     assert engine_of(model).meter.calls_for_another_plan(engine_of(model)._active) is False
 
 
@@ -247,17 +241,6 @@ def test_a_device_is_told_of_passes_and_of_an_arena_that_grows(tmp_path: Path) -
     device.calls.clear()
     run(model, logits(1, 5))
     assert device.calls[-1] == "follow"
-
-
-def test_autocast_is_refused_where_it_cannot_reach_weights(tmp_path: Path) -> None:
-    model = wrap_there(make(llama), int(weight_bytes(make(llama)) * 0.7), swap_dir=tmp_path)
-    torch.set_autocast_enabled("foreign", True)
-    try:
-        with pytest.raises(WrapError, match="convert the model before it is wrapped"):
-            run(There(model), logits(1, 5))
-    finally:
-        torch.set_autocast_enabled("foreign", False)
-    compare(model, make(llama), logits(1, 5))
 
 
 def test_weights_that_begin_within_an_element_are_refused(tmp_path: Path) -> None:
@@ -301,3 +284,15 @@ def test_buffers_come_back_from_where_they_were_put(tmp_path: Path) -> None:
     assert {name: buffer.device.type for name, buffer in model.named_buffers() if name != "there"} == dict.fromkeys(
         [name for name, _ in plain.named_buffers()], "cpu"
     )
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_torch_compile_of_a_wrapped_model(capture: str, tmp_path: Path, new_dynamo: None) -> None:
+    """Dynamo captures by itself then, and is shown the homes on the device all the same."""
+    plain, model = make(llama), make(llama)
+    wrap_there(model, int(weight_bytes(model) * 0.8), swap_dir=tmp_path, capture=capture)
+    there = There(torch.compile(model, backend=mball_backend), engine_of(model).homes)
+    whole = There(plain.to(PLACE))
+    for _ in range(3):
+        assert_same(run(there, lambda m: m(ids(1, 5)).logits), run(whole, lambda m: m(ids(1, 5)).logits))
+    assert_streamed(model)

@@ -16,10 +16,11 @@ from torch import nn
 
 import mball
 from mball.api import trace_and_plan
-from mball.errors import BudgetError
+from mball.errors import BudgetError, StorageError
 from mball.units import MIB
 from tests.run.harness import assert_same, assert_streamed, engine_of, make, run, weight_bytes, wrap_hostile
 from tests.run.zoo import ids, llama, logits
+from tests.storage.swaps import flip
 
 VOCABULARY = 8192
 ROW_BYTES = 128 * 4
@@ -362,6 +363,42 @@ def test_rows_are_brought_by_the_pages_that_hold_them(tmp_path: Path) -> None:
     ):
         indices = torch.tensor(list(rows), dtype=torch.int32).reshape(-1, 1)
         assert homes.prefetch_rows(weight, indices) == pages * 4096, rows
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize(("check", "is_written"), [("first", False), ("first", True), ("off", False)])
+def test_rows_of_damaged_swap_are_not_computed_with(check: str, is_written: bool, capture: str, tmp_path: Path) -> None:
+    """Also of a table that was mapped from a checkpoint and written to since; other rows are looked up as before."""
+    plain, model = make(Reader), make(Reader)
+    path = tmp_path / "model.safetensors"
+    save_file(plain.state_dict(), path)
+    weights = path if is_written else None
+    wrap_hostile(model, 2 * MIB, weights, swap_dir=tmp_path, swap_check=check, **CAPTURES[capture])
+    right, damaged = torch.tensor([[3, 5]]), torch.tensor([[3, 4000]])
+    for _ in range(2):
+        if is_written:
+            for each in (model, plain):
+                each.table.weight.data[3990:4010] += 1
+        assert_same(run(model, lambda m: m(right)), run(plain, lambda m: m(right)))
+        assert is_at_home(model)
+    homes = engine_of(model).homes
+    (weight,) = (number for number, home in enumerate(homes.homes) if home.name == "table.weight")
+    (place,) = (
+        piece.offset_bytes + at - piece.shift_bytes
+        for piece in homes.pieces(weight)
+        if piece.shift_bytes <= (at := 4000 * ROW_BYTES) < piece.shift_bytes + piece.size_bytes
+    )
+    flip(homes.swap, place)
+    if check == "off":
+        run(model, lambda m: m(damaged))
+        return
+    for _ in range(2):
+        with pytest.raises(StorageError, match=rf"of {homes.swap.name} in .* are not what was written there"):
+            run(model, lambda m: m(damaged))
+        assert homes.touched_bytes() == 0
+        assert_same(run(model, lambda m: m(right)), run(plain, lambda m: m(right)))
+    flip(homes.swap, place)
+    assert_same(run(model, lambda m: m(damaged)), run(plain, lambda m: m(damaged)))
 
 
 @pytest.mark.parametrize("capture", CAPTURES)

@@ -128,6 +128,12 @@ def test_streams_as_resident(kind: str, capture: str, place: Place, tmp_path: Pa
     play(lambda: scenes.streams_as_resident(place, kind, capture=capture, swap_dir=tmp_path))
 
 
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+@pytest.mark.parametrize("kind", ["llama-fp32", "convolutions"])
+def test_casts_as_resident(kind: str, capture: str, place: Place, tmp_path: Path) -> None:
+    play(lambda: scenes.casts_as_resident(place, kind, capture=capture, swap_dir=tmp_path))
+
+
 @pytest.mark.parametrize("hostility", list(Hostility), ids=lambda hostility: hostility.value)
 @pytest.mark.parametrize(("num_slots", "capture"), [(2, "graphs"), (3, "operators"), (3, "graphs"), (5, "graphs")])
 def test_passes_follow_each_other(

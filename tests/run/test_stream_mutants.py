@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 import mball.run
+from mball.run.engine import Engine
 from mball.run.execution import Execution
 from mball.run.rows import RowsAtHome
 from tests.run import stream_scenarios as scenarios
+from tests.run import training_scenarios as training
 from tests.run.harness import DifferentError
 from tests.streams import StreamError
 
@@ -46,7 +48,7 @@ class Mutant:
         scope: dict[str, Any] = {}
         broken = "from __future__ import annotations\n" + source.replace(self.line, self.instead)
         exec(compile(broken, f"<{self}>", "exec"), self.method.__globals__, scope)
-        owner = {"Execution": Execution, "RowsAtHome": RowsAtHome}[self.method.__qualname__.partition(".")[0]]
+        owner = self.method.__globals__[self.method.__qualname__.partition(".")[0]]
         patch.setattr(owner, self.method.__name__, scope[self.method.__name__])
 
 
@@ -70,6 +72,13 @@ MUTANTS = (
     # Copies go where the copy of what was given up is still to land.
     Mutant(method=Execution._evict, line="self._stall(occupant, occupant.event)", shown_by=scenarios.jumps),
     Mutant(method=Execution._evict, line="self._released = self.device.record()", shown_by=scenarios.jumps),
+    # The optimizer wrote to homes, and slots stay as they were.
+    Mutant(
+        method=Engine._notice_writes,
+        line="self.execution.forget(self.homes.collect_writes())",
+        instead="self.homes.collect_writes()",
+        shown_by=training.trains,
+    ),
     # Memory goes while compute reads there, or a copy has not landed.
     Mutant(method=Execution._resize, line="self._released.wait()", shown_by=scenarios.budgets),
     Mutant(method=Execution.empty, line="self._released.wait()", shown_by=scenarios.interrupted_plans),
@@ -107,7 +116,9 @@ QUESTIONS = {
     "if occupant is not None and (occupant.event is None or occupant.event.done()):",
     "for landed in [each for each in self._landing if each[1].done()]:",
 }
-ORDERS = re.compile(r"\.wait\(|\.record\(\)|\.synchronize\(\)|\.done\(\)|_stall\(occ|device\.copy\(|device\.close\(\)")
+ORDERS = re.compile(
+    r"\.wait\(|\.record\(\)|\.synchronize\(\)|\.done\(\)|_stall\(occ|forget\(self\.|device\.copy\(|device\.close\(\)"
+)
 
 
 def test_every_wait_and_every_event_is_in_the_table() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from torch import nn
 
 from tests.run import stream_scenarios as scenarios
+from tests.run import training_scenarios as training
 from tests.run.adversary import Call, act, begin, chain
 from tests.run.harness import assert_streamed
 from tests.run.stream_scenarios import ACTS, X, paces
@@ -89,6 +91,21 @@ def test_models_of_many_kinds(name: str, capture: str, tmp_path: Path) -> None:
     assert adversary.mode.num_deferred > 2 * sum(adversary.mode.synced.values())
 
 
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_training(capture: str, tmp_path: Path) -> None:
+    """What only waits for the host is computed early: what is written to homes."""
+    mode = training.train(tmp_path, capture, paces(0))
+    assert mode.num_deferred > 2 * sum(mode.synced.values())
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "capture"), [("none", "operators"), ("again", "operators"), ("again", "graphs")]
+)
+def test_backward_in_a_thread_of_its_own(checkpoints: str, capture: str, tmp_path: Path, foreign: ModuleType) -> None:
+    mode = training.differentiate(tmp_path, capture, checkpoints, paces(2))
+    assert not mode.synced, "nothing had to be computed early"
+
+
 Make = Callable[[], nn.Module]
 CAMPAIGN: tuple[tuple[str, Make, list[Call], float], ...] = (
     ("chain", chain, ACTS[:3], 0.5),
@@ -107,3 +124,16 @@ def test_a_campaign_of_orders(
     adversary, expected = begin(factory, tmp_path, budget, acts, capture)
     for seed in range(1000, 2500):
         adversary.check(Pace.any(seed), acts, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_a_campaign_of_training(capture: str, tmp_path: Path) -> None:
+    training.train(tmp_path, capture, [Pace.any(seed) for seed in range(1000, 1500)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("checkpoints", ["none", "again", "reentrant"])
+def test_a_campaign_of_backward_passes(checkpoints: str, capture: str, tmp_path: Path, foreign: ModuleType) -> None:
+    training.differentiate(tmp_path, capture, checkpoints, [Pace.any(seed) for seed in range(1000, 2000)])

@@ -14,6 +14,7 @@ import pytest
 from mball.storage import DirectIO, FileTable, NativeReader, ThreadedReader
 from tests.preads import preadv_is, read_pool
 from tests.storage.reads import FILE_BYTES, MakeReader
+from tests.storage.swaps import HeldWrites
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,17 @@ def held_reads() -> Iterator[HeldReads]:
     with preadv_is(slow):
         yield held
         held.let_go.set()
+
+
+@pytest.fixture
+def held_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldWrites]:
+    held, real = HeldWrites(), os.pwritev
+
+    def slow(*arguments: Any) -> int:
+        held.begun.release()
+        held.let_go.wait()
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pwritev", slow)
+    yield held
+    held.let_go.set()

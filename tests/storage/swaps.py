@@ -5,13 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mball.config import SwapCheck
 from mball.storage import CheckedReader, DirectIO, FileTable, Read, SwapFile, SwapSettings, ThreadedReader
-from mball.storage.write_queue import QueueLimits, Write
+from mball.storage.write_queue import QueueLimits
+from mball.storage.writes import Write
 from tests.storage.reads import memory
+
+
+@dataclass(frozen=True, slots=True)
+class HeldWrites:
+    """Every write waits, once it has begun, until it is let go."""
+
+    begun: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    let_go: threading.Event = field(default_factory=threading.Event)
 
 
 @contextlib.contextmanager

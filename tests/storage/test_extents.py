@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mball.storage.extents import BLOCK_BYTES, PAGE_BYTES, ExtentMap, SwapExtent
@@ -80,9 +80,31 @@ def test_blocks_cover_an_extent() -> None:
     extents.allocate(PAGE_BYTES)
     extent = extents.allocate(2 * BLOCK_BYTES + PAGE_BYTES)
     bounds = [extent.bounds(block) for block in extent.blocks(extent.start, extent.end)]
-    assert [end - first for first, end in bounds] == [BLOCK_BYTES, BLOCK_BYTES, PAGE_BYTES]
-    assert (bounds[0][0], bounds[-1][1]) == (extent.start, extent.end)
-    assert list(extent.blocks(extent.start + BLOCK_BYTES - 1, extent.start + BLOCK_BYTES + 1)) == [0, 1]
+    # They end where requests do: at multiples in the file.
+    assert bounds == [
+        (PAGE_BYTES, BLOCK_BYTES),
+        (BLOCK_BYTES, 2 * BLOCK_BYTES),
+        (2 * BLOCK_BYTES, 2 * BLOCK_BYTES + 2 * PAGE_BYTES),
+    ]
+    assert bounds[-1][1] == extent.end
+    assert list(extent.blocks(BLOCK_BYTES - 1, BLOCK_BYTES + 1)) == [0, 1]
+
+
+@given(
+    start=st.integers(0, 40),
+    size=st.integers(1, 60),
+    span=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
+)
+def test_filled_blocks_are_those_of_which_nothing_is_missing(start: int, size: int, span: list[float]) -> None:
+    extent = SwapExtent(start * PAGE_BYTES, (start + size) * PAGE_BYTES)
+    first, end = (extent.start + int(part * size * PAGE_BYTES) for part in span)
+    assume(first < end)
+    every = {block: extent.bounds(block) for block in extent.blocks(extent.start, extent.end)}
+    assert [begin for begin, _ in every.values()] == [extent.start, *[stop for _, stop in every.values()][:-1]]
+    assert [*extent.filled(first, end)] == [b for b, (begin, stop) in every.items() if first <= begin and stop <= end]
+    filled = extent.filled(first, end)
+    assert extent.cuts(filled) == [every[block][0] for block in filled] + [every[block][1] for block in filled[-1:]]
+    assert [*extent.blocks(first, end)] == [b for b, (begin, stop) in every.items() if begin < end and first < stop]
 
 
 def test_an_interrupt_gives_no_byte_away_twice() -> None:

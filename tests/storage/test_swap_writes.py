@@ -6,7 +6,6 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,14 @@ from hypothesis import strategies as st
 from mball.config import SwapCheck
 from mball.errors import StorageError
 from mball.storage import DirectIO, Read, SwapFile
+from mball.storage.scratch import huge_page_memory
+from mball.storage.write_queue import QueueLimits
 from mball.units import MIB
 from tests.storage.reads import memory
-from tests.storage.swaps import content, opened, read_back, write
+from tests.storage.swaps import HeldWrites, content, opened, read_back, write
 
 PAGE = 4096
 DIRECT = list(DirectIO)
-
-
-class HeldWrites:
-    """Every write waits, once it has begun, until it is let go."""
-
-    def __init__(self) -> None:
-        self.begun = threading.Semaphore(0)
-        self.let_go = threading.Event()
-
-
-@pytest.fixture
-def held_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldWrites]:
-    held, real = HeldWrites(), os.pwritev
-
-    def slow(*arguments: Any) -> int:
-        held.begun.release()
-        held.let_go.wait()
-        return real(*arguments)
-
-    monkeypatch.setattr(os, "pwritev", slow)
-    yield held
-    held.let_go.set()
 
 
 @pytest.mark.parametrize("direct", DIRECT)
@@ -110,9 +89,9 @@ def test_what_writes_waits_above_the_high_mark_and_goes_on_below_the_low_one(
         start = swap.allocate(16 * MIB)
         source = content(2 * MIB)
         swap.submit([write(start, source)])
-        assert not swap.is_full
+        assert not swap._queue.full
         swap.submit([write(start + 2 * MIB, source)])
-        assert swap.is_full
+        assert swap._queue.full
         third: list[object] = []
         writer = threading.Thread(target=lambda: third.append(swap.submit([write(start + 4 * MIB, source)])))
         writer.start()
@@ -122,7 +101,7 @@ def test_what_writes_waits_above_the_high_mark_and_goes_on_below_the_low_one(
         writer.join(10)
         assert third
         third[0].wait()  # type: ignore[attr-defined]
-        assert not swap.is_full
+        assert not swap._queue.full
 
 
 def test_the_depth_bounds_the_queue(tmp_path: Path, held_writes: HeldWrites) -> None:
@@ -130,11 +109,11 @@ def test_the_depth_bounds_the_queue(tmp_path: Path, held_writes: HeldWrites) -> 
         start = swap.allocate(8 * MIB)
         source = content(PAGE)
         for number in range(5):
-            assert not swap.is_full
+            assert not swap._queue.full
             swap.submit([write(start + number * MIB, source)])
             if not number:
                 held_writes.begun.acquire()
-        assert swap.is_full
+        assert swap._queue.full
         held_writes.let_go.set()
 
 
@@ -273,6 +252,34 @@ def test_large_blocks_go_past_the_page_cache(tmp_path: Path) -> None:
         assert swap.statistics.num_writes == before.num_writes + 1
 
 
+def test_what_odd_addresses_are_gathered_in_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[memoryview] = []
+
+    def noted(size_bytes: int, *, populate: bool) -> memoryview:
+        taken.append(huge_page_memory(size_bytes, populate=populate))
+        return taken[-1]
+
+    real, written_from = os.pwritev, set()
+
+    def pwritev(descriptor: int, views: list[memoryview], offset: int) -> int:
+        written_from.update(id(view.obj) for view in views)
+        return real(descriptor, views, offset)
+
+    monkeypatch.setattr("mball.storage.write_queue.huge_page_memory", noted)
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    source = content(8 * MIB)
+    with opened(tmp_path, num_threads=2) as (swap, reader):
+        start = swap.allocate(8 * MIB)
+        swap.write_all([write(start + at, source[at : at + 100_032]) for at in range(0, 8 * MIB, 100_032)])
+        assert read_back(swap, reader, start, 8 * MIB) == source
+        assert written_from <= {id(view.obj) for view in taken}
+        deadline_s = time.monotonic() + 10
+        while any(any(view[::PAGE]) for view in taken) and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert len(taken) == 2
+        assert not any(any(view) for view in taken)
+
+
 def num_writers() -> int:
     return sum(thread.name.startswith("mball-write") for thread in threading.enumerate())
 
@@ -283,7 +290,7 @@ def test_dropping_a_swap_file_ends_its_threads(tmp_path: Path) -> None:
     swap = SwapFile.create(tmp_path)
     assert num_writers() == threads
     swap.write(swap.allocate(PAGE), content(PAGE))
-    assert num_writers() == threads + 4
+    assert num_writers() == threads + QueueLimits().num_threads
     del swap
     assert num_writers() == threads
     assert len(os.listdir("/proc/self/fd")) == descriptors

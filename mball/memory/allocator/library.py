@@ -6,7 +6,7 @@ import ctypes
 from pathlib import Path
 
 from mball.c_library import CLibrary
-from mball.memory.allocator.records import EntryRecord, FailureRecord, SegmentRecord, StatisticsRecord
+from mball.memory.allocator.records import EntryRecord, FailureRecord, Offer, SegmentRecord, StatisticsRecord
 
 SEGMENTS = CLibrary(source=Path(__file__).with_name("segments.c"), title="the allocator's C library")
 
@@ -30,12 +30,13 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
         ("open", code, [number, size, size]),
         ("close", code, [number]),
         ("set_limit", code, [number, size]),
+        ("fit_limit", code, [number, size, pointer(size)]),
         ("trim", code, [number, size, pointer(size)]),
         ("lend", code, [number, size, pointer(address), pointer(size)]),
         ("take_back", code, [number, size, size, pointer(address), pointer(size), pointer(size)]),
         ("owns", number, [number, address]),
-        ("offer", code, [number, address, size, address, ctypes.c_void_p, pointer(address)]),
-        ("withdraw", code, [number, address]),
+        ("offer", code, [number, address, size, address, ctypes.c_void_p, pointer(Offer)]),
+        ("withdraw", code, [number, pointer(Offer)]),
         ("taken", size, [number, size, pointer(address)]),
         ("generation", ctypes.c_void_p, [number]),
         ("statistics", code, [number, pointer(StatisticsRecord)]),

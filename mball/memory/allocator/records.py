@@ -50,6 +50,24 @@ class FailureRecord(ctypes.Structure):
     )
 
 
+class Offer(ctypes.Structure):
+    """What became of an offer: the library writes it within its calls, where no interrupt comes between."""
+
+    _fields_ = (("number", ctypes.c_uint64), ("outcome", ctypes.c_uint64))
+    number: int  # 0: it was not made
+    outcome: int
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was made and is not withdrawn."""
+        return bool(self.number) and not self.outcome
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether it was withdrawn too late."""
+        return self.outcome == 2  # GIVEN
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
     """What an allocator holds now, and what it did since it was opened.

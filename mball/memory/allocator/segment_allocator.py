@@ -13,6 +13,7 @@ from mball.memory.allocator.records import (
     EntryRecord,
     Failure,
     FailureRecord,
+    Offer,
     Segment,
     SegmentRecord,
     Statistics,
@@ -109,6 +110,17 @@ class SegmentAllocator:
         """
         self._check("set the limit to", self._library.mball_set_limit(self._ordinal, limit_bytes), limit_bytes)
 
+    def fit_limit(self, limit_bytes: int) -> int:
+        """Makes the limit `limit_bytes`, or what segments take if that is more; returns what they take.
+
+        Pooled pages over it go to the driver. Withdraw what is offered first, as before `set_limit`. Raises DeviceError
+        when the driver does not take them; the limit is as before.
+        """
+        used = ctypes.c_size_t()
+        code = self._library.mball_fit_limit(self._ordinal, limit_bytes, ctypes.byref(used))
+        self._check("set the limit to", code, limit_bytes)
+        return used.value
+
     def lend(self, pages: Sequence[Page]) -> None:
         """Takes over pages that are mapped nowhere, all of them, and may map, lend on and destroy them from now on.
 
@@ -157,28 +169,28 @@ class SegmentAllocator:
         """Returns whether a handle's pages are held here. A donor's are once it is taken."""
         return bool(self._library.mball_owns(self._ordinal, handle))
 
-    def offer(self, address: int, page: Page, event: int = 0) -> int:
+    def offer(self, address: int, page: Page, event: int = 0, *, note: Offer | None = None) -> int:
         """Offers the extent that is mapped at `address`; returns the donor's number. Those offered first go first.
 
         It may be unmapped and used for segments from now on, on any thread, once `event` is over (0: at once); then the
         limit rises by its size. Until `withdraw`, the engine keeps the event as it is, has no work use the extent that
         is not before the event, and neither maps nor unmaps there.
 
-        Raises DeviceError; nothing is offered then.
+        What became of it is in `note`, also where an interrupt comes. Raises DeviceError; nothing is offered then.
         """
-        number = ctypes.c_uint64()
+        note = note or Offer()
         code = self._library.mball_offer(
-            self._ordinal, address, page.size_bytes, page.handle, event, ctypes.byref(number)
+            self._ordinal, address, page.size_bytes, page.handle, event, ctypes.byref(note)
         )
         self._check("offer", code, page.size_bytes)
-        return number.value
+        return int(note.number)
 
-    def withdraw(self, donor: int) -> bool:
+    def withdraw(self, donor: int, *, note: Offer | None = None) -> bool:
         """Ends an offer. Returns whether the extent is as it was; if not, its mapping and its page are gone.
 
         Raises DeviceError if there is no such offer.
         """
-        code = self._library.mball_withdraw(self._ordinal, donor)
+        code = self._library.mball_withdraw(self._ordinal, ctypes.byref(note or Offer(donor)))
         if code < 0 and _OWN[code][0] == _TAKEN:
             return False
         self._check("withdraw a donor", code)

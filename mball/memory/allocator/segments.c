@@ -148,6 +148,8 @@ typedef struct Donor {
 } Donor;
 
 // These are read by Python: 64-bit fields only.
+typedef struct { uint64_t number, outcome; } Offer;  // 0: it was not made; it was not withdrawn
+enum { KEPT = 1, GIVEN = 2 };                        // outcomes
 typedef struct { uint64_t address, size, requested, stream, is_leaving, time_us; } Listed;
 typedef struct { uint64_t time_us, action, address, size, stream; } Entry;
 typedef struct { char call[48], name[64]; int64_t code; uint64_t size, count; } Failure;
@@ -664,6 +666,28 @@ EXPORT int mball_set_limit(int ordinal, size_t limit) {
   return code;
 }
 
+// Makes the limit `limit` bytes, or what segments take, in use and leaving, if that is more; `used` says how much that
+// is. In one go: other threads may allocate meanwhile. Pooled pages over the limit are given to the driver.
+EXPORT int mball_fit_limit(int ordinal, size_t limit, size_t *used) {
+  Device *device;
+  Turn turn;
+  *used = 0;
+  int code = enter(ordinal, &device);
+  if (code) return code;
+  if (limit > MOST_BYTES) code = fail(ordinal, "mball_fit_limit", limit, INVALID);
+  else if (!(code = begin(device, &turn))) {
+    sweep(device, 0);
+    *used = device->now.in_use + device->now.leaving;
+    if (limit < *used) limit = *used;
+    while (device->now.held > limit && release_one(device)) {}
+    end(device, &turn);
+    if (device->now.held > limit) code = fail(ordinal, "mball_fit_limit", limit, BUSY);
+    else device->now.limit = limit;
+  }
+  leave();
+  return code;
+}
+
 // Gives pooled pages to the driver until `size` bytes went or none is left; `released` says how many did.
 EXPORT int mball_trim(int ordinal, size_t size, size_t *released) {
   Device *device;
@@ -749,7 +773,7 @@ EXPORT int mball_owns(int ordinal, Address handle) {
 }
 
 // Offers a mapped extent that may be taken once `event` (NULL: at any time) is over; those offered first go first.
-EXPORT int mball_offer(int ordinal, Address address, size_t size, Address handle, void *event, uint64_t *id) {
+EXPORT int mball_offer(int ordinal, Address address, size_t size, Address handle, void *event, Offer *offer) {
   Device *device;
   int code = enter(ordinal, &device);
   if (code) return code;
@@ -763,7 +787,7 @@ EXPORT int mball_offer(int ordinal, Address address, size_t size, Address handle
     know(device, page, handle);
     page->is_offered = 1;
     *donor = (Donor){.id = ++device->next_donor, .address = address, .page = page, .event = event};
-    *id = donor->id;
+    *offer = (Offer){donor->id, 0};
     donor->before = device->last_donor, device->last_donor = donor;
     *(donor->before ? &donor->before->next : &device->donors) = donor;
     donor->same = device->numbered[donor->id % BUCKETS], device->numbered[donor->id % BUCKETS] = donor;
@@ -774,15 +798,17 @@ EXPORT int mball_offer(int ordinal, Address address, size_t size, Address handle
 }
 
 // Ends an offer: 0, and the extent is the engine's as before, or TAKEN, and neither handle nor mapping is there any more.
-EXPORT int mball_withdraw(int ordinal, uint64_t id) {
+// That is in `offer` too: who is interrupted behind the call finds it there.
+EXPORT int mball_withdraw(int ordinal, Offer *offer) {
   Device *device;
   int code = enter(ordinal, &device);
   if (code) return code;
-  Donor *donor = device->numbered[id % BUCKETS];
-  while (donor && donor->id != id) donor = donor->same;
+  Donor *donor = device->numbered[offer->number % BUCKETS];
+  while (donor && donor->id != offer->number) donor = donor->same;
   if (!donor) code = fail(ordinal, "mball_withdraw", 0, UNKNOWN);
   else {
     code = donor->is_taken ? TAKEN : SUCCESS;
+    offer->outcome = donor->is_taken ? GIVEN : KEPT;
     forget_donor(device, donor);
   }
   leave();

@@ -18,6 +18,7 @@ from mball.compute import Compute, cuda_compute
 from mball.config import Config
 from mball.memory import Device, Event, Gauge, Graphs
 from mball.memory.allocator.segment_allocator import SegmentAllocator
+from mball.memory.cuda_device import BUFFER_BYTES
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_streams import CudaStreams
 from mball.memory.device import Held
@@ -119,6 +120,7 @@ def wrapped_over_the_driver(
     swap_dir: Path,
     weights: Path | None = None,
     extent_bytes: int = EXTENT_BYTES,
+    buffer_bytes: int = BUFFER_BYTES,
     **settings: Any,
 ) -> Iterator[Any]:
     """A model on the device that `around` puts around that of the stand-in; its order says how late copies are."""
@@ -137,6 +139,7 @@ def wrapped_over_the_driver(
             place=torch.device(PLACE),
             has_level=config.host_budget_bytes is not None,
             make_pool=SegmentPool if has_segments else None,
+            buffer_bytes=buffer_bytes,
         )
         return replace(compute, device=around(_AtOnce(compute.device, stream, has_segments=has_segments)))
 

@@ -291,10 +291,13 @@ static Mapping **whole_mappings(Address address, size_t size) {
 }
 
 static void sweep_streams(void);
+static void sweep_files(void);
+static int is_opened(Address address);
 
 // Gives up all there is: what interrupted and failed tests lost.
 void standin_sweep(void) {
   sweep_streams();
+  sweep_files();
   num_retained = 0;
   while (mappings) {
     Mapping *gone = mappings;
@@ -395,7 +398,7 @@ Result cuMemAlloc(Address *address, size_t size) {
 Result cuMemFree(Address address) {
   CALL; NEEDS_CONTEXT;
   Range **at = find_range(address, 1), *found = *at;
-  REQUIRE(found, INVALID_VALUE);
+  REQUIRE(found && !is_opened(address), INVALID_VALUE);
   munmap((void *)(uintptr_t)address, found->size);
   taken_bytes -= found->size;
   *at = found->next;
@@ -414,6 +417,7 @@ Result cuMemcpyDtoH(void *to, Address from, size_t size) {
 }
 
 #include "streams.c"
+#include "cufile.c"
 
 // -- names --------------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from mball.units import KIB, MIB
 
 LIBRARY_VARIABLE = "MBALL_STANDIN_FOR_CUDA"  # names the built library; set only in processes that shall load it
+CUFILE = "libcufile.so.0"
 SOURCE = Path(__file__).with_name("standin.c")
 CODES = {
     "INVALID_VALUE": 1,
@@ -21,6 +22,12 @@ CODES = {
     "ILLEGAL_ADDRESS": 700,
     "LAUNCH_FAILED": 719,
     "NOT_SUPPORTED": 801,
+}
+FILE_CODES = {
+    "DRIVER_NOT_INITIALIZED": 5001,
+    "DRIVER_VERSION_MISMATCH": 5004,
+    "IO_NOT_SUPPORTED": 5008,
+    "GPU_MEMORY_PINNING_FAILED": 5036,
 }
 # Small, so that examples with many pieces are quick.
 GRANULE_BYTES = 64 * KIB
@@ -40,10 +47,12 @@ def missing() -> str:
 def build(folder: Path) -> Path:
     """Compiles the stand-in; returns the library."""
     library = folder / "libcuda.so.1"
-    command = ["cc", "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-shared", "-fPIC"]
-    command += ["-Wl,-soname,libcuda.so.1", "-o", str(library), str(SOURCE), "-ldl", "-lpthread"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+    # Bindings take calls of cuFile from any library that has them, and load its own for those that none has.
+    for name, source in ((library.name, [str(SOURCE)]), (CUFILE, ["-x", "c", os.devnull])):
+        command = ["cc", "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-shared", "-fPIC", f"-Wl,-soname,{name}"]
+        command += ["-o", str(folder / name), *source, "-ldl", "-lpthread"]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr
     return library
 
 
@@ -63,10 +72,12 @@ class StandIn:
         self._library = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
         found = ctypes.CDLL("libcuda.so.1", os.RTLD_NOLOAD)
         assert hasattr(found, "standin_calls"), "a driver was loaded before the stand-in"
-        for name in ("taken_bytes", "mapped_bytes", "handle_bytes", "registered_bytes"):
+        ctypes.CDLL(str(library.with_name(CUFILE)))
+        for name in ("taken_bytes", "mapped_bytes", "handle_bytes", "registered_bytes", "opened_bytes"):
             getattr(self._library, f"standin_{name}").restype = ctypes.c_size_t
         counts = ("handles", "ranges", "retained", "contexts", "streams", "events", "waiting")
-        for name in ("calls", *(f"num_{what}" for what in counts)):
+        files = ("file_handles", "open", "late", "reading", "compat_reads")
+        for name in ("calls", "most_reading", *(f"num_{what}" for what in (*counts, *files))):
             getattr(self._library, f"standin_{name}").restype = ctypes.c_long
         self.configure()
 
@@ -90,6 +101,20 @@ class StandIn:
             host_addresses,
         )
 
+    def set_files(self, *, straight: bool = True, forced: bool = False, most_bytes: int = 0) -> None:
+        """Says what cuFile there is from now on.
+
+        Args:
+            straight: whether there is nvidia-fs; else cuFile opens only where it may read through host memory.
+            forced: whether cufile.json has it read through host memory, whatever else it is told.
+            most_bytes: what a read brings at most; 0: all.
+        """
+        self._library.standin_files(straight, forced, ctypes.c_size_t(most_bytes))
+
+    def hold_reads(self, held: bool) -> None:
+        """Has cuFile's reads not come back as long as this is so."""
+        self._library.standin_hold_reads(held)
+
     def fail(self, first: int, last: int | None = None, *, code: int, function: str = "") -> None:
         """Has calls number `first` to `last` from now on fail, of `function` or of any; the first is number 1."""
         last = first if last is None else last
@@ -106,6 +131,10 @@ class StandIn:
     def run_in(self, order: Order, seed: int = 0) -> None:
         """Chooses when work of streams runs; `seed` is for chance."""
         self._library.standin_order(order.value, ctypes.c_ulonglong(seed))
+
+    def spin(self, stream: int, seconds: float) -> None:
+        """Gives a stream work that takes time, by the clock of its events; other work takes none."""
+        self._library.standin_spin(ctypes.c_void_p(stream), ctypes.c_double(seconds))
 
     def run(self) -> None:
         """Runs all that streams were given."""
@@ -181,6 +210,45 @@ class StandIn:
     def num_waiting(self) -> int:
         """How much work of streams did not run yet."""
         return int(self._library.standin_num_waiting())
+
+    @property
+    def opened_bytes(self) -> int:
+        """Bytes of the device's memory that cuFile has opened to disks."""
+        return int(self._library.standin_opened_bytes())
+
+    @property
+    def num_file_handles(self) -> int:
+        """Files that are registered with cuFile."""
+        return int(self._library.standin_num_file_handles())
+
+    @property
+    def num_reading(self) -> int:
+        """Reads of cuFile that are under way."""
+        return int(self._library.standin_num_reading())
+
+    @property
+    def most_reading(self) -> int:
+        """The most there were at a time since `set_files`."""
+        return int(self._library.standin_most_reading())
+
+    @property
+    def num_compat_reads(self) -> int:
+        """Reads since `set_files` that cuFile was free to make through host memory."""
+        return int(self._library.standin_num_compat_reads())
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether cuFile may read through host memory."""
+        return bool(self._library.standin_falls_back())
+
+    def has_no_files(self) -> bool:
+        """Whether cuFile is closed, and nothing is registered with it, nor was longer than it was open."""
+        num_open, num_late = int(self._library.standin_num_open()), int(self._library.standin_num_late())
+        return (self.opened_bytes, self.num_file_handles, num_open, num_late) == (0, 0, 0, 0)
+
+    def sweep_files(self) -> None:
+        """Closes cuFile, and sets it back, after a test that lost some of it."""
+        self._library.standin_sweep_files()
 
     def is_idle(self) -> bool:
         """Whether no streams, events, pinned memory and work are left."""

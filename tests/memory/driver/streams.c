@@ -5,19 +5,20 @@
 // finds bytes that are not there yet, or not any more. Copies read and write when they run. No thread: a test that
 // failed fails again. Pinned memory is what was registered; other memory is copied at once, as the driver does.
 
-typedef struct { int done, num_holders; } Point;  // a moment in the work of a stream
+typedef struct { int done, num_holders; double time_s; } Point;  // a moment in the work of a stream
 typedef struct Work {
-  enum { COPY, RECORD, WAIT } kind;
+  enum { COPY, RECORD, WAIT, SPIN } kind;
   char *to;
   const char *from;
   char *staged;  // the bytes of memory that is not pinned
   size_t size;
-  int to_device;
+  double spin_s;
+  int to_device, within_device;
   Point *point;
   struct Work *next;
 } Work;
 typedef struct Stream { Work *first, **end; int destroyed, capturing; struct Stream *next; } Stream;
-typedef struct Event { Point *point; int num_questions, captured; struct Event *next; } Event;
+typedef struct Event { Point *point; int num_questions, captured, has_time; struct Event *next; } Event;
 typedef struct Registered { char *address; size_t size; struct Registered *next; } Registered;
 
 enum { INVALID_HANDLE = 400, NOT_READY = 600, ILLEGAL_ADDRESS = 700, ALREADY_REGISTERED = 712, NOT_REGISTERED = 713 };
@@ -31,6 +32,7 @@ static Registered *registered;
 static int order = EARLIEST;
 static unsigned long long chance = 1;
 static int num_captures;
+static double spun_s;  // no work takes time but what spins
 static __thread int capture_mode = CAPTURE_GLOBAL;
 
 static unsigned draw(unsigned below) {
@@ -64,10 +66,12 @@ static void forget_first(Stream *stream) {
 static void run_first(Stream *stream) {
   Work *work = stream->first;
   if (work->kind == COPY && !lost) {
-    if (!is_device_memory(work->to_device ? work->to : work->from, work->size)) lost = ILLEGAL_ADDRESS;
+    int reached = is_device_memory(work->to_device ? work->to : work->from, work->size);
+    if (!reached || (work->within_device && !is_device_memory(work->from, work->size))) lost = ILLEGAL_ADDRESS;
     else memcpy(work->to, work->from, work->size);
   }
-  if (work->kind == RECORD) work->point->done = 1;
+  if (work->kind == SPIN) spun_s += work->spin_s;
+  if (work->kind == RECORD) work->point->done = 1, work->point->time_s = spun_s;
   forget_first(stream);
 }
 static int run_any(void) {
@@ -116,6 +120,11 @@ static Work *give(Stream *stream, int kind, Point *point) {
 // -- the tests' ---------------------------------------------------------------------------------------------------------
 
 void standin_order(int chosen, unsigned long long seed) { order = chosen, chance = seed * 2654435761u + 88172645463325252u; }
+void standin_spin(Stream *stream, double seconds) {
+  pthread_mutex_lock(&mutex);
+  give(stream ? stream : &default_stream, SPIN, NULL)->spin_s = seconds;
+  pthread_mutex_unlock(&mutex);
+}
 void standin_lose(int code) { lost = code; }
 // While a stream is captured, threads that are not relaxed may not ask or wait for events.
 void standin_capture(Stream *stream, int begins) {
@@ -208,6 +217,7 @@ Result cuEventCreate(Event **event, unsigned flags) {
   CALL; NEEDS_CONTEXT;
   REQUIRE(flags <= 3, INVALID_VALUE);
   Event *made = calloc(1, sizeof *made);
+  made->has_time = !(flags & 2);
   made->next = events, events = made;
   *event = made;
   return SUCCESS;
@@ -249,6 +259,15 @@ Result cuEventSynchronize(Event *event) {
   REQUIRE(!event->captured, CAPTURED_EVENT);
   run_until(event->point);
   pass_time();
+  return lost;
+}
+
+Result cuEventElapsedTime(float *milliseconds, Event *first, Event *last) {
+  CALL; NEEDS_CONTEXT;
+  REQUIRE(*find_event(first) && *find_event(last) && first->has_time && last->has_time, INVALID_HANDLE);
+  REQUIRE(first->point && last->point, INVALID_HANDLE);
+  REQUIRE(first->point->done && last->point->done, NOT_READY);
+  *milliseconds = (float)((last->point->time_s - first->point->time_s) * 1e3);
   return lost;
 }
 
@@ -310,6 +329,16 @@ Result cuMemcpyDtoHAsync(void *to, Address from, size_t size, Stream *handle) {
   Work *work = give(stream, COPY, NULL);
   work->to = to, work->from = (char *)(uintptr_t)from, work->size = size;
   if (!pinned) run_stream(stream);
+  pass_time();
+  return SUCCESS;
+}
+Result cuMemcpyDtoDAsync(Address to, Address from, size_t size, Stream *handle) {
+  CALL; NEEDS_CONTEXT;
+  Stream *stream = find_stream(handle);
+  REQUIRE(stream, INVALID_HANDLE);
+  Work *work = give(stream, COPY, NULL);
+  work->to = (char *)(uintptr_t)to, work->from = (char *)(uintptr_t)from, work->size = size;
+  work->to_device = work->within_device = 1;
   pass_time();
   return SUCCESS;
 }

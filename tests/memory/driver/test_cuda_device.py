@@ -8,6 +8,7 @@ import logging
 import random
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from mball.memory.cuda_streams import CudaStreams
 from mball.memory.pinned_ring import PinnedRing
 from mball.memory.region import Region
 from mball.run.file_read import FileRead
-from mball.storage.threads import PendingReads
+from mball.storage.pending import Pending
 from tests.memory.device_scenes import slots_in_turn
 from tests.memory.devices import BUFFER_BYTES, NUM_PAGES, PAGE, PLACES, Bench, cuda_on_the_stand_in, expect
 from tests.memory.driver.standin import CODES, Order, StandIn
@@ -65,6 +66,29 @@ def test_the_host_waits_for_nothing_but_reads(standin: StandIn, tmp_path: Path) 
         assert "mball-feed" not in names_of_threads()
         bench.finish()
         expect(look(), bench.content[: 8 * PAGE])
+
+
+def test_moments_are_those_of_the_stream_and_not_of_the_host(standin: StandIn, tmp_path: Path) -> None:
+    with cuda_on_the_stand_in(tmp_path, order=Order.LATEST, home_pages=PLACES["home"]) as bench:
+        device, stream = bench.device, bench.device._current_stream()
+        moments = [device.moment()]
+        for seconds in (0.25, 0.0, 2.0):
+            standin.spin(stream, seconds)
+            moments.append(device.moment())
+        standin.spin(stream, 8.0)
+        assert standin.num_waiting >= 8, "something ran, so somebody waited for it"
+        assert [last.since(first) for first, last in pairwise(moments)] == pytest.approx([0.25, 0.0, 2.0])
+        assert moments[3].since(moments[0]) == pytest.approx(2.25)
+        num_events = standin.num_events
+        for _ in range(4):
+            del moments
+            moments = [device.moment() for _ in range(4)]
+        assert standin.num_events == num_events, "they are not used again"
+        late = moments[-1]
+    with pytest.raises(DeviceError, match="its clock cannot be read any more"):
+        late.since(moments[0])
+    with pytest.raises(DeviceError, match="the device is closed"):
+        device.moment()
 
 
 def test_bytes_from_disk_come_through_a_ring_that_is_gone_round(standin: StandIn, tmp_path: Path) -> None:
@@ -138,7 +162,7 @@ def unforeseen(*arguments: object) -> None:
 @pytest.mark.parametrize("num_pages", [1, 30])
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(PendingReads, "wait"), (PinnedRing, "copy_out"), (CudaStreams, "copy_in"), (EventPool, "record")],
+    [(Pending, "wait"), (PinnedRing, "copy_out"), (CudaStreams, "copy_in"), (EventPool, "record")],
     ids=["the read", "the ring", "the driver", "the event"],
 )
 def test_a_copy_that_never_happened_is_not_done(

@@ -103,6 +103,18 @@ def test_a_code_that_the_bindings_do_not_know_is_an_error_too(driver: CudaDriver
             driver.create(GRANULE_BYTES)
 
 
+def test_bindings_that_say_so_in_another_way(driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of CUDA 13.0 look a code up and do not find it."""
+
+    def unknown(*arguments: object) -> None:
+        raise KeyError(4711)
+
+    with driver.current():
+        monkeypatch.setattr(driver._cuda, "cuMemCreate", unknown)
+        with pytest.raises(DriverError, match=r"cuMemCreate failed on GPU 0: 4711.*update cuda-bindings"):
+            driver.create(GRANULE_BYTES)
+
+
 @pytest.mark.parametrize("ordinal", [-1, 1, 7])
 def test_a_gpu_that_is_not_there(standin: StandIn, ordinal: int) -> None:
     with pytest.raises(DeviceError, match=rf"GPU {ordinal}: CUDA_ERROR_INVALID_DEVICE.*CUDA_VISIBLE_DEVICES"):

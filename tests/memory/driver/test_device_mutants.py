@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from mball.errors import MballError
-from mball.memory import cuda_device, cuda_events, cuda_feed, host_level, pinned_ring, pinned_tier
+from mball.memory import cuda_device, cuda_events, cuda_feed, gds_ring, host_level, pinned_tier, ring
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_errors import DriverError
 from mball.memory.pinned_tier import KEPT_FOR
@@ -37,9 +37,9 @@ from tests.memory.devices import NUM_PAGES, PAGE, PLACES, Bench, expect
 from tests.memory.driver.level_scenes import LEVEL_SCENES, levels
 from tests.memory.driver.standin import CODES, Order, StandIn
 
-MODULES = (cuda_device, cuda_events, cuda_feed, host_level, pinned_ring, pinned_tier)
+MODULES = (cuda_device, cuda_events, cuda_feed, gds_ring, host_level, pinned_tier, ring)
 # Calls that order work, where nothing uses what they return.
-_WAITS = {"wait", "order", "synchronize", "drain", "free", "record"}
+_WAITS = {"wait", "order", "synchronize", "drain", "free", "record", "_watched"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +289,30 @@ def compute_goes_on_elsewhere(bench: Bench) -> None:
             device._streams.destroy_stream(other)
 
 
+def a_read_around_the_host_is_waited_for(bench: Bench) -> None:
+    assert devices.LOADED
+    devices.LOADED.hold_reads(True)
+    try:
+        event = bench.device.copy([bench.read(PAGE, 4 * PAGE, 0)], None)
+        deadline_s = time.monotonic() + 60
+        while not devices.LOADED.num_reading:
+            assert time.monotonic() < deadline_s, "nothing is read"
+            time.sleep(0.001)
+        for _ in range(6):  # who asks again and again is answered some time
+            time.sleep(0.001)
+            assert not event.done()
+    finally:
+        devices.LOADED.hold_reads(False)
+    event.wait()
+    look = bench.look(0, 4)
+    bench.finish()
+    expect(look(), bench.content[PAGE : 5 * PAGE])
+
+
+STRAIGHT_SCENES: tuple[Callable[[Bench], None], ...] = (
+    lambda bench: slots_in_turn(bench, random.Random(7)),
+    a_read_around_the_host_is_waited_for,
+)
 SCENES: tuple[Callable[[Bench], None], ...] = (
     lambda bench: slots_in_turn(bench, random.Random(7)),
     events_are_reached,
@@ -329,6 +353,13 @@ def play(folder: Path, standin: StandIn) -> None:
                 with devices.cuda_on_the_stand_in(place, order=order, seed=seed, home_pages=pages) as bench:
                     scene(bench)
                 assert standin.is_idle(), "streams, events, pinned memory or work are left"
+        for number, scene in enumerate(STRAIGHT_SCENES):
+            place = folder / f"{order.name}{seed}straight{number}"
+            place.mkdir()
+            with devices.cuda_on_the_stand_in(place, order=order, seed=seed, straight=True) as bench:
+                scene(bench)
+            assert standin.has_no_files(), "cuFile is still open"
+            assert standin.is_empty(), "memory of the device is still taken"
         for number, level_scene in enumerate(LEVEL_SCENES):
             place = folder / f"{order.name}{seed}level{number}"
             place.mkdir()

@@ -20,6 +20,7 @@ from torch import nn
 import mball
 from mball.api import trace_and_plan
 from mball.errors import DeviceError
+from mball.memory import Device, Moment
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_errors import GpuLostError
@@ -68,6 +69,35 @@ def test_streamed_equals_resident(name: str, capture: str, order: Order, standin
             for number, call in enumerate(specimen.runs):
                 compare(model, plain, call, f"{name}, attempt {attempt}, call {number}")
             assert_streamed(model)
+
+
+class Slow(DeviceAdaptor):
+    """Each second stretch between two moments takes 30 ms on the stream: what a step computes, not a wait before it."""
+
+    def __init__(self, device: Device, standin: StandIn) -> None:
+        super().__init__(device)
+        self._standin = standin
+        self._num_looks = 0
+
+    def moment(self) -> Moment:
+        device: Any = self.device.device  # type: ignore[attr-defined]
+        self._num_looks += 1
+        self._standin.spin(device._current_stream(), 5.0 if self._num_looks % 2 else 0.03)
+        return device.moment()
+
+
+def test_steps_are_timed_on_the_stream(standin: StandIn, tmp_path: Path) -> None:
+    """Whatever the host took meanwhile, and whatever the stream waited for between them."""
+    standin.run_in(Order.LATEST)
+    model = make(llama)
+    budget_bytes = int(weight_bytes(model) * 0.85)
+    with wrapped_over_the_driver(
+        model, budget_bytes, lambda each: Slow(each, standin), swap_dir=tmp_path, capture="graphs"
+    ) as model:
+        for _ in range(4):
+            compare(model, make(llama), logits(1, 5))
+        trace, _ = trace_and_plan(model)
+        assert [step.time_s for step in trace.steps] == pytest.approx([0.03] * len(trace.steps))
 
 
 @pytest.mark.parametrize("capture", ["graphs", "operators"])

@@ -111,6 +111,11 @@ def test_streams_as_resident_in_a_gpus_sizes(kind: str, large_place: Place, tmp_
     scenes.streams_as_resident(large_place, kind, capture="graphs", swap_dir=tmp_path)
 
 
+@pytest.mark.parametrize(("kind", "capture"), [("llama-fp32", "operators"), ("convolutions", "graphs")])
+def test_casts_as_resident(kind: str, capture: str, place: Place, tmp_path: Path) -> None:
+    scenes.casts_as_resident(place, kind, capture=capture, swap_dir=tmp_path)
+
+
 @pytest.mark.parametrize("hostility", list(Hostility), ids=lambda hostility: hostility.value)
 @pytest.mark.parametrize("num_slots", [2, 3, 5])
 def test_passes_follow_each_other(

@@ -1,0 +1,119 @@
+"""Residents yield to operators that find no memory: plans that leave more, and what to say where none does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+from mball.errors import BudgetError, DeviceError
+from mball.run.allocator_room import AllocatorRoom
+from mball.run.operator_room import GROWTH_SHARE, OperatorRoom
+from mball.run.pass_plans import PassPlan, PassPlans
+from mball.units import format_bytes
+
+
+class MoreRoom:
+    """Finds plans that leave more to allocate.
+
+    Args:
+        plans: of all passes.
+        room: what operators outside graphs need.
+        allocator: what the allocator keeps beside tensors.
+        planned: returns the plan of a pass, given its keys, by all that is known now.
+    """
+
+    def __init__(
+        self,
+        plans: PassPlans,
+        room: OperatorRoom,
+        allocator: AllocatorRoom,
+        planned: Callable[[tuple[Hashable, ...]], PassPlan],
+    ) -> None:
+        self._plans = plans
+        self._room = room
+        self._allocator = allocator
+        self._planned = planned
+
+    def without(self, active: PassPlan, taken_bytes: int) -> PassPlan | None:
+        """Returns a plan like `active` whose arena is smaller by what was taken, as passes like it get from now on.
+
+        None if there is none, and nothing is changed.
+        """
+        room, plans, keys = self._room, self._plans, active.tape.keys
+        before = room.missed_bytes, plans.taken_bytes(keys)
+        more_bytes = taken_bytes
+        while more_bytes < plans.budget_bytes:
+            if active.has_operators:
+                room.missed_bytes = before[0] + more_bytes
+            else:
+                plans.note_taken(keys, before[1] + more_bytes)
+            try:
+                planned = self._planned(keys)
+            except BudgetError:
+                break
+            if planned.plan.arena_bytes <= active.plan.arena_bytes - taken_bytes:
+                return planned
+            # First goes what the plan left of the budget for nothing, nobody tells how much.
+            more_bytes = max(2 * more_bytes, plans.budget_bytes // GROWTH_SHARE)
+        room.missed_bytes = before[0]
+        plans.note_taken(keys, before[1])
+        return None
+
+    def plan(self, active: PassPlan | None) -> PassPlan | None:
+        """Returns a plan like `active` with a smaller arena; None if there is none, and nothing is changed."""
+        room, allocator, budget_bytes = self._room, self._allocator, self._plans.budget_bytes
+        if active is None:
+            return None
+        before = room.missed_bytes, allocator.kept_bytes
+        while max(room.missed_bytes, allocator.kept_bytes) < budget_bytes:
+            # Nobody tells how much it was: twice as much each time.
+            if active.has_operators:
+                room.missed_bytes = max(2 * room.missed_bytes, budget_bytes // GROWTH_SHARE)
+            else:
+                allocator.kept_bytes = max(2 * allocator.kept_bytes, budget_bytes // GROWTH_SHARE)
+                self._plans.clear()
+            try:
+                planned = self._planned(active.tape.keys)
+            except BudgetError:
+                break
+            if planned.plan.arena_bytes < active.plan.arena_bytes:
+                return planned
+        room.missed_bytes, allocator.kept_bytes = before
+        self._plans.clear()  # those that were tried are for other figures
+        return None
+
+
+def full(error: torch.OutOfMemoryError, budget_bytes: int, arena_bytes: int) -> DeviceError:
+    """Returns what to raise where no cap kept an operator from memory: there is none."""
+    return DeviceError(
+        f"an operator found no memory on a device that is full: a budget of {format_bytes(budget_bytes)} "
+        f"({budget_bytes} bytes), of which the arena has {arena_bytes} bytes, is more than others leave. "
+        f"Free memory of the device, or lower the budget (mball.set_budget). {_said(error)}"
+    )
+
+
+def refusal(
+    error: torch.OutOfMemoryError, budget_bytes: int, arena_bytes: int, left_bytes: int | None, *, has_more: bool
+) -> DeviceError:
+    """Returns what to raise where the budget kept an operator from memory; `has_more`: a plan leaves more."""
+    way_out = "the next call leaves more room; call it again, or" if has_more else "no plan leaves more:"
+    left = "" if left_bytes is None else f", which leaves {left_bytes} bytes to operators"
+    return DeviceError(
+        f"an operator found no memory under a budget of {format_bytes(budget_bytes)} ({budget_bytes} "
+        f"bytes), of which the arena has {arena_bytes} bytes{left}: {way_out} raise the budget "
+        f"(mball.set_budget), or compute less at one time. {_said(error)}"
+    )
+
+
+def lost(budget_bytes: int, arena_bytes: int) -> DeviceError:
+    """Returns what to raise where operators took so much of the arena that the pass cannot go on."""
+    return DeviceError(
+        "operators took so much memory of the arena that the rest of the pass does not fit what is left of it, "
+        f"{arena_bytes} bytes, under a budget of {format_bytes(budget_bytes)} ({budget_bytes} bytes): raise the budget "
+        "(mball.set_budget), or compute less at one time"
+    )
+
+
+def _said(error: torch.OutOfMemoryError) -> str:
+    return f"The device said: {str(error).partition(' If ')[0]}"
