@@ -29,8 +29,6 @@ class GroupOffload:
         self._parameters = [list(block.parameters()) for block in blocks]
         self._is_gpu = device.type == "cuda"
         self._homes = [[self._home(parameter) for parameter in block] for block in self._parameters]
-        for parameter in (parameter for block in self._parameters for parameter in block):
-            parameter.data = torch.empty(0, dtype=parameter.dtype)  # or `to` would move all of them at one time
         model.to(device)
         shapes = [home.shape for home in self._homes[0]]
         if any([home.shape for home in homes] != shapes for homes in self._homes):
@@ -46,7 +44,9 @@ class GroupOffload:
         self._bring(0, 0)
 
     def _home(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Takes a parameter's values; it is left empty, so that none is there twice, nor goes along by `to`."""
         host = parameter.detach().cpu()
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
         return host.pin_memory() if self._is_gpu else host
 
     def _begin(self, number: int) -> None:

@@ -281,7 +281,7 @@ def group_offload(scale: Scale, kind: Kind, limit: Limit, say: Say) -> list[Meas
         )  # fmt: skip
     name = f"peers_blocks_{kind.value}"
     streamed = statistics.median(float(report["bytes_read_last_pass"]) for report in reports)
-    least = 1.0 if kind is Kind.PREFILL else 0.9 * copied_bytes / max(streamed, 1.0)
+    least = 1.0 if kind is Kind.PREFILL or not streamed else 0.9 * copied_bytes / streamed
     found = ratio_measurements(
         name, ratio(samples["other"], samples["mball"]),
         f"a {kind.value} step by group offloading with a stream, {format_bytes(resident_bytes)} of weights on the GPU",

@@ -84,7 +84,10 @@ def _load_whole(model_class: Any, directory: Path, dtype: torch.dtype) -> PreTra
         model: PreTrainedModel = model_class.from_pretrained(directory, dtype=dtype, local_files_only=True)
     # What transformers and torch.load say of files that are missing or damaged.
     except (OSError, ValueError, LookupError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{directory} cannot be loaded: {error}; fetch the checkpoint again") from error
+        raise CheckpointError(
+            f"{directory} cannot be loaded whole: {error}. If a file is damaged fetch it again; if host memory is "
+            "short, give the checkpoint as safetensors, which is read in place"
+        ) from error
     return model
 
 

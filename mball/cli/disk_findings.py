@@ -10,7 +10,14 @@ from mball.config import calibration_directory, own_cache
 from mball.errors import StorageError
 from mball.gds import NVIDIA_FS, kept_speeds
 from mball.schema import Tier
-from mball.storage import DirectoryFacts, choose_reader, file_system_of, load_calibration, probe_directory
+from mball.storage import (
+    DirectoryFacts,
+    choose_reader,
+    file_system_of,
+    fitted_choice,
+    load_calibration,
+    probe_directory,
+)
 from mball.units import format_bytes
 
 # Below this, even a small model waits seconds for every token.
@@ -26,6 +33,8 @@ def disk(directory: str | Path, *, has_gpu: bool) -> tuple[list[Finding], Direct
     """
     section = f"disk of {directory}"
     choice = choose_reader(cache=own_cache())
+    calibration = load_calibration(calibration_directory(), file_system_of(str(directory)))
+    choice = fitted_choice(calibration, choice, (True, False))
     try:
         facts = probe_directory(directory, choice=choice)
     except StorageError as error:

@@ -2,7 +2,13 @@
 
 from mball.storage.alignment import DIRECT_ALIGNMENT_BYTES
 from mball.storage.calibration import Effort, calibrate
-from mball.storage.calibration_cache import calibrated_choice, find_calibrated_link, load_calibration, save_calibration
+from mball.storage.calibration_cache import (
+    calibrated_choice,
+    find_calibrated_link,
+    fitted_choice,
+    load_calibration,
+    save_calibration,
+)
 from mball.storage.checked import CheckedReader
 from mball.storage.checkpoint import CheckpointIndex
 from mball.storage.choice import FileReader, ReaderChoice, Threads, choose_reader
@@ -48,6 +54,7 @@ __all__ = [
     "choose_reader",
     "file_system_of",
     "find_calibrated_link",
+    "fitted_choice",
     "load_calibration",
     "load_read_pool",
     "measure_link",

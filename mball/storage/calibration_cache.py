@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -107,12 +108,20 @@ def calibrated_choice(directory: Path | None, files: FileTable, choice: ReaderCh
         return choice
     largest = max(sizes, key=lambda name: sizes[name])
     calibration = load_calibration(directory, place_of(files[largest].buffered))
+    return fitted_choice(calibration, choice, (files.is_direct(largest),))
+
+
+def fitted_choice(calibration: Calibration | None, choice: ReaderChoice, directs: Sequence[bool]) -> ReaderChoice:
+    """Returns `choice` with the requests of a calibration, if that is of its kind of reader and a way in `directs`.
+
+    Ways are past the page cache (True) and through it.
+    """
     found = None if calibration is None else calibration.find_link(Tier.DISK, Tier.DEVICE)
     if calibration is None or found is None:
         return choice
     reason = f"{choice.reason}; requests as calibrated on {calibration.day}"
     fitted = replace(choice, num_threads=found.num_threads, chunk_bytes=found.chunk_bytes, reason=reason)
-    return fitted if reader_kind(fitted, direct=files.is_direct(largest)) == found.reader else choice
+    return fitted if found.reader in [reader_kind(fitted, direct=direct) for direct in directs] else choice
 
 
 def _ignore(path: Path, why: str) -> None:

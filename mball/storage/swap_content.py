@@ -128,8 +128,10 @@ class SwapContent:
         others the sum is made now, of these parts and what they are to be among.
 
         Raises:
-            StorageError: the rest of such a block is damaged, and a new sum would vouch for it. Nothing is written.
+            StorageError: the rest of such a block is damaged, and a new sum would vouch for it; or no thread can be
+                started. Nothing is written.
         """
+        self._queue.start()
         parts: dict[tuple[SwapExtent, int], list[WriteChunk]] = defaultdict(list)
         for chunk in chunks:
             touched, filled = chunk.extent.blocks(chunk.offset, chunk.end), chunk.filled

@@ -233,7 +233,7 @@ class SwapFile:
     # -- writes --------------------------------------------------------------------------------------------------
 
     def submit(self, writes: Sequence[Write]) -> PendingChunks:
-        """Starts writing, within extents; blocks only while too much waits already.
+        """Starts writing, within extents; blocks while too much waits already, or what is to be written over.
 
         The sources must stay as they are until the handle is done, and ranges do not overlap. From now on reads bring
         what is written here.

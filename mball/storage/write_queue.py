@@ -90,15 +90,12 @@ class WriteQueue:
         return not self.full
 
     def put(self, chunks: Sequence[WriteChunk]) -> PendingChunks:
-        """Queues chunks; the caller holds the lock."""
-        if self.stopping:
-            raise StorageError(f"{self.target.label} is closed")
+        """Queues chunks; the caller holds the lock, and has called `start`."""
         size_bytes = sum(chunk.size for chunk in chunks)
         handle = PendingChunks(f"writing to {self.target.label}", len(chunks), size_bytes)
         now_s = time.perf_counter()
         for chunk in chunks:
             chunk.handle, chunk.asked_s = handle, now_s
-        self._start()
         self.pending.extend(chunks)
         self.queued_bytes += size_bytes
         if self.queued_bytes >= self.limits.high_bytes or len(self.pending) >= self.limits.depth:
@@ -216,10 +213,21 @@ class WriteQueue:
             f"failed ({reason}); {hint}"
         )
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Starts all threads that can be; the caller holds the lock. Raises StorageError if none can, or if closed."""
+        if self.stopping:
+            raise StorageError(f"{self.target.label} is closed")
         while len(self.threads) < self.limits.num_threads:
             thread = threading.Thread(target=_work, args=(self,), name=f"mball-write-{len(self.threads)}", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if self.threads:
+                    return  # the next write tries again
+                raise StorageError(
+                    f"no thread can be started to write to {self.target.label} ({error}); raise the limit of processes "
+                    "(ulimit -u)"
+                ) from error
             self.threads.append(thread)
 
     def stop(self) -> None:

@@ -143,6 +143,18 @@ def test_the_doctor_says_how_to_calibrate_and_what_was_found(tmp_path: Path, mon
     assert str(file_system_of(str(tmp_path))) == calibration.place
 
 
+@pytest.mark.usefixtures("quick_disk")
+def test_the_doctor_measures_the_requests_that_models_are_read_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = Link(bandwidth_bytes_per_s=2e9, latency_s=1e-4)
+    keep_calibration(tmp_path, link, monkeypatch, num_threads=16, chunk_bytes=4 * MIB)
+    found, _ = disk_findings.disk(tmp_path, has_gpu=False)
+    (reader,) = [each.value for each in found if each.name == "reader"]
+    assert reader.startswith("16 threads of ")
+    assert "4.00 MiB a request" in reader
+
+
 def test_an_unsteady_disk_is_told(
     quick_calibration: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,7 +99,9 @@ def test_a_slot_that_autograd_kept_is_not_read(wrapped: nn.Module) -> None:
     run(wrapped, call)
     engine = engine_of(wrapped)
     moving = {weight for transfer in engine.plan.transfers for weight in engine.plan.bundles[transfer.bundle].tensors}
-    slots = [view for (weight, _), view in engine.execution._views.items() if weight in moving and view.dim() == 2]
+    slots = [
+        view for (weight, _), view in engine.execution._views._views.items() if weight in moving and view.dim() == 2
+    ]
     assert slots
     x = X.clone().requires_grad_()
     kept = [(x[:, :1] * slot[:1]).sum() for slot in slots]

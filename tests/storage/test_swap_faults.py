@@ -225,6 +225,30 @@ def test_short_writes_are_finished_wherever_they_end(
             assert read_back(swap, reader, part.offset_bytes, len(part.source)) == part.source
 
 
+@pytest.mark.parametrize("num_threads", [0, 1])
+def test_where_threads_cannot_be_started(num_threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, left = threading.Thread.start, num_threads
+
+    def refused(thread: threading.Thread) -> None:
+        nonlocal left
+        if thread.name.startswith("mball-write"):
+            if not left:
+                raise RuntimeError("can't start new thread")
+            left -= 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with opened(tmp_path) as (swap, reader):
+        place, source = swap.allocate(MIB), content(MIB)
+        if not num_threads:
+            with pytest.raises(StorageError, match=r"no thread can be started .* new thread\); .*ulimit -u"):
+                swap.write(place, source)
+            assert read_back(swap, reader, place, MIB) == bytes(MIB), "nothing was written"
+            left = 100
+        swap.write(place, source)
+        assert read_back(swap, reader, place, MIB) == source.tobytes()
+
+
 def test_signals_while_writing(tmp_path: Path) -> None:
     """EINTR: a timer fires all the time."""
     fired: list[None] = []
