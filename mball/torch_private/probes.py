@@ -36,6 +36,11 @@ _USED = (
     ("torch._C._is_any_autocast_enabled", "leaves room for what autocast makes of weights"),
     ("torch.amp.autocast_mode._enter_autocast", "leaves room for what autocast makes of weights"),
     ("torch._dynamo.config.skip_nnmodule_hook_guards", "notices hooks that come after capture"),
+    ("torch._subclasses.fake_tensor.FakeTensorMode.from_tensor", "shows weights to captures where steps read them"),
+    (
+        "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx",
+        "tells captures of graphs that open a pass from those of others",
+    ),
     ("torch._dynamo.callback.callback_handler", "says when a capture begins, so that its memory is known"),
     (
         "torch._dynamo.comptime.ComptimeContext",
