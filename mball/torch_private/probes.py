@@ -59,6 +59,11 @@ _USED = (
         "torch._inductor.utils.get_first_incompatible_cudagraph_node",
         "finds steps that cannot be CUDA graphs (mode='reduce-overhead')",
     ),
+    (
+        "torch._C._cuda_endAllocateToPool",
+        "puts right what a CUDA graph leaves that fails midway (mode='reduce-overhead')",
+    ),
+    ("torch._C._cuda_releasePool", "puts right what a CUDA graph leaves that fails midway (mode='reduce-overhead')"),
     ("torch._TorchCompileInductorWrapper", "checks mode and options (compile='inductor')"),
     ("torch._guards.Source.name", "names the weights of graphs that come without their module"),
     ("torch._ops.OpOverload", "tells views and writes from reads"),
