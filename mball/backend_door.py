@@ -40,6 +40,7 @@ from mball.run.homes import Home, Homes
 from mball.run.runners_by_weights import RunnersByWeights
 from mball.run.segments import OperatorReads
 from mball.schema import Machine
+from mball.torch_private.faked import opens_passes
 from mball.torch_private.inductor import compile_graph, inductor_failure
 from mball.torch_private.sources import source_name
 from mball.torch_private.tensors import storage_key
@@ -54,6 +55,7 @@ _TORCH_COMPILE_HAS = ("fullgraph", "dynamic")
 _PATH = re.compile(r"_(?:modules|parameters)\['([^']+)'\]")
 
 
+@opens_passes
 def mball_backend(
     module: torch.fx.GraphModule,
     example_inputs: Sequence[Any],

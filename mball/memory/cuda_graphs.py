@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from mball.torch_private.graph_pools import end_recording, missing_for_recording
 from mball.units import MIB
 
 # What torch's allocator takes at a time for blocks up to 1 MiB, and for some larger ones.
@@ -53,6 +54,8 @@ class CudaGraphs:
 
     def record(self, work: Callable[[], None]) -> CudaGraph:
         """Blocks until the GPU has done all it has to, as torch does. Raises RuntimeError, see `Graphs`."""
+        if missing := missing_for_recording():
+            raise RuntimeError(f"this torch lacks {' and '.join(missing)}, which put right what fails midway")
         with torch.cuda.device(self._ordinal):
             if self._stream is None:
                 stream = torch.cuda.Stream()
@@ -70,19 +73,12 @@ class CudaGraphs:
                     with recording:
                         work()
                 except BaseException:
-                    self._break_off(graph)
+                    if end_recording(self._ordinal, self._pool):
+                        _broken_off.append(graph)
                     raise
         recorded = CudaGraph(graph)
         self._graphs.add(recorded)
         return recorded
-
-    def _break_off(self, graph: torch.cuda.CUDAGraph) -> None:
-        try:
-            torch._C._cuda_endAllocateToPool(self._ordinal, self._pool)
-        except RuntimeError:  # torch ended it: `work` failed, and the capture did not
-            return
-        torch._C._cuda_releasePool(self._ordinal, self._pool)
-        _broken_off.append(graph)
 
     def _is_in_use(self) -> bool:
         return any(graph.is_open for graph in self._graphs)

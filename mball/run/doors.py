@@ -23,6 +23,7 @@ from mball.run.placed import names_of
 from mball.run.tiers import kind_of
 from mball.torch_private.calls import plain_call, set_call
 from mball.torch_private.dispatch import CastWeights, is_active, is_only_mode, no_autocast_cache, without_dispatch
+from mball.torch_private.faked import in_pass_of
 from mball.torch_private.tensors import is_subclass
 
 _R = TypeVar("_R")
@@ -99,7 +100,8 @@ class Gate:
             self.mode.paused = False
             place = self.engine.place.type
             casting = self._casting if place != "cpu" and torch.is_autocast_enabled(place) else nullcontext()
-            with no_autocast_cache(), self.engine.execution.device.allocating(), self.mode, casting:
+            inside = in_pass_of(self.engine.homes)
+            with no_autocast_cache(), inside, self.engine.execution.device.allocating(), self.mode, casting:
                 result = call(*args, **kwargs)
             self.engine.end_pass()
         except torch.OutOfMemoryError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -32,15 +34,40 @@ def without_dispatch() -> AbstractContextManager[None]:
     return context
 
 
+class _Casts(threading.local):
+    are_kept = True
+
+
+_casts = _Casts()
+
+
 @contextmanager
 def no_autocast_cache() -> Iterator[None]:
-    """Keeps autocast from holding casts of weights until its region ends, one that begins within included."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+    """Keeps autocast from holding casts of weights, also in regions that begin within and ask for it."""
+    _watch_regions()
+    before = torch.is_autocast_cache_enabled(), _casts.are_kept
     try:
+        _casts.are_kept = False
+        torch.set_autocast_cache_enabled(False)
         yield
     finally:
-        torch.set_autocast_cache_enabled(before)
+        torch.set_autocast_cache_enabled(before[0])
+        _casts.are_kept = before[1]
+
+
+@functools.cache
+def _watch_regions() -> None:
+    # A region sets what was noted when its object was made, perhaps before any pass: a decorator is made on import.
+    enter = torch.autocast.__enter__
+
+    @functools.wraps(enter)
+    def entered(self: torch.autocast) -> Any:
+        region = enter(self)  # type: ignore[no-untyped-call]  # torch does not type it
+        if not _casts.are_kept:
+            torch.set_autocast_cache_enabled(False)
+        return region
+
+    torch.autocast.__enter__ = entered  # type: ignore[method-assign]
 
 
 def is_any_autocast_on() -> bool:

@@ -36,6 +36,11 @@ _USED = (
     ("torch._C._is_any_autocast_enabled", "leaves room for what autocast makes of weights"),
     ("torch.amp.autocast_mode._enter_autocast", "leaves room for what autocast makes of weights"),
     ("torch._dynamo.config.skip_nnmodule_hook_guards", "notices hooks that come after capture"),
+    ("torch._subclasses.fake_tensor.FakeTensorMode.from_tensor", "shows weights to captures where steps read them"),
+    (
+        "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx",
+        "tells captures of graphs that open a pass from those of others",
+    ),
     ("torch._dynamo.callback.callback_handler", "says when a capture begins, so that its memory is known"),
     (
         "torch._dynamo.comptime.ComptimeContext",
@@ -54,6 +59,11 @@ _USED = (
         "torch._inductor.utils.get_first_incompatible_cudagraph_node",
         "finds steps that cannot be CUDA graphs (mode='reduce-overhead')",
     ),
+    (
+        "torch._C._cuda_endAllocateToPool",
+        "puts right what a CUDA graph leaves that fails midway (mode='reduce-overhead')",
+    ),
+    ("torch._C._cuda_releasePool", "puts right what a CUDA graph leaves that fails midway (mode='reduce-overhead')"),
     ("torch._TorchCompileInductorWrapper", "checks mode and options (compile='inductor')"),
     ("torch._guards.Source.name", "names the weights of graphs that come without their module"),
     ("torch._ops.OpOverload", "tells views and writes from reads"),

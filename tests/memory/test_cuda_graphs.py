@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mball.memory.cuda_graphs import CudaGraphs
+from mball.torch_private.graph_pools import missing_for_recording
 from mball.units import KIB, MIB
 
 
@@ -17,8 +18,19 @@ def test_this_torch_has_what_is_asked_of_it() -> None:
     inspect.signature(torch.cuda.memory_snapshot).bind((0, 1))
     assert all(hasattr(torch.cuda.CUDAGraph, name) for name in ("replay", "reset"))
     assert callable(torch.cuda.graph_pool_handle)
-    if torch.version.cuda is not None:
-        assert all(callable(getattr(torch._C, f"_cuda_{name}")) for name in ("endAllocateToPool", "releasePool"))
+    assert missing_for_recording() == ()
+
+
+@pytest.mark.parametrize("name", ["_cuda_endAllocateToPool", "_cuda_releasePool"])
+def test_nothing_is_recorded_that_could_not_be_put_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is launched kernel by kernel where it cannot be recorded, as RuntimeError says."""
+    monkeypatch.delattr(torch._C, name)
+
+    def work() -> None:
+        raise AssertionError("it was recorded")
+
+    with pytest.raises(RuntimeError, match=rf"lacks torch._C.{name}, which"):
+        CudaGraphs(0).record(work)
 
 
 def test_the_pool_is_expected_in_what_the_allocator_takes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mball
 from mball.errors import WrapError
@@ -121,6 +122,56 @@ def test_no_cast_of_a_weight_is_kept(tmp_path: Path) -> None:
         run(There(model), lambda m: m(noise(2, 4, 64)))
         assert torch.is_autocast_cache_enabled()
     assert seen == [False]
+
+
+class Regions(nn.Module):
+    """Regions that were made before any pass, and ask for casts to be kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.region = torch.autocast("cpu", dtype=torch.bfloat16)
+        self.asks = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=True)
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def decorated(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.linear(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.decorated(x)
+        with self.region:
+            x = self.linear(self.linear(x))
+        with self.asks:
+            return self.linear(self.linear(x))
+
+
+class CountCasts(TorchDispatchMode):
+    """Counts the casts of weights of [64, 64]."""
+
+    num_casts = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_casts += func is torch.ops.aten._to_copy.default and args[0].shape == (64, 64)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("capture", ["graphs", "operators"])
+def test_a_region_made_before_the_pass_keeps_no_cast_either(capture: str, tmp_path: Path, new_dynamo: None) -> None:
+    plain, model = make(Regions).requires_grad_(True), make(Regions).requires_grad_(True)
+    mball.wrap(model, weight_bytes(model) * 2, swap_dir=tmp_path, capture=capture)
+
+    def casts(model: nn.Module) -> tuple[int, torch.Tensor]:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), CountCasts() as counting:
+            result = model(noise(1, 4, 64))
+            return counting.num_casts, result
+
+    kept, expected = casts(plain)
+    assert kept == 1, "torch keeps none, and there is nothing to turn off"
+    for _ in range(2):
+        num_casts, result = casts(model)
+        assert num_casts == 6
+        assert_same(result, expected)
+    assert casts(plain)[0] == 1, "outside of passes casts are kept as ever"
 
 
 class Inside(nn.Module):
