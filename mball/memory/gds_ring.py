@@ -9,6 +9,7 @@ its handles would have to be made for RDMA, a slot's bytes lie as odd as their f
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -61,7 +62,7 @@ class GdsRing(Ring):
         num_buffers: int,
         buffer_bytes: int,
     ) -> None:
-        """Takes the GPU's memory, and opens it to disks, at once.
+        """Takes the GPU's memory, opens it to disks, and starts the threads, at once.
 
         Args:
             pool: of the GPU.
@@ -72,7 +73,8 @@ class GdsRing(Ring):
             buffer_bytes: of each, a multiple of the page.
 
         Raises:
-            CuFileError: cuFile is not there, or would not go straight; or it does not register memory of this GPU.
+            CuFileError: cuFile is not there, or would not go straight; or it does not register memory of this GPU; or
+                this process may not have so many threads.
             DriverError: the GPU has not so much memory.
         """
         assert buffer_bytes % PAGE_BYTES == 0
@@ -93,10 +95,10 @@ class GdsRing(Ring):
                 self._address = address = self._driver.allocate(self.size_bytes)
                 self._cufile.register_memory(address, self.size_bytes)
                 self._registered = True
+            self._threads = _started(num_buffers)
         except BaseException:
             self._give_back()
             raise
-        self._threads = ThreadPoolExecutor(num_buffers, thread_name_prefix="mball-gds")
         super().__init__(pool, [RingBuffer(n * buffer_bytes, address + n * buffer_bytes) for n in range(num_buffers)])
 
     def takes(self, file: str) -> bool:
@@ -202,3 +204,25 @@ class GdsRing(Ring):
                     self._address = address
                     raise
         self._cufile.close()
+
+
+def _started(num_threads: int) -> ThreadPoolExecutor:
+    """Returns threads that all run already.
+
+    A pool that cannot start one more queues what it refuses, and others read it late, into the buffer of a later read.
+    """
+    threads = ThreadPoolExecutor(num_threads, thread_name_prefix="mball-gds")
+    together = threading.Barrier(num_threads)  # so none is free to take what is for the next
+    try:
+        for _ in range(num_threads):
+            threads.submit(together.wait)
+    except BaseException as error:
+        together.abort()
+        threads.shutdown()
+        if isinstance(error, RuntimeError):
+            raise CuFileError(
+                f"{num_threads} threads that read straight into the GPU cannot be started: {error}; let this process "
+                "have more threads (ulimit -u)"
+            ) from error
+        raise
+    return threads

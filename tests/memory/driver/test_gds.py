@@ -246,6 +246,16 @@ def test_any_call_of_an_opening_may_fail(standin: StandIn, code: int, monkeypatc
         assert total > 8
 
 
+def test_threads_that_cannot_be_started_refuse_the_ring(standin: StandIn, few_threads: None) -> None:
+    """Later a read that was refused would still be queued, for the thread that there is."""
+    with gpu() as pool:
+        with pytest.raises(CuFileError, match=r"2 threads .* cannot be started: can't start new thread; .*ulimit -u"):
+            ring_of(pool).close()
+        assert standin.has_no_files()
+        assert standin.taken_bytes == 0
+    assert not any(thread.name.startswith("mball-gds") for thread in threading.enumerate())
+
+
 # -- reads that fail --------------------------------------------------------------------------------------------------
 
 

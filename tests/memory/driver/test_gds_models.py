@@ -223,6 +223,15 @@ def test_where_it_does_not_work_the_report_says_why(
     assert standin.has_no_files()
 
 
+def test_without_threads_for_it_the_other_way_is_taken(
+    standin: StandIn, tmp_path: Path, nvidia_fs: None, large_part: None, few_threads: None
+) -> None:
+    plain = make(CHAIN.make)
+    text = io_path_of(standin, saved(plain, tmp_path), plain)
+    assert "through pinned memory to the GPU (GPUDirect Storage: 8 threads" in text
+    assert standin.has_no_files()
+
+
 def test_cufile_is_not_opened_for_nothing(
     standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_part: None
 ) -> None:
