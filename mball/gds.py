@@ -14,7 +14,7 @@ from mball.compute import Compute
 from mball.config import Config, Io, calibration_directory
 from mball.errors import DeviceError, SchemaError, StorageError
 from mball.memory.cufile import CuFileError
-from mball.memory.gds_ring import GdsRing
+from mball.memory.gds_ring import GdsRing, StraightFile
 from mball.schema.document import Document
 from mball.storage import FileTable, measure_link
 from mball.storage.calibration import place_of
@@ -87,10 +87,10 @@ def choose_way(compute: Compute, config: Config, files: FileTable, file: str) ->
     """
     if compute.cuda is None or config.io not in (Io.AUTO, Io.GDS):
         return compute
-    descriptor = functools.partial(_straight_descriptor, files)
+    find = functools.partial(straight_file, files)
     if config.io is Io.GDS:
         try:
-            return _straight(compute, _opened(compute, descriptor, file), "as asked for")
+            return _straight(compute, _opened(compute, find, file), "as asked for")
         except DeviceError as error:
             raise DeviceError(f"io='gds' cannot be had: {error}; or leave io out") from error
     if config.host_budget_bytes is not None or file in files.swaps:
@@ -100,7 +100,7 @@ def choose_way(compute: Compute, config: Config, files: FileTable, file: str) ->
     if compute.cuda.gds_bytes > _MOST_OF_BUDGET * config.budget_bytes:
         return _through_host(compute, "its buffers would be a large part of the budget")
     try:
-        ring = _opened(compute, descriptor, file)
+        ring = _opened(compute, find, file)
     except DeviceError as error:
         return _through_host(compute, str(error))
     try:
@@ -117,6 +117,15 @@ def choose_way(compute: Compute, config: Config, files: FileTable, file: str) ->
     return _through_host(compute, str(speeds))
 
 
+def straight_file(files: FileTable, file: str) -> StraightFile | None:
+    """Returns what cuFile reads a file by, None where that is not past the page cache, or from swap.
+
+    What comes from swap is checked in host memory.
+    """
+    descriptor = None if file in files.swaps else files[file].direct()
+    return None if descriptor is None else StraightFile(descriptor=descriptor, size_bytes=files[file].size_bytes())
+
+
 def kept_speeds(place: str) -> list[StraightSpeeds]:
     """Returns what was measured of a file system on this machine, for each GPU."""
     directory = calibration_directory()
@@ -124,16 +133,11 @@ def kept_speeds(place: str) -> list[StraightSpeeds]:
     return [each for each in found if each is not None and (each.host, each.place) == (platform.node(), place)]
 
 
-def _straight_descriptor(files: FileTable, file: str) -> int | None:
-    """What comes from swap is checked in host memory."""
-    return None if file in files.swaps else files[file].direct()
-
-
-def _opened(compute: Compute, descriptor: functools.partial[int | None], file: str) -> GdsRing:
+def _opened(compute: Compute, find: functools.partial[StraightFile | None], file: str) -> GdsRing:
     assert compute.cuda is not None
-    if descriptor(file) is None:
+    if find(file) is None:
         raise DeviceError(f"{file} is not read past the page cache; it has to be on a file system with O_DIRECT")
-    ring = compute.cuda.gds_ring(descriptor, watched)
+    ring = compute.cuda.gds_ring(find, watched)
     try:
         if not ring.takes(file):
             raise DeviceError(f"cuFile does not take {file}: {ring.refused[file]}")

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from mball.errors import DeviceError
 from mball.memory.cuda_events import EventPool
@@ -28,6 +29,14 @@ _log = logging.getLogger(__name__)
 
 # Calls the second until it returns, and says of the first, in the words of the third, if that takes very long.
 Watched = Callable[["GdsReading", Callable[[], object], Callable[[], str]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StraightFile:
+    """The descriptor that reads a file past the page cache, and the size that reads are held against."""
+
+    descriptor: int
+    size_bytes: int
 
 
 class GdsReading:
@@ -56,7 +65,7 @@ class GdsRing(Ring):
     def __init__(
         self,
         pool: EventPool,
-        descriptor: Callable[[str], int | None],
+        find: Callable[[str], StraightFile | None],
         watched: Watched,
         *,
         num_buffers: int,
@@ -66,8 +75,7 @@ class GdsRing(Ring):
 
         Args:
             pool: of the GPU.
-            descriptor: returns the descriptor that reads a file past the page cache, None for files that are not to be
-                read this way. It stays open until `close`.
+            find: returns a file that is open until `close`, None for one that is not to be read this way.
             watched: waits for a read.
             num_buffers: how many buffers; as many reads go on at a time.
             buffer_bytes: of each, a multiple of the page.
@@ -79,9 +87,10 @@ class GdsRing(Ring):
         """
         assert buffer_bytes % PAGE_BYTES == 0
         self._driver = pool.streams.driver
-        self._descriptor = descriptor
+        self._find = find
         self._watched = watched
         self._handles: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}  # of these files, in bytes
         self._others: set[str] = set()  # files that are not to be read this way
         self.refused: dict[str, str] = {}  # files that cuFile does not read, and why
         self._registered = False
@@ -106,13 +115,14 @@ class GdsRing(Ring):
         if file in self.refused or file in self._others:
             return False
         if file not in self._handles:
-            descriptor = self._descriptor(file)
-            if descriptor is None:
+            found = self._find(file)
+            if found is None:
                 self._others.add(file)
                 return False
+            self._sizes[file] = found.size_bytes
             try:
                 with self._driver.current():
-                    self._handles[file] = self._cufile.register_file(descriptor)
+                    self._handles[file] = self._cufile.register_file(found.descriptor)
             except CuFileError as error:
                 self.refuse(file, error)
         return file not in self.refused
@@ -124,9 +134,9 @@ class GdsRing(Ring):
             _log.warning("%s is read through pinned host memory, not by GPUDirect Storage: %s", file, why)
 
     def read(self, buffer: RingBuffer, read: ArenaRead, first: int, size: int) -> Event:
-        """The event raises CuFileError; see `refuse`."""
+        """The event raises CuFileError; see `refuse`. A read ends where its file does, and begins before."""
         begin = round_down(read.offset_bytes + first, PAGE_BYTES)
-        least = shift_bytes(read, first) + size
+        least = min(shift_bytes(read, first) + size, max(self._sizes[read.file] - begin, 1))
         try:
             future = self._threads.submit(self._fill, self._handles[read.file], buffer, begin, least)
         except RuntimeError as error:  # Python ends threads before devices are closed

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mball.errors import DeviceError
+from mball.gds import straight_file
 from mball.memory import Arena, CpuDevice, Device
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
@@ -205,7 +206,7 @@ def cuda_on_the_stand_in(
         )
         stack.callback(device.close)
         if straight:
-            device.go_straight(device.gds_ring(lambda name: files[name].direct(), watched))
+            device.go_straight(device.gds_ring(partial(straight_file, files), watched))
         arena = device.arena(RESERVE_BYTES)
         stack.callback(arena.close)
         stack.callback(device.close)
@@ -258,7 +259,7 @@ def cuda(folder: Path, *, home_pages: range = range(0), straight: bool = False) 
         stack.callback(device.close)
         if straight:
             try:
-                ring = device.gds_ring(lambda name: files[name].direct(), watched)
+                ring = device.gds_ring(partial(straight_file, files), watched)
             except DeviceError as error:
                 pytest.skip(f"cuFile does not read straight into this GPU: {error}")
             device.go_straight(ring)

@@ -112,6 +112,7 @@ def test_a_model_that_comes_straight_is_the_resident_one(
         assert standin.num_compat_reads == 0
         report = mball.report(model)
         assert "straight to the GPU, by cuFile (as asked for)" in report.io_path
+        assert "after all" not in report.io_path, "the last page of the checkpoint is cut off"
         assert report.buffer_bytes >= STAGING_BYTES == standin.opened_bytes
 
 
