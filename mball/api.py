@@ -194,7 +194,7 @@ def _wrap(
         backend=backend,
         moved=[(weakref.ref(owner.module), owner.attribute) for owner in map(census.buffer_owners.get, moved) if owner],
         roots=tuple(weakref.ref(root) for root in roots),
-        closer=weakref.finalize(roots[0], machinery.close),
+        closer=weakref.finalize(roots[0], machinery.close_dropped),
     )
     for root in roots:
         _states[root] = state

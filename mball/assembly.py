@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -133,6 +134,13 @@ class Machinery:
             parts.callback(self.compute.reader.close)
             parts.callback(self.engine.close)
             parts.callback(self.page.close)
+
+    def close_dropped(self) -> None:
+        """`close`, for the collector: it runs in any thread, also in one of mball's own, which `close` waits for."""
+        if threading.current_thread().name.startswith("mball-"):
+            threading.Thread(target=self.close, name="mball-close").start()
+        else:
+            self.close()
 
 
 def _swap_settings(config: Config, direct: DirectIO) -> SwapSettings:

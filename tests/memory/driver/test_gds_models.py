@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,11 +19,15 @@ from torch import nn
 
 import mball
 from mball import gds
+from mball.api import _State, find_state
 from mball.cli import disk_findings
 from mball.cli.findings import State
 from mball.errors import ConfigError, DeviceError, SchemaError
 from mball.memory import cufile
 from mball.memory.cuda_device import NUM_BUFFERS
+from mball.memory.gds_ring import GdsRing
+from mball.memory.libc import PAGE_BYTES
+from mball.run.file_read import FileRead
 from mball.storage import file_system_of, mounts
 from mball.units import KIB
 from tests.adaptors import PoisonedDevice
@@ -136,6 +142,39 @@ def test_the_report_says_what_did_not_come_straight_after_all(standin: StandIn, 
         compare(model, plain, prompt)
         assert "1 of them through pinned memory after all, such as" in mball.report(model).io_path
         assert "IO_NOT_SUPPORTED" in mball.report(model).io_path
+
+
+def test_a_thread_that_reads_may_drop_the_model(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector runs wherever Python allocates, and who closes a device waits for each of its threads."""
+    plain = make(CHAIN.make)
+    path = saved(plain, tmp_path)
+    with wrapped(make(CHAIN.make), 0.9, path, io="gds") as model:
+        compare(model, plain, prompt)
+        state = find_state(model)
+        assert isinstance(state, _State)
+        cuda = state.machinery.compute.cuda
+        assert cuda is not None
+        cuda.changed(str(path), 0, path.stat().st_size)  # so nothing comes from pinned memory
+        fill = GdsRing._fill
+
+        def fill_and_drop(ring: GdsRing, *args: Any) -> None:
+            fill(ring, *args)
+            state.closer()
+
+        monkeypatch.setattr(GdsRing, "_fill", fill_and_drop)
+        read = FileRead(file=str(path), offset_bytes=0, size_bytes=PAGE_BYTES, arena_offset_bytes=0)
+        event = cuda.copy([read], None)
+        deadline_s = time.monotonic() + 20
+        while not standin.has_no_files():
+            assert time.monotonic() < deadline_s, "the thread waits for itself"
+            time.sleep(0.001)
+        for thread in threading.enumerate():
+            if thread.name == "mball-close":
+                thread.join()
+        assert event.done()
+    assert not any(thread.name.startswith(("mball-gds", "mball-feed")) for thread in threading.enumerate())
 
 
 # -- asked for, and not to be had ------------------------------------------------------------------------------------
