@@ -15,6 +15,7 @@ from mball.config import Config, Io, calibration_directory
 from mball.errors import DeviceError, SchemaError, StorageError
 from mball.memory.cufile import CuFileError
 from mball.memory.gds_ring import GdsRing, StraightFile
+from mball.run.homes import PAGE_BYTES
 from mball.schema.document import Document
 from mball.storage import FileTable, measure_link
 from mball.storage.calibration import place_of
@@ -87,10 +88,9 @@ def choose_way(compute: Compute, config: Config, files: FileTable, file: str) ->
     """
     if compute.cuda is None or config.io not in (Io.AUTO, Io.GDS):
         return compute
-    find = functools.partial(straight_file, files)
     if config.io is Io.GDS:
         try:
-            return _straight(compute, _opened(compute, find, file), "as asked for")
+            return _straight(compute, _opened(compute, files, file), "as asked for")
         except DeviceError as error:
             raise DeviceError(f"io='gds' cannot be had: {error}; or leave io out") from error
     if config.host_budget_bytes is not None or file in files.swaps:
@@ -100,7 +100,7 @@ def choose_way(compute: Compute, config: Config, files: FileTable, file: str) ->
     if compute.cuda.gds_bytes > _MOST_OF_BUDGET * config.budget_bytes:
         return _through_host(compute, "its buffers would be a large part of the budget")
     try:
-        ring = _opened(compute, find, file)
+        ring = _opened(compute, files, file)
     except DeviceError as error:
         return _through_host(compute, str(error))
     try:
@@ -133,14 +133,17 @@ def kept_speeds(place: str) -> list[StraightSpeeds]:
     return [each for each in found if each is not None and (each.host, each.place) == (platform.node(), place)]
 
 
-def _opened(compute: Compute, find: functools.partial[StraightFile | None], file: str) -> GdsRing:
+def _opened(compute: Compute, files: FileTable, file: str) -> GdsRing:
+    """Returns a ring that a page of the file came through. Raises DeviceError where none does."""
     assert compute.cuda is not None
+    find = functools.partial(straight_file, files)
     if find(file) is None:
         raise DeviceError(f"{file} is not read past the page cache; it has to be on a file system with O_DIRECT")
     ring = compute.cuda.gds_ring(find, watched)
     try:
         if not ring.takes(file):
             raise DeviceError(f"cuFile does not take {file}: {ring.refused[file]}")
+        ring.bytes_per_s(file, min(files[file].size_bytes(), PAGE_BYTES))  # that it takes a file is no promise
     except BaseException:
         ring.close()
         raise

@@ -21,6 +21,7 @@ from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_plain import PlainCudaMemory
 from mball.memory.cuda_streams import CudaStreams
 from mball.memory.cuda_virtual import CudaMemory
+from mball.memory.cufile import CuFileError
 from mball.memory.page_pool import PagePool
 from mball.memory.pinned import PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes, PinnedRange
@@ -257,6 +258,7 @@ def cuda(folder: Path, *, home_pages: range = range(0), straight: bool = False) 
             buffer_bytes=64 * KIB if straight else BUFFER_BYTES,
         )
         stack.callback(device.close)
+        ring = None
         if straight:
             try:
                 ring = device.gds_ring(partial(straight_file, files), watched)
@@ -265,6 +267,10 @@ def cuda(folder: Path, *, home_pages: range = range(0), straight: bool = False) 
             device.go_straight(ring)
             if not ring.takes(str(path)):
                 pytest.skip(f"cuFile does not read files of {folder}")
+            try:
+                ring.bytes_per_s(str(path), PAGE)
+            except CuFileError as error:
+                pytest.skip(f"cuFile takes files of {folder}, and does not read them: {error}")
         arena = device.arena(RESERVE_BYTES)
         stack.callback(arena.close)
         stack.callback(device.close)
@@ -291,6 +297,7 @@ def cuda(folder: Path, *, home_pages: range = range(0), straight: bool = False) 
             look=look,
             finish=torch.cuda.synchronize,
         )
+        assert ring is None or not ring.refused, "what was tested did not come straight"
 
 
 _ON_DISK, _AT_HOME, _BOTH = range(0), range(NUM_PAGES), range(NUM_PAGES // 3, NUM_PAGES // 2)

@@ -196,6 +196,15 @@ def test_a_file_that_cufile_does_not_take_is_named(standin: StandIn, tmp_path: P
         wrapped(make(CHAIN.make), 0.9, path, io="gds").__enter__()
 
 
+def test_a_file_that_cufile_takes_and_does_not_read_is_an_error(standin: StandIn, tmp_path: Path) -> None:
+    plain = make(CHAIN.make)
+    path = saved(plain, tmp_path)
+    standin.fail(1, 99, code=5008, function=READ)
+    with pytest.raises(DeviceError, match=r"io='gds' cannot be had: cuFile's read failed: IO_NOT.*leave io out"):
+        wrapped(make(CHAIN.make), 0.9, path, io="gds").__enter__()
+    assert standin.has_no_files()
+
+
 def test_weights_without_a_checkpoint_do_not_go_straight(standin: StandIn, tmp_path: Path) -> None:
     model = make(CHAIN.make)
     with pytest.raises(ConfigError, match="without weights= the weights lie in the swap file"):
