@@ -145,19 +145,23 @@ def _wrap(
         undo.callback(compute.close)
         homes = _homes(census, entries, storage)
         largest = max(homes.homes, key=lambda home: home.span_bytes)
-        compute = choose_way(compute, config, storage.files, largest.file)
-        fixed_bytes = buffer_bytes(census, new_buffers, compute.device.place) + compute.staging_bytes
         refuse_misaligned(homes.homes, compute.device.place)
         machine = measure_machine(homes.homes, storage.files, compute.choice, compute.link)
         expected = expected_operators(roots, census)
-        check_budget(
-            config.budget_bytes,
-            config.host_budget_bytes,
-            homes.homes,
-            machine,
-            fixed_bytes + compute.rounded_bytes,
-            expected,
-        )
+        in_buffers_bytes = buffer_bytes(census, new_buffers, compute.device.place)
+
+        def check_room(staging_bytes: int) -> None:
+            check_budget(
+                config.budget_bytes,
+                config.host_budget_bytes,
+                homes.homes,
+                machine,
+                in_buffers_bytes + staging_bytes + compute.rounded_bytes,
+                expected,
+            )
+
+        compute = choose_way(compute, config, storage.files, largest.file, check_room=check_room)
+        check_room(compute.staging_bytes)
         moved = move_buffers(census, new_buffers, compute.device.place)
         machinery = Machinery.start(
             config,
@@ -165,7 +169,7 @@ def _wrap(
             homes,
             compute,
             lambda: machine,
-            fixed_bytes=fixed_bytes,
+            fixed_bytes=in_buffers_bytes + compute.staging_bytes,
             expected=expected,
             # A file that another one replaced is still the one that is mapped and read.
             verify_files=_nothing_to_verify

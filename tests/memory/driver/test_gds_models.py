@@ -22,7 +22,7 @@ from mball import gds
 from mball.api import _State, find_state
 from mball.cli import disk_findings
 from mball.cli.findings import State
-from mball.errors import ConfigError, DeviceError, SchemaError
+from mball.errors import BudgetError, ConfigError, DeviceError, SchemaError
 from mball.memory import cufile
 from mball.memory.cuda_device import NUM_BUFFERS
 from mball.memory.gds_ring import GdsRing
@@ -82,7 +82,7 @@ def saved(model: nn.Module, folder: Path) -> Path:
 @contextmanager
 def wrapped(model: nn.Module, share: float, weights: Path, **settings: Any) -> Iterator[Any]:
     settings.setdefault("capture", "operators")
-    budget_bytes = int(weight_bytes(model) * share) + STAGING_BYTES
+    budget_bytes = settings.pop("budget_bytes", int(weight_bytes(model) * share) + STAGING_BYTES)
     with wrapped_over_the_driver(
         model,
         budget_bytes,
@@ -220,10 +220,11 @@ def test_settings_that_exclude_each_other(settings: dict[str, str]) -> None:
 # -- nobody asked -----------------------------------------------------------------------------------------------------
 
 
-def io_path_of(standin: StandIn, path: Path, plain: nn.Module, **settings: Any) -> str:
-    """Which way a model comes that nobody said anything of."""
+def io_path_of(standin: StandIn, path: Path, plain: nn.Module, *, num_opens: int | None = None, **settings: Any) -> str:
+    """Which way a model comes that nobody said anything of; cuFile is opened so often for it."""
     with wrapped(make(CHAIN.make), 0.9, path, **settings) as model:
         compare(model, plain, prompt)
+        assert num_opens in (None, standin.calls("cuFileDriverOpen"))
         return mball.report(model).io_path
 
 
@@ -252,7 +253,7 @@ def test_the_faster_way_is_taken_and_known_from_then_on(
     assert standin.has_no_files()
     (kept,) = (tmp_path / "cache" / "mball" / "calibration").glob("straight-*.json")
     written = kept.stat().st_mtime_ns
-    assert io_path_of(standin, path, plain) == first
+    assert io_path_of(standin, path, plain, num_opens=int(is_faster)).rpartition("; ")[2] == first.rpartition("; ")[2]
     assert kept.stat().st_mtime_ns == written, "it was measured again"
     kept.write_text("{")
     assert io_path_of(standin, path, plain).partition(" (")[0] == first.partition(" (")[0]
@@ -287,13 +288,46 @@ def test_cufile_is_not_opened_for_nothing(
     plain = make(CHAIN.make)
     path = saved(plain, tmp_path)
     monkeypatch.setattr(gds, "NVIDIA_FS", tmp_path / "nothing")
-    standin.forget()
-    assert "(GPUDirect Storage: nvidia-fs is not loaded)" in io_path_of(standin, path, plain)
+    assert "(GPUDirect Storage: nvidia-fs is not loaded)" in io_path_of(standin, path, plain, num_opens=0)
     monkeypatch.setattr(gds, "NVIDIA_FS", tmp_path)
-    assert "GPUDirect" not in io_path_of(standin, path, plain, host_budget="8MiB")
+    assert "GPUDirect" not in io_path_of(standin, path, plain, num_opens=0, host_budget="8MiB")
     monkeypatch.setattr(gds, "_MOST_OF_BUDGET", 1e-6)
-    assert "would be a large part of the budget" in io_path_of(standin, path, plain)
-    assert standin.calls("cuFileDriverOpen") == 0
+    assert "would be a large part of the budget" in io_path_of(standin, path, plain, num_opens=0)
+
+
+@pytest.mark.parametrize("day", ["2020-01-01", "2999-01-01"])
+def test_speeds_of_another_time_are_measured_again(
+    day: str, standin: StandIn, tmp_path: Path, nvidia_fs: None, large_part: None
+) -> None:
+    plain = make(CHAIN.make)
+    path = saved(plain, tmp_path)
+    io_path_of(standin, path, plain)
+    (kept,) = (tmp_path / "cache" / "mball" / "calibration").glob("straight-*.json")
+    speeds = gds.StraightSpeeds.from_json(kept.read_text())
+    kept.write_text(replace(speeds, measured_at=f"{day}T00:00:00+00:00").to_json())
+    assert day not in io_path_of(standin, path, plain, num_opens=1)
+    assert day not in kept.read_text()
+
+
+def test_a_budget_without_room_for_its_buffers_is_none_too_small(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nvidia_fs: None, large_part: None
+) -> None:
+    """Only who asks for GPUDirect Storage is told that the budget is too small for it."""
+    monkeypatch.setattr(gds, "_FASTER", 0.0)
+    plain = make(CHAIN.make)
+    path = saved(plain, tmp_path)
+    assert "straight to the GPU, by cuFile (" in io_path_of(standin, path, plain)
+    with pytest.raises(BudgetError) as caught:
+        wrapped(make(CHAIN.make), 0, path, budget_bytes=1, io="gds").__enter__()
+    smallest_bytes = caught.value.smallest_bytes
+    for budget_bytes in (smallest_bytes - 1, smallest_bytes - STAGING_BYTES):
+        with wrapped(make(CHAIN.make), 0, path, budget_bytes=budget_bytes) as model:
+            assert "no room for its buffers beside the model" in mball.report(model).io_path
+            assert standin.calls("cuFileDriverOpen") == 0
+    with wrapped(make(CHAIN.make), 0, path, budget_bytes=smallest_bytes) as model:
+        assert "straight to the GPU" in mball.report(model).io_path
+    with pytest.raises(BudgetError):
+        wrapped(make(CHAIN.make), 0, path, budget_bytes=smallest_bytes - STAGING_BYTES - 1).__enter__()
 
 
 def test_the_doctor_tells_what_was_measured_here(
