@@ -24,6 +24,7 @@ from mball.errors import ConfigError, WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
 from mball.gds import choose_way
 from mball.integrations import make_faithful
+from mball.memory import Kind
 from mball.observe.report import Report
 from mball.run.census import Census, count_weights, take_census
 from mball.run.checkpoint_match import load_buffers, match_weights
@@ -169,7 +170,7 @@ def _wrap(
             homes,
             compute,
             lambda: machine,
-            fixed_bytes=in_buffers_bytes + compute.staging_bytes,
+            buffer_bytes=in_buffers_bytes,
             expected=expected,
             # A file that another one replaced is still the one that is mapped and read.
             verify_files=_nothing_to_verify
@@ -385,8 +386,8 @@ def save_trace(model: torch.nn.Module, path: str | os.PathLike[str]) -> Path:
     state = _state_of(model)
     with state.engine.lock:
         trace, _ = trace_and_plan(model)
-    if fixed_bytes := state.engine.fixed_bytes:
-        buffers = Tensor.activation("buffers", size_bytes=fixed_bytes, live=LiveRange(first=0, end=len(trace.steps)))
+    if size_bytes := state.engine.ledger.account(Kind.BUFFERS).current_bytes:
+        buffers = Tensor.activation("buffers", size_bytes=size_bytes, live=LiveRange(first=0, end=len(trace.steps)))
         trace = replace(trace, tensors=(*trace.tensors, buffers))
     replace_file(target, trace.to_json().encode(), "trace")
     return target

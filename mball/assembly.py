@@ -75,7 +75,7 @@ class Machinery:
         compute: Compute,
         machine: Callable[[], Machine],
         *,
-        fixed_bytes: int = 0,
+        buffer_bytes: int = 0,
         expected: Sequence[OperatorReads] = (),
         verify_files: Callable[[], None] = lambda: None,
     ) -> Self:
@@ -89,7 +89,9 @@ class Machinery:
             page = LedgerPage()
             undo.callback(page.close)
             ledger = Ledger(config.budget_bytes, publish=page.write)
-            ledger.set(Kind.BUFFERS, fixed_bytes)
+            ledger.set(Kind.BUFFERS, buffer_bytes)
+            ledger.set(Kind.STAGING, compute.staging_bytes)
+            fixed_bytes = buffer_bytes + compute.staging_bytes
             correction = Correction(machine)
             below = compute.device.below
             host = None

@@ -28,6 +28,7 @@ from mball.memory.cuda_device import NUM_BUFFERS
 from mball.memory.gds_ring import GdsRing
 from mball.memory.libc import PAGE_BYTES
 from mball.run.file_read import FileRead
+from mball.schema import Trace
 from mball.storage import file_system_of, mounts
 from mball.units import KIB
 from tests.adaptors import PoisonedDevice
@@ -119,7 +120,12 @@ def test_a_model_that_comes_straight_is_the_resident_one(
         report = mball.report(model)
         assert "straight to the GPU, by cuFile (as asked for)" in report.io_path
         assert "after all" not in report.io_path, "the last page of the checkpoint is cut off"
-        assert report.buffer_bytes >= STAGING_BYTES == standin.opened_bytes
+        assert report.staging_bytes == STAGING_BYTES == standin.opened_bytes
+        assert "staging 128.00 KiB" in str(report)
+        mball.save_trace(model, tmp_path / "trace.json")
+        trace = Trace.from_json((tmp_path / "trace.json").read_text())
+        buffers = [tensor.size_bytes for tensor in trace.tensors if tensor.name == "buffers"]
+        assert sum(buffers) == report.buffer_bytes < STAGING_BYTES, "who plans the trace has no staging"
 
 
 def test_what_is_trained_comes_from_swap_and_is_checked_there(standin: StandIn, tmp_path: Path) -> None:
