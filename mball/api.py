@@ -24,6 +24,7 @@ from mball.errors import ConfigError, WrapError
 from mball.forecast import check_budget, expected_operators, measure_machine
 from mball.gds import choose_way
 from mball.integrations import make_faithful
+from mball.memory import Kind
 from mball.observe.report import Report
 from mball.run.census import Census, count_weights, take_census
 from mball.run.checkpoint_match import load_buffers, match_weights
@@ -145,19 +146,23 @@ def _wrap(
         undo.callback(compute.close)
         homes = _homes(census, entries, storage)
         largest = max(homes.homes, key=lambda home: home.span_bytes)
-        compute = choose_way(compute, config, storage.files, largest.file)
-        fixed_bytes = buffer_bytes(census, new_buffers, compute.device.place) + compute.staging_bytes
         refuse_misaligned(homes.homes, compute.device.place)
         machine = measure_machine(homes.homes, storage.files, compute.choice, compute.link)
         expected = expected_operators(roots, census)
-        check_budget(
-            config.budget_bytes,
-            config.host_budget_bytes,
-            homes.homes,
-            machine,
-            fixed_bytes + compute.rounded_bytes,
-            expected,
-        )
+        in_buffers_bytes = buffer_bytes(census, new_buffers, compute.device.place)
+
+        def check_room(staging_bytes: int) -> None:
+            check_budget(
+                config.budget_bytes,
+                config.host_budget_bytes,
+                homes.homes,
+                machine,
+                in_buffers_bytes + staging_bytes + compute.rounded_bytes,
+                expected,
+            )
+
+        compute = choose_way(compute, config, storage.files, largest.file, check_room=check_room)
+        check_room(compute.staging_bytes)
         moved = move_buffers(census, new_buffers, compute.device.place)
         machinery = Machinery.start(
             config,
@@ -165,7 +170,7 @@ def _wrap(
             homes,
             compute,
             lambda: machine,
-            fixed_bytes=fixed_bytes,
+            buffer_bytes=in_buffers_bytes,
             expected=expected,
             # A file that another one replaced is still the one that is mapped and read.
             verify_files=_nothing_to_verify
@@ -194,7 +199,7 @@ def _wrap(
         backend=backend,
         moved=[(weakref.ref(owner.module), owner.attribute) for owner in map(census.buffer_owners.get, moved) if owner],
         roots=tuple(weakref.ref(root) for root in roots),
-        closer=weakref.finalize(roots[0], machinery.close),
+        closer=weakref.finalize(roots[0], machinery.close_dropped),
     )
     for root in roots:
         _states[root] = state
@@ -381,8 +386,8 @@ def save_trace(model: torch.nn.Module, path: str | os.PathLike[str]) -> Path:
     state = _state_of(model)
     with state.engine.lock:
         trace, _ = trace_and_plan(model)
-    if fixed_bytes := state.engine.fixed_bytes:
-        buffers = Tensor.activation("buffers", size_bytes=fixed_bytes, live=LiveRange(first=0, end=len(trace.steps)))
+    if size_bytes := state.engine.ledger.account(Kind.BUFFERS).current_bytes:
+        buffers = Tensor.activation("buffers", size_bytes=size_bytes, live=LiveRange(first=0, end=len(trace.steps)))
         trace = replace(trace, tensors=(*trace.tensors, buffers))
     replace_file(target, trace.to_json().encode(), "trace")
     return target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -74,7 +75,7 @@ class Machinery:
         compute: Compute,
         machine: Callable[[], Machine],
         *,
-        fixed_bytes: int = 0,
+        buffer_bytes: int = 0,
         expected: Sequence[OperatorReads] = (),
         verify_files: Callable[[], None] = lambda: None,
     ) -> Self:
@@ -88,7 +89,9 @@ class Machinery:
             page = LedgerPage()
             undo.callback(page.close)
             ledger = Ledger(config.budget_bytes, publish=page.write)
-            ledger.set(Kind.BUFFERS, fixed_bytes)
+            ledger.set(Kind.BUFFERS, buffer_bytes)
+            ledger.set(Kind.STAGING, compute.staging_bytes)
+            fixed_bytes = buffer_bytes + compute.staging_bytes
             correction = Correction(machine)
             below = compute.device.below
             host = None
@@ -133,6 +136,13 @@ class Machinery:
             parts.callback(self.compute.reader.close)
             parts.callback(self.engine.close)
             parts.callback(self.page.close)
+
+    def close_dropped(self) -> None:
+        """`close`, for the collector: it runs in any thread, also in one of mball's own, which `close` waits for."""
+        if threading.current_thread().name.startswith("mball-"):
+            threading.Thread(target=self.close, name="mball-close").start()
+        else:
+            self.close()
 
 
 def _swap_settings(config: Config, direct: DirectIO) -> SwapSettings:

@@ -145,7 +145,7 @@ class Door:
             homes = Homes([], [], self._storage.swap)
             self.machinery = Machinery.start(config, self._storage, homes, compute, self._machine)
             undo.pop_all()
-        self._closer = weakref.finalize(self, self.machinery.close)
+        self._closer = weakref.finalize(self, self.machinery.close_dropped)
         self.gate = GraphGate(self.machinery.engine)
         self.backend = Backend(self.gate, (), (), config, options)
         _doors.add(self)

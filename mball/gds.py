@@ -6,19 +6,21 @@ import functools
 import hashlib
 import logging
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mball.compute import Compute
 from mball.config import Config, Io, calibration_directory
-from mball.errors import DeviceError, SchemaError, StorageError
+from mball.errors import BudgetError, DeviceError, SchemaError, StorageError
 from mball.memory.cufile import CuFileError
-from mball.memory.gds_ring import GdsRing
+from mball.memory.gds_ring import GdsRing, StraightFile
+from mball.run.homes import PAGE_BYTES
 from mball.schema.document import Document
 from mball.storage import FileTable, measure_link
 from mball.storage.calibration import place_of
-from mball.storage.calibration_cache import MOST_AGE
+from mball.storage.calibration_cache import why_stale
 from mball.storage.watchdog import watched
 from mball.whole_files import replace_file
 
@@ -73,7 +75,14 @@ class StraightSpeeds(Document):
             raise SchemaError(f"the speeds of {self.place!r} cannot have been measured: {self}")
 
 
-def choose_way(compute: Compute, config: Config, files: FileTable, file: str) -> Compute:
+def choose_way(
+    compute: Compute,
+    config: Config,
+    files: FileTable,
+    file: str,
+    *,
+    check_room: Callable[[int], None] = lambda staging_bytes: None,
+) -> Compute:
     """Returns `compute`, whose device reads files straight from now on if that is asked for, or works and is faster.
 
     Args:
@@ -81,16 +90,17 @@ def choose_way(compute: Compute, config: Config, files: FileTable, file: str) ->
         config: the settings; `io` says which way.
         files: that it reads.
         file: of them, the one that most is read of. Where nobody asked, it is read for 0.2 s, once a file system.
+        check_room: raises BudgetError where the budget has no room for so many bytes of buffers. Where nobody asked,
+            there are none then.
 
     Raises:
         DeviceError: GPUDirect Storage is asked for, and does not work: it says why.
     """
     if compute.cuda is None or config.io not in (Io.AUTO, Io.GDS):
         return compute
-    descriptor = functools.partial(_straight_descriptor, files)
     if config.io is Io.GDS:
         try:
-            return _straight(compute, _opened(compute, descriptor, file), "as asked for")
+            return _straight(compute, _opened(compute, files, file), "as asked for")
         except DeviceError as error:
             raise DeviceError(f"io='gds' cannot be had: {error}; or leave io out") from error
     if config.host_budget_bytes is not None or file in files.swaps:
@@ -100,11 +110,22 @@ def choose_way(compute: Compute, config: Config, files: FileTable, file: str) ->
     if compute.cuda.gds_bytes > _MOST_OF_BUDGET * config.budget_bytes:
         return _through_host(compute, "its buffers would be a large part of the budget")
     try:
-        ring = _opened(compute, descriptor, file)
+        check_room(compute.cuda.gds_bytes)
+    except BudgetError:
+        return _through_host(compute, "the budget has no room for its buffers beside the model")
+    place = str(place_of(files[file].buffered))
+    path = _path_of(place, compute.cuda.pci_address)
+    speeds = None if path is None else _kept(path)
+    if speeds is not None and not speeds.is_worth_it:
+        return _through_host(compute, str(speeds))  # and cuFile, which takes a while to open, is left alone
+    try:
+        ring = _opened(compute, files, file)
     except DeviceError as error:
         return _through_host(compute, str(error))
     try:
-        speeds = _speeds(compute, ring, files, file)
+        if speeds is None:
+            speeds = _measured(compute, ring, files, file, place)
+            _keep(path, speeds)
     except CuFileError as error:
         ring.close()
         return _through_host(compute, str(error))
@@ -117,6 +138,15 @@ def choose_way(compute: Compute, config: Config, files: FileTable, file: str) ->
     return _through_host(compute, str(speeds))
 
 
+def straight_file(files: FileTable, file: str) -> StraightFile | None:
+    """Returns what cuFile reads a file by, None where that is not past the page cache, or from swap.
+
+    What comes from swap is checked in host memory.
+    """
+    descriptor = None if file in files.swaps else files[file].direct()
+    return None if descriptor is None else StraightFile(descriptor=descriptor, size_bytes=files[file].size_bytes())
+
+
 def kept_speeds(place: str) -> list[StraightSpeeds]:
     """Returns what was measured of a file system on this machine, for each GPU."""
     directory = calibration_directory()
@@ -124,19 +154,17 @@ def kept_speeds(place: str) -> list[StraightSpeeds]:
     return [each for each in found if each is not None and (each.host, each.place) == (platform.node(), place)]
 
 
-def _straight_descriptor(files: FileTable, file: str) -> int | None:
-    """What comes from swap is checked in host memory."""
-    return None if file in files.swaps else files[file].direct()
-
-
-def _opened(compute: Compute, descriptor: functools.partial[int | None], file: str) -> GdsRing:
+def _opened(compute: Compute, files: FileTable, file: str) -> GdsRing:
+    """Returns a ring that a page of the file came through. Raises DeviceError where none does."""
     assert compute.cuda is not None
-    if descriptor(file) is None:
+    find = functools.partial(straight_file, files)
+    if find(file) is None:
         raise DeviceError(f"{file} is not read past the page cache; it has to be on a file system with O_DIRECT")
-    ring = compute.cuda.gds_ring(descriptor, watched)
+    ring = compute.cuda.gds_ring(find, watched)
     try:
         if not ring.takes(file):
             raise DeviceError(f"cuFile does not take {file}: {ring.refused[file]}")
+        ring.bytes_per_s(file, min(files[file].size_bytes(), PAGE_BYTES))  # that it takes a file is no promise
     except BaseException:
         ring.close()
         raise
@@ -154,44 +182,48 @@ def _through_host(compute: Compute, why: str) -> Compute:
     return replace(compute, way=f"through pinned memory to the GPU (GPUDirect Storage: {why})")
 
 
-def _speeds(compute: Compute, ring: GdsRing, files: FileTable, file: str) -> StraightSpeeds:
-    """Returns what was measured some time ago, else now."""
+def _path_of(place: str, gpu: str) -> Path | None:
+    """Returns where this machine's speeds of a file system and a GPU are kept, None where nothing is."""
+    directory = calibration_directory()
+    digest = hashlib.sha256(f"{platform.node()}\n{place}\n{gpu}".encode(errors="surrogateescape")).hexdigest()
+    return None if directory is None else directory / f"straight-{digest[:16]}.json"
+
+
+def _measured(compute: Compute, ring: GdsRing, files: FileTable, file: str, place: str) -> StraightSpeeds:
     assert compute.cuda is not None
     assert compute.link is not None
-    place, gpu, host = str(place_of(files[file].buffered)), compute.cuda.pci_address, platform.node()
-    directory = calibration_directory()
-    digest = hashlib.sha256(f"{host}\n{place}\n{gpu}".encode(errors="surrogateescape")).hexdigest()
-    path = None if directory is None else directory / f"straight-{digest[:16]}.json"
-    if path is not None and (known := _kept(path)) is not None:
-        return known
     straight = ring.bytes_per_s(file, files[file].size_bytes())
     disk = measure_link(files, file, choice=compute.choice)
-    through = min(disk.bandwidth_bytes_per_s, compute.link.bandwidth_bytes_per_s)
-    speeds = StraightSpeeds(
-        host=host,
+    return StraightSpeeds(
+        host=platform.node(),
         place=place,
-        gpu=gpu,
+        gpu=compute.cuda.pci_address,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         straight_bytes_per_s=straight,
-        pinned_bytes_per_s=through,
+        pinned_bytes_per_s=min(disk.bandwidth_bytes_per_s, compute.link.bandwidth_bytes_per_s),
     )
-    if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, speeds.to_json().encode(), "speed of GPUDirect Storage")
-        except (OSError, StorageError) as error:
-            _log.info("the speed of GPUDirect Storage is measured again by the next start: %s", error)
-    return speeds
+
+
+def _keep(path: Path | None, speeds: StraightSpeeds) -> None:
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, speeds.to_json().encode(), "speed of GPUDirect Storage")
+    except (OSError, StorageError) as error:
+        _log.info("the speed of GPUDirect Storage is measured again by the next start: %s", error)
 
 
 def _kept(path: Path) -> StraightSpeeds | None:
     try:
         speeds = StraightSpeeds.from_json(path.read_text(encoding="utf-8"))
-        age = datetime.now(UTC) - datetime.fromisoformat(speeds.measured_at)
+        stale = why_stale(datetime.fromisoformat(speeds.measured_at))
     except FileNotFoundError:
         return None
     # SchemaError is a ValueError; it may hold anything.
     except (OSError, ValueError, OverflowError, RecursionError) as error:
         _log.info("the speed of GPUDirect Storage in %s is measured again: %s", path, error)
         return None
-    return speeds if age < MOST_AGE else None
+    if stale:
+        _log.info("the speed of GPUDirect Storage in %s is measured again: %s", path, stale)
+    return None if stale else speeds

@@ -83,6 +83,11 @@ class BareCopies(AbstractContextManager["BareCopies"]):
         for event in events:
             event.wait()
 
+    def check_way(self) -> None:
+        """Raises DeviceError where a read came another way than `io` says."""
+        if self.compute.gds_ring is not None and (refused := self.compute.gds_ring.refused):
+            raise DeviceError(f"it did not come straight after all: {refused[self._name]}")
+
     def check(self) -> None:
         """Raises WrongError where what is there is not the file."""
         there = self._arena.tensor(0, torch.uint8, (self._size_bytes,))
@@ -109,7 +114,7 @@ def cold_loads(
     num_rounds: int = NUM_ROUNDS,
 ) -> list[Measurement]:
     """Returns GB/s of each way from the file to the device, out of the page cache before each, and mball's time over
-    the others'.
+    that of safetensors.
 
     Args:
         path: a safetensors file, alone in its folder.
@@ -141,17 +146,25 @@ def cold_loads(
             "mball": lambda: mball.load_file(path, device),
             "safetensors": lambda: load_file(path, device=device),
         }
+        bare: dict[str, BareCopies] = {}
         for name, io in (("ring", Io.DIRECT), ("straight", Io.GDS)) if open_device is not None else ():
             try:
                 copies = stack.enter_context(BareCopies(path, io, open_device=open_device))
+                copies.run()
+                copies.check_way()
             except DeviceError as error:
                 say(f"{TITLES[name]}: left out, {error}")
                 continue
-            copies.run()
             copies.check()
-            ways[name] = copies.run
+            bare[name], ways[name] = copies, copies.run
         _check_equal(mball.load_file(path, device), load_file(path, device=device))
         samples = take_turns({name: timed(work) for name, work in ways.items()}, num_rounds, limit, say, "from disk")
+        for name, copies in bare.items():
+            try:
+                copies.check_way()
+            except DeviceError as error:
+                say(f"{TITLES[name]}: left out, {error}")
+                del samples[name]
     size_bytes = path.stat().st_size
     found = [
         Measurement.of(

@@ -29,7 +29,7 @@ from mball.memory.cuda_region import CudaRegion
 from mball.memory.cuda_segments import SegmentRoom
 from mball.memory.cuda_streams import CudaStreams
 from mball.memory.device import ArenaRead, CopySource, Donors, Event, Gauge, Graphs, Held, Moment, Pinned
-from mball.memory.gds_ring import GdsRing, Watched
+from mball.memory.gds_ring import GdsRing, StraightFile, Watched
 from mball.memory.host_level import HostLevel, Staged
 from mball.memory.pinned import CHUNK_BYTES, PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes
@@ -137,12 +137,12 @@ class CudaDevice:
         """What a `gds_ring` takes of the GPU's memory."""
         return self._num_buffers * self._buffer_bytes
 
-    def gds_ring(self, descriptor: Callable[[str], int | None], watched: Watched) -> GdsRing:
+    def gds_ring(self, find: Callable[[str], StraightFile | None], watched: Watched) -> GdsRing:
         """Returns buffers of this GPU that cuFile reads files into, as large as those of the pinned ring; see there.
 
         They are the caller's, until `go_straight`.
         """
-        return GdsRing(self._pool, descriptor, watched, num_buffers=self._num_buffers, buffer_bytes=self._buffer_bytes)
+        return GdsRing(self._pool, find, watched, num_buffers=self._num_buffers, buffer_bytes=self._buffer_bytes)
 
     def go_straight(self, ring: GdsRing) -> None:
         """Has files that `ring` takes come through it, which is the device's own from now on. Before any copy."""

@@ -9,10 +9,12 @@ its handles would have to be made for RDMA, a slot's bytes lie as odd as their f
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from mball.errors import DeviceError
 from mball.memory.cuda_events import EventPool
@@ -27,6 +29,14 @@ _log = logging.getLogger(__name__)
 
 # Calls the second until it returns, and says of the first, in the words of the third, if that takes very long.
 Watched = Callable[["GdsReading", Callable[[], object], Callable[[], str]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StraightFile:
+    """The descriptor that reads a file past the page cache, and the size that reads are held against."""
+
+    descriptor: int
+    size_bytes: int
 
 
 class GdsReading:
@@ -55,31 +65,32 @@ class GdsRing(Ring):
     def __init__(
         self,
         pool: EventPool,
-        descriptor: Callable[[str], int | None],
+        find: Callable[[str], StraightFile | None],
         watched: Watched,
         *,
         num_buffers: int,
         buffer_bytes: int,
     ) -> None:
-        """Takes the GPU's memory, and opens it to disks, at once.
+        """Takes the GPU's memory, opens it to disks, and starts the threads, at once.
 
         Args:
             pool: of the GPU.
-            descriptor: returns the descriptor that reads a file past the page cache, None for files that are not to be
-                read this way. It stays open until `close`.
+            find: returns a file that is open until `close`, None for one that is not to be read this way.
             watched: waits for a read.
             num_buffers: how many buffers; as many reads go on at a time.
             buffer_bytes: of each, a multiple of the page.
 
         Raises:
-            CuFileError: cuFile is not there, or would not go straight; or it does not register memory of this GPU.
+            CuFileError: cuFile is not there, or would not go straight; or it does not register memory of this GPU; or
+                this process may not have so many threads.
             DriverError: the GPU has not so much memory.
         """
         assert buffer_bytes % PAGE_BYTES == 0
         self._driver = pool.streams.driver
-        self._descriptor = descriptor
+        self._find = find
         self._watched = watched
         self._handles: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}  # of these files, in bytes
         self._others: set[str] = set()  # files that are not to be read this way
         self.refused: dict[str, str] = {}  # files that cuFile does not read, and why
         self._registered = False
@@ -93,10 +104,10 @@ class GdsRing(Ring):
                 self._address = address = self._driver.allocate(self.size_bytes)
                 self._cufile.register_memory(address, self.size_bytes)
                 self._registered = True
+            self._threads = _started(num_buffers)
         except BaseException:
             self._give_back()
             raise
-        self._threads = ThreadPoolExecutor(num_buffers, thread_name_prefix="mball-gds")
         super().__init__(pool, [RingBuffer(n * buffer_bytes, address + n * buffer_bytes) for n in range(num_buffers)])
 
     def takes(self, file: str) -> bool:
@@ -104,13 +115,14 @@ class GdsRing(Ring):
         if file in self.refused or file in self._others:
             return False
         if file not in self._handles:
-            descriptor = self._descriptor(file)
-            if descriptor is None:
+            found = self._find(file)
+            if found is None:
                 self._others.add(file)
                 return False
+            self._sizes[file] = found.size_bytes
             try:
                 with self._driver.current():
-                    self._handles[file] = self._cufile.register_file(descriptor)
+                    self._handles[file] = self._cufile.register_file(found.descriptor)
             except CuFileError as error:
                 self.refuse(file, error)
         return file not in self.refused
@@ -122,9 +134,9 @@ class GdsRing(Ring):
             _log.warning("%s is read through pinned host memory, not by GPUDirect Storage: %s", file, why)
 
     def read(self, buffer: RingBuffer, read: ArenaRead, first: int, size: int) -> Event:
-        """The event raises CuFileError; see `refuse`."""
+        """The event raises CuFileError; see `refuse`. A read ends where its file does, and begins before."""
         begin = round_down(read.offset_bytes + first, PAGE_BYTES)
-        least = shift_bytes(read, first) + size
+        least = min(shift_bytes(read, first) + size, max(self._sizes[read.file] - begin, 1))
         try:
             future = self._threads.submit(self._fill, self._handles[read.file], buffer, begin, least)
         except RuntimeError as error:  # Python ends threads before devices are closed
@@ -202,3 +214,25 @@ class GdsRing(Ring):
                     self._address = address
                     raise
         self._cufile.close()
+
+
+def _started(num_threads: int) -> ThreadPoolExecutor:
+    """Returns threads that all run already.
+
+    A pool that cannot start one more queues what it refuses, and others read it late, into the buffer of a later read.
+    """
+    threads = ThreadPoolExecutor(num_threads, thread_name_prefix="mball-gds")
+    together = threading.Barrier(num_threads)  # so none is free to take what is for the next
+    try:
+        for _ in range(num_threads):
+            threads.submit(together.wait)
+    except BaseException as error:
+        together.abort()
+        threads.shutdown()
+        if isinstance(error, RuntimeError):
+            raise CuFileError(
+                f"{num_threads} threads that read straight into the GPU cannot be started: {error}; let this process "
+                "have more threads (ulimit -u)"
+            ) from error
+        raise
+    return threads

@@ -13,9 +13,14 @@ from mball.units import format_bytes
 
 
 class Kind(Enum):
-    """What bytes are for. SCRATCH is what an allocator of activations keeps beside them: rounding, free blocks."""
+    """What bytes are for.
+
+    STAGING is what files pass through on their way to the arena; SCRATCH what an allocator of activations keeps beside
+    them: rounding, free blocks.
+    """
 
     BUFFERS = "buffers"
+    STAGING = "staging"
     ARENA = "arena"
     ACTIVATIONS = "activations"
     CAPTURE = "capture"

@@ -45,6 +45,7 @@ class Report:
         slot_bytes: of the arena, what is not for residents.
         workspace_bytes: of the activations, the most that is for what operators of one step allocate inside.
         scratch_bytes: what the budget has for what the allocator keeps beside tensors, and for what was taken before.
+        staging_bytes: of the budget, what files pass through on their way straight to a GPU.
         taken_bytes: what operators took of the arena so far, where they found no memory; with `allocator="mball"`.
         pinned_bytes: host memory that is pinned for the device, beside the budget.
         pinning_s: what pinning took so far.
@@ -70,6 +71,7 @@ class Report:
     budget_bytes: int
     peak_bytes: int
     buffer_bytes: int
+    staging_bytes: int
     activation_bytes: int
     arena_bytes: int
     slot_bytes: int
@@ -120,6 +122,9 @@ class Report:
         """Returns the fields by name."""
         return asdict(self)
 
+    def _staging_in_words(self) -> str:
+        return f", staging {format_bytes(self.staging_bytes)}" if self.staging_bytes else ""
+
     def _graphs_in_words(self) -> str:
         if not self.step_graph_bytes:
             return ""
@@ -135,7 +140,7 @@ class Report:
                 f"arena {format_bytes(self.arena_bytes)} (slots {format_bytes(self.slot_bytes)}), activations "
                 f"{format_bytes(self.activation_bytes)} (workspace {format_bytes(self.workspace_bytes)}), scratch "
                 f"{format_bytes(self.scratch_bytes)}, buffers {format_bytes(self.buffer_bytes)}"
-                f"{self._graphs_in_words()}",
+                f"{self._staging_in_words()}{self._graphs_in_words()}",
             ),
             *((("taken", f"{format_bytes(self.taken_bytes)} of the arena by operators"),) if self.taken_bytes else ()),
             *(

@@ -49,7 +49,7 @@ class Engine:
         plan: makes plans.
         retime: says what a pass takes under a plan, on a machine, if compute takes so many times as long.
         correction: what plans take the machine to be.
-        fixed_bytes: bytes of buffers.
+        fixed_bytes: bytes of buffers, and of what files pass through.
         memory_bytes_per_s: about how fast operators read weights, for those that were never timed.
         expected: the operators that are expected before anything ran, in order.
         verify_files: raises when a checkpoint changed on disk; called before each pass.

@@ -20,7 +20,7 @@ from mball.storage.mounts import FileSystem
 from mball.whole_files import replace_file
 
 # Kernels, disks and what else runs on the machine change.
-MOST_AGE = timedelta(days=180)
+_MOST_AGE = timedelta(days=180)
 # Clocks of machines that share a cache differ a little.
 _CLOCKS_DIFFER = timedelta(days=1)
 
@@ -61,7 +61,7 @@ def load_calibration(directory: Path | None, place: FileSystem) -> Calibration |
     path = calibration_path(directory, str(place))
     try:
         calibration = Calibration.from_json(path.read_text(encoding="utf-8"))
-        age = datetime.now(UTC) - calibration.time
+        stale = why_stale(calibration.time)
     except FileNotFoundError:
         return None
     # SchemaError is a ValueError; nesting without end and numbers without end are not, and it may hold anything.
@@ -70,13 +70,21 @@ def load_calibration(directory: Path | None, place: FileSystem) -> Calibration |
         return None
     if (calibration.host, calibration.place) != (platform.node(), str(place)):
         _ignore(path, f"it is of {calibration.place} of the machine {calibration.host}")
-    elif age > MOST_AGE:
-        _ignore(path, f"it is {age.days} days old, more than {MOST_AGE.days}")
-    elif age < -_CLOCKS_DIFFER:
-        _ignore(path, f"it says that it was measured on {calibration.day}, which is still to come")
+    elif stale:
+        _ignore(path, stale)
     else:
         return calibration
     return None
+
+
+def why_stale(measured_at: datetime) -> str:
+    """Returns why what was measured then, in UTC, says nothing of today; an empty string where it does."""
+    age = datetime.now(UTC) - measured_at
+    if age > _MOST_AGE:
+        return f"it is {age.days} days old, more than {_MOST_AGE.days}"
+    if age < -_CLOCKS_DIFFER:
+        return f"it says that it was measured on {measured_at:%Y-%m-%d}, which is still to come"
+    return ""
 
 
 def find_calibrated_link(

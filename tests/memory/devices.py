@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from mball.errors import DeviceError
+from mball.gds import straight_file
 from mball.memory import Arena, CpuDevice, Device
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
 from mball.memory.cuda_plain import PlainCudaMemory
 from mball.memory.cuda_streams import CudaStreams
 from mball.memory.cuda_virtual import CudaMemory
+from mball.memory.cufile import CuFileError
 from mball.memory.page_pool import PagePool
 from mball.memory.pinned import PinnedSlab
 from mball.memory.pinned_homes import PinnedHomes, PinnedRange
@@ -205,7 +207,7 @@ def cuda_on_the_stand_in(
         )
         stack.callback(device.close)
         if straight:
-            device.go_straight(device.gds_ring(lambda name: files[name].direct(), watched))
+            device.go_straight(device.gds_ring(partial(straight_file, files), watched))
         arena = device.arena(RESERVE_BYTES)
         stack.callback(arena.close)
         stack.callback(device.close)
@@ -256,14 +258,19 @@ def cuda(folder: Path, *, home_pages: range = range(0), straight: bool = False) 
             buffer_bytes=64 * KIB if straight else BUFFER_BYTES,
         )
         stack.callback(device.close)
+        ring = None
         if straight:
             try:
-                ring = device.gds_ring(lambda name: files[name].direct(), watched)
+                ring = device.gds_ring(partial(straight_file, files), watched)
             except DeviceError as error:
                 pytest.skip(f"cuFile does not read straight into this GPU: {error}")
             device.go_straight(ring)
             if not ring.takes(str(path)):
                 pytest.skip(f"cuFile does not read files of {folder}")
+            try:
+                ring.bytes_per_s(str(path), PAGE)
+            except CuFileError as error:
+                pytest.skip(f"cuFile takes files of {folder}, and does not read them: {error}")
         arena = device.arena(RESERVE_BYTES)
         stack.callback(arena.close)
         stack.callback(device.close)
@@ -290,6 +297,8 @@ def cuda(folder: Path, *, home_pages: range = range(0), straight: bool = False) 
             look=look,
             finish=torch.cuda.synchronize,
         )
+        was_cut_off = path.stat().st_size < len(content)  # by the test, so that cuFile's read fails
+        assert ring is None or not ring.refused or was_cut_off, "what was tested did not come straight"
 
 
 _ON_DISK, _AT_HOME, _BOTH = range(0), range(NUM_PAGES), range(NUM_PAGES // 3, NUM_PAGES // 2)

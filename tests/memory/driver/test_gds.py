@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -10,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from mball.errors import DeviceError, MballError, StorageError
+from mball.gds import straight_file
 from mball.memory import cufile
 from mball.memory.cuda_device import CudaDevice
 from mball.memory.cuda_driver import CudaDriver
@@ -22,7 +25,8 @@ from mball.memory.cuda_events import EventPool
 from mball.memory.cuda_streams import CudaStreams
 from mball.memory.cufile import CuFile, CuFileError
 from mball.memory.gds_ring import GdsRing
-from mball.storage import watchdog
+from mball.run.file_read import FileRead
+from mball.storage import DirectIO, FileTable, watchdog
 from mball.storage.watchdog import watched
 from tests.memory.device_scenes import slots_in_turn
 from tests.memory.devices import BUFFER_BYTES, NUM_BUFFERS, NUM_PAGES, PAGE, Bench, cuda_on_the_stand_in, expect
@@ -86,6 +90,23 @@ def test_any_piece_of_a_file_comes_however_short_reads_are(most_bytes: int, stan
             bring(bench, chance.randrange(end - size), size)
         assert standin.num_file_handles == 1
         assert (standin.calls(READ) > 20) == (most_bytes != 100)
+
+
+def test_a_read_may_end_past_the_end_of_the_file(standin: StandIn, tmp_path: Path) -> None:
+    """As those of bundles do, which are whole pages: a reader stops there, and so does cuFile."""
+    content = b"short" * 1000
+    (tmp_path / "short").write_bytes(content)
+    files = FileTable(direct=DirectIO.ALWAYS)
+    name = files.add_path(tmp_path / "short")
+    with gpu() as pool:
+        ring = GdsRing(pool, partial(straight_file, files), watched, num_buffers=2, buffer_bytes=2 * PAGE)
+        assert ring.takes(name)
+        buffer = ring.turn()
+        read = FileRead(file=name, offset_bytes=0, size_bytes=2 * PAGE, arena_offset_bytes=0)
+        ring.read(buffer, read, 0, 2 * PAGE).wait()
+        expect(ctypes.string_at(buffer.address, len(content)), content)  # the stand-in's memory is the host's
+        ring.close()
+    files.close()
 
 
 def test_reads_go_on_side_by_side_while_python_runs(standin: StandIn, tmp_path: Path) -> None:
@@ -244,6 +265,16 @@ def test_any_call_of_an_opening_may_fail(standin: StandIn, code: int, monkeypatc
             if not standin.falls_back:  # the call that sets it back was the one that failed
                 standin.sweep_files()
         assert total > 8
+
+
+def test_threads_that_cannot_be_started_refuse_the_ring(standin: StandIn, few_threads: None) -> None:
+    """Later a read that was refused would still be queued, for the thread that there is."""
+    with gpu() as pool:
+        with pytest.raises(CuFileError, match=r"2 threads .* cannot be started: can't start new thread; .*ulimit -u"):
+            ring_of(pool).close()
+        assert standin.has_no_files()
+        assert standin.taken_bytes == 0
+    assert not any(thread.name.startswith("mball-gds") for thread in threading.enumerate())
 
 
 # -- reads that fail --------------------------------------------------------------------------------------------------

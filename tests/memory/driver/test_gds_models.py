@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,11 +19,16 @@ from torch import nn
 
 import mball
 from mball import gds
+from mball.api import _State, find_state
 from mball.cli import disk_findings
 from mball.cli.findings import State
-from mball.errors import ConfigError, DeviceError, SchemaError
+from mball.errors import BudgetError, ConfigError, DeviceError, SchemaError
 from mball.memory import cufile
 from mball.memory.cuda_device import NUM_BUFFERS
+from mball.memory.gds_ring import GdsRing
+from mball.memory.libc import PAGE_BYTES
+from mball.run.file_read import FileRead
+from mball.schema import Trace
 from mball.storage import file_system_of, mounts
 from mball.units import KIB
 from tests.adaptors import PoisonedDevice
@@ -76,7 +83,7 @@ def saved(model: nn.Module, folder: Path) -> Path:
 @contextmanager
 def wrapped(model: nn.Module, share: float, weights: Path, **settings: Any) -> Iterator[Any]:
     settings.setdefault("capture", "operators")
-    budget_bytes = int(weight_bytes(model) * share) + STAGING_BYTES
+    budget_bytes = settings.pop("budget_bytes", int(weight_bytes(model) * share) + STAGING_BYTES)
     with wrapped_over_the_driver(
         model,
         budget_bytes,
@@ -112,7 +119,13 @@ def test_a_model_that_comes_straight_is_the_resident_one(
         assert standin.num_compat_reads == 0
         report = mball.report(model)
         assert "straight to the GPU, by cuFile (as asked for)" in report.io_path
-        assert report.buffer_bytes >= STAGING_BYTES == standin.opened_bytes
+        assert "after all" not in report.io_path, "the last page of the checkpoint is cut off"
+        assert report.staging_bytes == STAGING_BYTES == standin.opened_bytes
+        assert "staging 128.00 KiB" in str(report)
+        mball.save_trace(model, tmp_path / "trace.json")
+        trace = Trace.from_json((tmp_path / "trace.json").read_text())
+        buffers = [tensor.size_bytes for tensor in trace.tensors if tensor.name == "buffers"]
+        assert sum(buffers) == report.buffer_bytes < STAGING_BYTES, "who plans the trace has no staging"
 
 
 def test_what_is_trained_comes_from_swap_and_is_checked_there(standin: StandIn, tmp_path: Path) -> None:
@@ -137,6 +150,39 @@ def test_the_report_says_what_did_not_come_straight_after_all(standin: StandIn, 
         assert "IO_NOT_SUPPORTED" in mball.report(model).io_path
 
 
+def test_a_thread_that_reads_may_drop_the_model(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector runs wherever Python allocates, and who closes a device waits for each of its threads."""
+    plain = make(CHAIN.make)
+    path = saved(plain, tmp_path)
+    with wrapped(make(CHAIN.make), 0.9, path, io="gds") as model:
+        compare(model, plain, prompt)
+        state = find_state(model)
+        assert isinstance(state, _State)
+        cuda = state.machinery.compute.cuda
+        assert cuda is not None
+        cuda.changed(str(path), 0, path.stat().st_size)  # so nothing comes from pinned memory
+        fill = GdsRing._fill
+
+        def fill_and_drop(ring: GdsRing, *args: Any) -> None:
+            fill(ring, *args)
+            state.closer()
+
+        monkeypatch.setattr(GdsRing, "_fill", fill_and_drop)
+        read = FileRead(file=str(path), offset_bytes=0, size_bytes=PAGE_BYTES, arena_offset_bytes=0)
+        event = cuda.copy([read], None)
+        deadline_s = time.monotonic() + 20
+        while not standin.has_no_files():
+            assert time.monotonic() < deadline_s, "the thread waits for itself"
+            time.sleep(0.001)
+        for thread in threading.enumerate():
+            if thread.name == "mball-close":
+                thread.join()
+        assert event.done()
+    assert not any(thread.name.startswith(("mball-gds", "mball-feed")) for thread in threading.enumerate())
+
+
 # -- asked for, and not to be had ------------------------------------------------------------------------------------
 
 
@@ -156,6 +202,15 @@ def test_a_file_that_cufile_does_not_take_is_named(standin: StandIn, tmp_path: P
         wrapped(make(CHAIN.make), 0.9, path, io="gds").__enter__()
 
 
+def test_a_file_that_cufile_takes_and_does_not_read_is_an_error(standin: StandIn, tmp_path: Path) -> None:
+    plain = make(CHAIN.make)
+    path = saved(plain, tmp_path)
+    standin.fail(1, 99, code=5008, function=READ)
+    with pytest.raises(DeviceError, match=r"io='gds' cannot be had: cuFile's read failed: IO_NOT.*leave io out"):
+        wrapped(make(CHAIN.make), 0.9, path, io="gds").__enter__()
+    assert standin.has_no_files()
+
+
 def test_weights_without_a_checkpoint_do_not_go_straight(standin: StandIn, tmp_path: Path) -> None:
     model = make(CHAIN.make)
     with pytest.raises(ConfigError, match="without weights= the weights lie in the swap file"):
@@ -171,10 +226,11 @@ def test_settings_that_exclude_each_other(settings: dict[str, str]) -> None:
 # -- nobody asked -----------------------------------------------------------------------------------------------------
 
 
-def io_path_of(standin: StandIn, path: Path, plain: nn.Module, **settings: Any) -> str:
-    """Which way a model comes that nobody said anything of."""
+def io_path_of(standin: StandIn, path: Path, plain: nn.Module, *, num_opens: int | None = None, **settings: Any) -> str:
+    """Which way a model comes that nobody said anything of; cuFile is opened so often for it."""
     with wrapped(make(CHAIN.make), 0.9, path, **settings) as model:
         compare(model, plain, prompt)
+        assert num_opens in (None, standin.calls("cuFileDriverOpen"))
         return mball.report(model).io_path
 
 
@@ -203,7 +259,7 @@ def test_the_faster_way_is_taken_and_known_from_then_on(
     assert standin.has_no_files()
     (kept,) = (tmp_path / "cache" / "mball" / "calibration").glob("straight-*.json")
     written = kept.stat().st_mtime_ns
-    assert io_path_of(standin, path, plain) == first
+    assert io_path_of(standin, path, plain, num_opens=int(is_faster)).rpartition("; ")[2] == first.rpartition("; ")[2]
     assert kept.stat().st_mtime_ns == written, "it was measured again"
     kept.write_text("{")
     assert io_path_of(standin, path, plain).partition(" (")[0] == first.partition(" (")[0]
@@ -223,19 +279,61 @@ def test_where_it_does_not_work_the_report_says_why(
     assert standin.has_no_files()
 
 
+def test_without_threads_for_it_the_other_way_is_taken(
+    standin: StandIn, tmp_path: Path, nvidia_fs: None, large_part: None, few_threads: None
+) -> None:
+    plain = make(CHAIN.make)
+    text = io_path_of(standin, saved(plain, tmp_path), plain)
+    assert "through pinned memory to the GPU (GPUDirect Storage: 8 threads" in text
+    assert standin.has_no_files()
+
+
 def test_cufile_is_not_opened_for_nothing(
     standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_part: None
 ) -> None:
     plain = make(CHAIN.make)
     path = saved(plain, tmp_path)
     monkeypatch.setattr(gds, "NVIDIA_FS", tmp_path / "nothing")
-    standin.forget()
-    assert "(GPUDirect Storage: nvidia-fs is not loaded)" in io_path_of(standin, path, plain)
+    assert "(GPUDirect Storage: nvidia-fs is not loaded)" in io_path_of(standin, path, plain, num_opens=0)
     monkeypatch.setattr(gds, "NVIDIA_FS", tmp_path)
-    assert "GPUDirect" not in io_path_of(standin, path, plain, host_budget="8MiB")
+    assert "GPUDirect" not in io_path_of(standin, path, plain, num_opens=0, host_budget="8MiB")
     monkeypatch.setattr(gds, "_MOST_OF_BUDGET", 1e-6)
-    assert "would be a large part of the budget" in io_path_of(standin, path, plain)
-    assert standin.calls("cuFileDriverOpen") == 0
+    assert "would be a large part of the budget" in io_path_of(standin, path, plain, num_opens=0)
+
+
+@pytest.mark.parametrize("day", ["2020-01-01", "2999-01-01"])
+def test_speeds_of_another_time_are_measured_again(
+    day: str, standin: StandIn, tmp_path: Path, nvidia_fs: None, large_part: None
+) -> None:
+    plain = make(CHAIN.make)
+    path = saved(plain, tmp_path)
+    io_path_of(standin, path, plain)
+    (kept,) = (tmp_path / "cache" / "mball" / "calibration").glob("straight-*.json")
+    speeds = gds.StraightSpeeds.from_json(kept.read_text())
+    kept.write_text(replace(speeds, measured_at=f"{day}T00:00:00+00:00").to_json())
+    assert day not in io_path_of(standin, path, plain, num_opens=1)
+    assert day not in kept.read_text()
+
+
+def test_a_budget_without_room_for_its_buffers_is_none_too_small(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nvidia_fs: None, large_part: None
+) -> None:
+    """Only who asks for GPUDirect Storage is told that the budget is too small for it."""
+    monkeypatch.setattr(gds, "_FASTER", 0.0)
+    plain = make(CHAIN.make)
+    path = saved(plain, tmp_path)
+    assert "straight to the GPU, by cuFile (" in io_path_of(standin, path, plain)
+    with pytest.raises(BudgetError) as caught:
+        wrapped(make(CHAIN.make), 0, path, budget_bytes=1, io="gds").__enter__()
+    smallest_bytes = caught.value.smallest_bytes
+    for budget_bytes in (smallest_bytes - 1, smallest_bytes - STAGING_BYTES):
+        with wrapped(make(CHAIN.make), 0, path, budget_bytes=budget_bytes) as model:
+            assert "no room for its buffers beside the model" in mball.report(model).io_path
+            assert standin.calls("cuFileDriverOpen") == 0
+    with wrapped(make(CHAIN.make), 0, path, budget_bytes=smallest_bytes) as model:
+        assert "straight to the GPU" in mball.report(model).io_path
+    with pytest.raises(BudgetError):
+        wrapped(make(CHAIN.make), 0, path, budget_bytes=smallest_bytes - STAGING_BYTES - 1).__enter__()
 
 
 def test_the_doctor_tells_what_was_measured_here(

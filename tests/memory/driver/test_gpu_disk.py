@@ -61,6 +61,27 @@ def test_without_gds_the_rest_is_measured(standin: StandIn, path: Path) -> None:
     assert "GPUDirect Storage: left out, io='gds' cannot be had: cuFile's driver_open failed" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        (1, "io='gds' cannot be had: cuFile's read failed"),
+        (5, "it did not come straight after all"),
+        (80, "it did not come straight after all"),
+    ],
+    ids=["at the first page", "before the rounds", "in a round"],
+)
+def test_a_read_that_came_another_way_is_no_figure_of_gds(first: int, why: str, standin: StandIn, path: Path) -> None:
+    standin.fail(first, 999, code=5008, function="cuFileRead")
+    said: list[str] = []
+    found = disk.cold_loads(path, "cpu", Limit(60), said.append, open_device=opened, num_rounds=2)
+    names = {measurement.name for measurement in found}
+    assert "disk_ring" in names
+    assert "disk_straight" not in names
+    assert len(said) == 1
+    assert said[0].startswith(f"the bytes alone, by GPUDirect Storage: left out, {why}")
+    assert standin.calls("cuFileRead") >= first
+
+
 def test_copies_of_something_else_give_no_figure(standin: StandIn, path: Path) -> None:
     with disk.BareCopies(path, disk.Io.GDS, open_device=opened) as copies:
         copies.run()
