@@ -282,6 +282,8 @@ class Engine:
         if self._collecting:  # nobody knows any more which homes were written
             self.execution.forget(range(len(self.homes)))
             self._collecting = False
+        if self._active is not None:
+            self._note_taken()
         self.live.clear()
         self._position = 0
         self._stretch = None
@@ -547,8 +549,10 @@ class Engine:
 
         Raises DeviceError: there is none.
         """
+        if not self._tape:  # what the last pass lost was noted at its end, for passes of its kind
+            return
         planned = self._note_taken()
-        if self._tape and self.execution.is_short:
+        if self.execution.is_short:
             if planned is None:
                 raise lost(self.budget_bytes, self.execution.arena.backed_bytes)
             self.allocator.hold()

@@ -248,6 +248,42 @@ def test_the_same_pass_ends_well(
         assert LAYER_BYTES < it.watch.most_bytes <= BUDGET_BYTES
 
 
+@both
+@pytest.mark.parametrize("ends", ["well", "in an error"])
+def test_what_a_pass_lost_is_noted_once(
+    capture: str, ends: str, standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind its last step no plan is adopted any more; passes of another kind that come next lost nothing."""
+
+    def act() -> None:
+        gulp(2 * LAYER_BYTES)
+        if ends != "well":
+            raise RuntimeError("of the user's")
+
+    with scene(standin, monkeypatch, tmp_path, capture) as it:
+        engine = it.engine
+        needed_bytes = engine.room.needed_bytes
+        with contextlib.suppress(RuntimeError):
+            it.call_with(NUM_LAYERS - 1, act)
+        if capture == "operators":
+            noted_bytes = engine.room.needed_bytes - needed_bytes + engine.room.missed_bytes
+        else:
+            noted_bytes = engine.plans.taken_bytes(engine._active.tape.keys)
+        assert noted_bytes == it.taken_bytes > 0
+
+        def noted() -> list[tuple[object, int]]:
+            return [*engine.room._missed.items(), *engine.plans._taken.items()]
+
+        before = noted()
+        if capture == "operators":
+            it.x = noise(4, 256).to(PLACE)
+        it.call()
+        assert noted() == before
+        it.x = noise(8, 256).to(PLACE)
+        it.call(2)
+        assert noted() == before
+
+
 @at_length
 def test_budgets_that_are_set_meanwhile(
     capture: str, standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
