@@ -79,9 +79,32 @@ class Surprised(nn.Module):
         return x
 
 
+class Turning(Surprised):
+    """Two graphs, of which the second is another one by `turns`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number in range(NUM_LAYERS // 2):
+            x = surprise(x + self.layers[number](x), number)
+        torch._dynamo.graph_break()
+        if self.turns:
+            x = -x
+        for number in range(NUM_LAYERS // 2, NUM_LAYERS):
+            x = surprise(x + self.layers[number](x), number)
+        return x
+
+
+def take(num_bytes: int) -> torch.Tensor:
+    """Returns memory in one piece."""
+    return torch.full((num_bytes // 4,), 7.0, device=PLACE)
+
+
 def gulp(num_bytes: int) -> None:
     """Takes memory in one piece, and lets it go."""
-    torch.full((num_bytes // 4,), 7.0, device=PLACE)
+    take(num_bytes)
 
 
 class WatchError(AssertionError):
@@ -89,7 +112,7 @@ class WatchError(AssertionError):
 
 
 class Watch:
-    """Looks at all that one model's engine does with the arena, and at the budget whenever a step is over."""
+    """Looks at all that one model's engine does with the arena, and at the budget when a step is over or a plan new."""
 
     def __init__(self, standin: StandIn) -> None:
         self._standin = standin
@@ -100,8 +123,13 @@ class Watch:
         return _Watched(PoisonedDevice(device), self)
 
     def attach(self, model: Any, patch: pytest.MonkeyPatch) -> None:
-        execution = self._execution = engine_of(model).execution
-        enter, release = execution.enter, execution.release
+        engine = engine_of(model)
+        execution = self._execution = engine.execution
+        adopt, enter, release = engine._adopt, execution.enter, execution.release
+
+        def adopted(planned: object) -> None:
+            adopt(planned)
+            self.note_bytes()
 
         def entered(step: int) -> Any:
             bound = enter(step)
@@ -118,8 +146,12 @@ class Watch:
                 if not each.planned:  # the plan may want it elsewhere before it hears that it was taken
                     self.check_own(each.offset_bytes, each.end_bytes, "no plan placed")
 
+        patch.setattr(engine, "_adopt", adopted)
         patch.setattr(execution, "enter", entered)
         patch.setattr(execution, "release", released)
+
+    def note_bytes(self) -> None:
+        self.most_bytes = max(self.most_bytes, self._standin.handle_bytes)
 
     def check_own(self, first: int, end: int, what: str) -> None:
         if self._execution is None:
@@ -145,7 +177,7 @@ class _Watched(DeviceAdaptor):
         self._watch = watch
 
     def record(self) -> Event:
-        self._watch.most_bytes = max(self._watch.most_bytes, self._watch._standin.handle_bytes)
+        self._watch.note_bytes()
         return self.device.record()
 
     def discard(self, offset: int, size: int) -> None:
@@ -180,8 +212,14 @@ class Scene:
 
 
 @contextlib.contextmanager
-def scene(standin: StandIn, patch: pytest.MonkeyPatch, folder: Path, capture: str) -> Iterator[Scene]:
-    model, plain = make(Surprised), make(Surprised)
+def scene(
+    standin: StandIn,
+    patch: pytest.MonkeyPatch,
+    folder: Path,
+    capture: str,
+    kind: Callable[[], nn.Module] = Surprised,
+) -> Iterator[Scene]:
+    model, plain = make(kind), make(kind)
     watch = Watch(standin)
     with wrapped_over_the_driver(
         model, BUDGET_BYTES, watch.around, swap_dir=folder, capture=capture, allocator="mball"
@@ -282,6 +320,51 @@ def test_what_a_pass_lost_is_noted_once(
         it.x = noise(8, 256).to(PLACE)
         it.call(2)
         assert noted() == before
+
+
+def test_an_operator_finds_no_memory_after_some_was_taken(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Residents make what room they can, and the arena does not grow back over what operators hold."""
+    with scene(standin, monkeypatch, tmp_path, "operators") as it:
+        held: list[torch.Tensor] = []
+
+        def act() -> None:
+            if not held:
+                held.append(take(3 * LAYER_BYTES))
+            take(4 * LAYER_BYTES)
+
+        surprises[4] = act
+        with pytest.raises(DeviceError, match="an operator found no memory"):
+            it.call()
+        held.clear()
+        surprises.clear()
+        assert it.taken_bytes >= 2 * LAYER_BYTES
+        assert it.watch.most_bytes <= BUDGET_BYTES + room_of(it.model)._base_bytes  # which is the caller's
+        it.call(2)
+
+
+def test_a_graph_that_was_not_expected_after_some_was_taken(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan for it leaves what operators hold."""
+    with scene(standin, monkeypatch, tmp_path, "graphs", Turning) as it:
+
+        def turn(turns: bool) -> None:
+            it.model.turns = it.plain.turns = turns
+
+        monkeypatch.setattr(it.engine.meter, "calls_for_another_plan", lambda _: False)  # by what was timed
+        for turns in (True, False):
+            turn(turns)
+            it.call(5)
+        held: list[torch.Tensor] = []
+        turn(True)
+        it.watch.most_bytes = 0
+        it.call_with(3, lambda: held.append(take(2 * LAYER_BYTES)))
+        held.clear()
+        assert it.taken_bytes > 0
+        assert it.watch.most_bytes <= BUDGET_BYTES + room_of(it.model)._base_bytes
+        it.call(2)
 
 
 @at_length
@@ -433,7 +516,7 @@ def test_a_driver_that_fails_while_memory_is_taken(
 STRUCK = (
     *(IdleExtents.offer, IdleExtents.claim, IdleExtents.withdraw),
     *(CudaDonors.offer, CudaDonors.withdraw, CudaDonors._end, CudaMemory.lose),
-    *(Execution.claim, Execution._have_all_back, Engine._note_taken, Engine._heed_taken, MoreRoom.without),
+    *(Execution.claim, Execution._have_all_back, Engine._note_taken, Engine._heed_taken, MoreRoom.at_most),
 )
 
 
