@@ -497,7 +497,7 @@ class Engine:
             self.step_graphs.grant(planned.graph_bytes)
         arena_bytes = self.execution.arena.bytes_of(plan.arena_bytes)
         beside_bytes = self.budget_bytes - planned.graph_bytes - plan.budget_bytes
-        scratch_bytes = min(self.allocator.share_of(self.budget_bytes), beside_bytes)
+        scratch_bytes = min(self.allocator.share_of(self.budget_bytes), beside_bytes - planned.taken_bytes)
         capture_bytes = beside_bytes - scratch_bytes - planned.taken_bytes
         ledger.set(Kind.ARENA, arena_bytes)
         ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)

@@ -367,6 +367,24 @@ def test_a_graph_that_was_not_expected_after_some_was_taken(
         it.call(2)
 
 
+def test_what_was_taken_is_booked_once(standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what the allocator keeps has no room beside it, and is on top."""
+    with scene(standin, monkeypatch, tmp_path, "graphs") as it:
+        engine = it.engine
+        engine.allocator.kept_bytes = 2 * LAYER_BYTES
+        seen = set()
+        for taken_bytes in range(LAYER_BYTES, 8 * LAYER_BYTES, LAYER_BYTES):
+            engine.plans.note_taken(engine._active.tape.keys, taken_bytes)
+            engine._stale = True
+            it.call()
+            active, booked = engine._active, {kind: engine.ledger.account(kind).current_bytes for kind in Kind}
+            beside_bytes = BUDGET_BYTES - active.graph_bytes - active.plan.budget_bytes
+            assert booked[Kind.SCRATCH] + booked[Kind.CAPTURE] == beside_bytes >= active.taken_bytes
+            assert active.taken_bytes == taken_bytes
+            seen.add(booked[Kind.SCRATCH] - taken_bytes)
+        assert seen == {2 * LAYER_BYTES, 0}, "not all cases were there"
+
+
 @at_length
 def test_budgets_that_are_set_meanwhile(
     capture: str, standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
