@@ -42,24 +42,27 @@ class MoreRoom:
         None if there is none, and nothing is changed.
         """
         room, plans = self._room, self._plans
-        before = room.missed_bytes, plans.taken_bytes(keys)
-        more_bytes = 0
+        before_bytes = room.missed_bytes if has_operators else plans.taken_bytes(keys)
+        more_bytes = last_bytes = 0
         with contextlib.suppress(BudgetError):
             while more_bytes < plans.budget_bytes:
                 planned = self._planned(keys)
                 plan = planned.plan
                 if plan.arena_bytes <= arena_bytes:
                     return planned
-                if more_bytes:  # first goes what the plan leaves of the budget for nothing
+                if plan.arena_bytes == last_bytes:  # first goes what the plan leaves of the budget for nothing
                     more_bytes += plan.budget_bytes - plan.fixed_bytes - plan.activation_bytes - plan.arena_bytes
                 more_bytes += plan.arena_bytes - arena_bytes
-                if has_operators:
-                    room.missed_bytes = before[0] + more_bytes
-                else:
-                    plans.note_taken(keys, before[1] + more_bytes)
-        room.missed_bytes = before[0]
-        plans.note_taken(keys, before[1])
+                last_bytes = plan.arena_bytes
+                self._note(keys, before_bytes + more_bytes, has_operators)
+        self._note(keys, before_bytes, has_operators)
         return None
+
+    def _note(self, keys: tuple[Hashable, ...], num_bytes: int, has_operators: bool) -> None:
+        if has_operators:
+            self._room.missed_bytes = num_bytes
+        else:
+            self._plans.note_taken(keys, num_bytes)
 
     def plan(self, active: PassPlan, arena_bytes: int) -> PassPlan | None:
         """Returns a plan like `active`, its arena smaller than that; None if there is none, and nothing is changed."""

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import mball
-from mball.errors import DeviceError, MballError
+from mball.errors import BudgetError, DeviceError, MballError
 from mball.memory import Device, Event, Kind, cuda_segments
 from mball.memory.allocator.segment_allocator import SegmentAllocator
 from mball.memory.cuda_donors import CudaDonors
@@ -31,6 +31,7 @@ from mball.run.engine import Engine
 from mball.run.execution import Execution
 from mball.run.idle import IdleExtents
 from mball.run.more_room import MoreRoom
+from mball.run.pass_plans import MAX_PLANS, PassPlan
 from mball.run.slots import Occupant
 from mball.units import format_bytes
 from tests.adaptors import DeviceAdaptor, PoisonedDevice
@@ -383,6 +384,48 @@ def test_what_was_taken_is_booked_once(standin: StandIn, tmp_path: Path, monkeyp
             assert active.taken_bytes == taken_bytes
             seen.add(booked[Kind.SCRATCH] - taken_bytes)
         assert seen == {2 * LAYER_BYTES, 0}, "not all cases were there"
+
+
+def test_the_smallest_plan_is_found_for_what_is_left(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte, without room to grow; and where there is none nothing is changed."""
+    with scene(standin, monkeypatch, tmp_path, "operators") as it:
+        engine = it.engine
+        keys, before = engine._active.tape.keys, engine._planned(engine._active.tape.keys)
+        with pytest.raises(BudgetError) as refused:
+            engine.set_budget(LAYER_BYTES)
+        spare_bytes = before.plan.budget_bytes - refused.value.smallest_bytes
+        spare_bytes -= engine.room.needed_bytes - engine.room.largest_bytes
+
+        def arena_bytes_without(more_bytes: int) -> int:
+            engine.room.missed_bytes = more_bytes
+            planned: PassPlan = engine._planned(keys)
+            return planned.plan.arena_bytes
+
+        smallest = arena_bytes_without(spare_bytes)
+        assert smallest < before.plan.arena_bytes / 3 < arena_bytes_without(spare_bytes + 1), "no more room is left"
+        for arena_bytes in range(smallest, before.plan.arena_bytes, LAYER_BYTES // 2 + 1):
+            assert arena_bytes_without(0) == before.plan.arena_bytes
+            planned = engine._more_room.at_most(keys, arena_bytes, True)
+            assert planned is not None
+            assert planned.plan.arena_bytes <= arena_bytes
+        assert arena_bytes_without(0) == before.plan.arena_bytes
+        assert engine._more_room.at_most(keys, smallest - 1, True) is None
+        assert engine.room.missed_bytes == 0
+        assert engine._planned(keys) is before, "plans were forgotten"
+
+
+def test_no_more_passes_are_remembered_than_plans(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with scene(standin, monkeypatch, tmp_path, "graphs") as it:
+        plans, keys = it.engine.plans, it.engine._active.tape.keys
+        known = it.engine._planned(keys)
+        for number in range(2 * MAX_PLANS):
+            plans.note_taken((number,), 1)
+        assert [plans.taken_bytes((number,)) for number in range(2 * MAX_PLANS)] == [0] * MAX_PLANS + [1] * MAX_PLANS
+        assert it.engine._planned(keys) is known, "other passes lost it"
 
 
 @at_length
