@@ -92,6 +92,7 @@ class Engine:
         self._step = -1  # the plan step the graph is in
         self._handed: Bound = ()
         self._stale = False  # the active plan was made with less knowledge than there is now
+        self._left_bytes: int | None = None  # of the arena, once operators of the open pass took some
         self.capture = CaptureCost(execution.device.gauge(), execution.arena)
         self.step_graphs: StepGraphs | None = None
         if (graphs := execution.device.graphs()) is not None:
@@ -166,7 +167,7 @@ class Engine:
             self.plans.clear()
             self._stale = True
         self.room.begin_pass(kind)
-        self._tape = []
+        self._tape, self._left_bytes = [], None
         self.capture.abandon()
         self.allocator.begin()
         self.meter.begin()
@@ -282,6 +283,8 @@ class Engine:
         if self._collecting:  # nobody knows any more which homes were written
             self.execution.forget(range(len(self.homes)))
             self._collecting = False
+        if self._active is not None:
+            self._note_taken()
         self.live.clear()
         self._position = 0
         self._stretch = None
@@ -470,6 +473,12 @@ class Engine:
         """Adopts a plan for the pass that is expected to go on with segment `key`; returns the segment's position."""
         predicted = self._predict(key)
         planned = self._planned(predicted)
+        if self._tape and self._left_bytes is not None and planned.plan.arena_bytes > self._left_bytes:
+            # Whoever took some has it still.
+            smaller = self._more_room.at_most(predicted, self._left_bytes, self._has_operators(predicted))
+            if smaller is None:
+                raise lost(self.budget_bytes, self._left_bytes)
+            planned = smaller
         self._adopt(planned)
         here = len(self._tape)
         return here if here < len(predicted) and predicted[here] == key else planned.positions[key][0]
@@ -488,7 +497,7 @@ class Engine:
             self.step_graphs.grant(planned.graph_bytes)
         arena_bytes = self.execution.arena.bytes_of(plan.arena_bytes)
         beside_bytes = self.budget_bytes - planned.graph_bytes - plan.budget_bytes
-        scratch_bytes = min(self.allocator.share_of(self.budget_bytes), beside_bytes)
+        scratch_bytes = min(self.allocator.share_of(self.budget_bytes), beside_bytes - planned.taken_bytes)
         capture_bytes = beside_bytes - scratch_bytes - planned.taken_bytes
         ledger.set(Kind.ARENA, arena_bytes)
         ledger.set(Kind.ACTIVATIONS, plan.activation_bytes)
@@ -519,7 +528,10 @@ class Engine:
 
         Returns whether there is more room now.
         """
-        planned = self._more_room.plan(self._active)
+        if self._active is None:
+            return False
+        self._note_taken()
+        planned = self._more_room.plan(self._active, self.execution.left_bytes)
         if planned is None:
             return False
         if entered is not None:
@@ -537,20 +549,20 @@ class Engine:
         if not (self.execution.idle.has_lost or self.execution.is_short) or self.execution.claim(None):
             return None
         assert self._active is not None
-        taken_bytes = self._active.plan.arena_bytes - self.execution.left_bytes
-        planned = self._more_room.without(self._active, taken_bytes)
-        self._stale = True
-        return planned
+        self._left_bytes, self._stale = self.execution.left_bytes, True
+        return self._more_room.at_most(self._active.tape.keys, self._left_bytes, self._active.has_operators)
 
     def _heed_taken(self) -> None:
         """Goes on with a plan for what operators left of the arena, if they took some; no step is in use.
 
         Raises DeviceError: there is none.
         """
+        if not self._tape:  # what the last pass lost was noted at its end, for passes of its kind
+            return
         planned = self._note_taken()
-        if self._tape and self.execution.is_short:
+        if self.execution.is_short:
             if planned is None:
-                raise lost(self.budget_bytes, self.execution.arena.backed_bytes)
+                raise lost(self.budget_bytes, self.execution.left_bytes)
             self.allocator.hold()
             self._adopt(planned)
 
@@ -565,7 +577,8 @@ class Engine:
         if not self.allocator.was_capped:
             return full(error, self.budget_bytes, arena_bytes)
         self.allocator.forget()
-        has_more = self._more_room.plan(self._active) is not None
+        active = self._active
+        has_more = active is not None and self._more_room.plan(active, self.execution.left_bytes) is not None
         self._stale |= has_more
         return refusal(error, self.budget_bytes, arena_bytes, self.allocator.left_bytes, has_more=has_more)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable
 
 import torch
@@ -35,36 +36,37 @@ class MoreRoom:
         self._allocator = allocator
         self._planned = planned
 
-    def without(self, active: PassPlan, taken_bytes: int) -> PassPlan | None:
-        """Returns a plan like `active` whose arena is smaller by what was taken, as passes like it get from now on.
+    def at_most(self, keys: tuple[Hashable, ...], arena_bytes: int, has_operators: bool) -> PassPlan | None:
+        """Returns a plan whose arena is no larger than that, as passes of these segments get from now on.
 
         None if there is none, and nothing is changed.
         """
-        room, plans, keys = self._room, self._plans, active.tape.keys
-        before = room.missed_bytes, plans.taken_bytes(keys)
-        more_bytes = taken_bytes
-        while more_bytes < plans.budget_bytes:
-            if active.has_operators:
-                room.missed_bytes = before[0] + more_bytes
-            else:
-                plans.note_taken(keys, before[1] + more_bytes)
-            try:
+        room, plans = self._room, self._plans
+        before_bytes = room.missed_bytes if has_operators else plans.taken_bytes(keys)
+        more_bytes = last_bytes = 0
+        with contextlib.suppress(BudgetError):
+            while more_bytes < plans.budget_bytes:
                 planned = self._planned(keys)
-            except BudgetError:
-                break
-            if planned.plan.arena_bytes <= active.plan.arena_bytes - taken_bytes:
-                return planned
-            # First goes what the plan left of the budget for nothing, nobody tells how much.
-            more_bytes = max(2 * more_bytes, plans.budget_bytes // GROWTH_SHARE)
-        room.missed_bytes = before[0]
-        plans.note_taken(keys, before[1])
+                plan = planned.plan
+                if plan.arena_bytes <= arena_bytes:
+                    return planned
+                if plan.arena_bytes == last_bytes:  # first goes what the plan leaves of the budget for nothing
+                    more_bytes += plan.budget_bytes - plan.fixed_bytes - plan.activation_bytes - plan.arena_bytes
+                more_bytes += plan.arena_bytes - arena_bytes
+                last_bytes = plan.arena_bytes
+                self._note(keys, before_bytes + more_bytes, has_operators)
+        self._note(keys, before_bytes, has_operators)
         return None
 
-    def plan(self, active: PassPlan | None) -> PassPlan | None:
-        """Returns a plan like `active` with a smaller arena; None if there is none, and nothing is changed."""
+    def _note(self, keys: tuple[Hashable, ...], num_bytes: int, has_operators: bool) -> None:
+        if has_operators:
+            self._room.missed_bytes = num_bytes
+        else:
+            self._plans.note_taken(keys, num_bytes)
+
+    def plan(self, active: PassPlan, arena_bytes: int) -> PassPlan | None:
+        """Returns a plan like `active`, its arena smaller than that; None if there is none, and nothing is changed."""
         room, allocator, budget_bytes = self._room, self._allocator, self._plans.budget_bytes
-        if active is None:
-            return None
         before = room.missed_bytes, allocator.kept_bytes
         while max(room.missed_bytes, allocator.kept_bytes) < budget_bytes:
             # Nobody tells how much it was: twice as much each time.
@@ -77,7 +79,7 @@ class MoreRoom:
                 planned = self._planned(active.tape.keys)
             except BudgetError:
                 break
-            if planned.plan.arena_bytes < active.plan.arena_bytes:
+            if planned.plan.arena_bytes < arena_bytes:
                 return planned
         room.missed_bytes, allocator.kept_bytes = before
         self._plans.clear()  # those that were tried are for other figures
@@ -106,11 +108,11 @@ def refusal(
     )
 
 
-def lost(budget_bytes: int, arena_bytes: int) -> DeviceError:
+def lost(budget_bytes: int, left_bytes: int) -> DeviceError:
     """Returns what to raise where operators took so much of the arena that the pass cannot go on."""
     return DeviceError(
         "operators took so much memory of the arena that the rest of the pass does not fit what is left of it, "
-        f"{arena_bytes} bytes, under a budget of {format_bytes(budget_bytes)} ({budget_bytes} bytes): raise the budget "
+        f"{left_bytes} bytes, under a budget of {format_bytes(budget_bytes)} ({budget_bytes} bytes): raise the budget "
         "(mball.set_budget), or compute less at one time"
     )
 

@@ -82,10 +82,11 @@ class _Fit(NamedTuple):
     taken_bytes: int = 0
 
 
-# By the keys of the tape and what was wished to be kept for operators.
-_Known = OrderedDict[tuple[tuple[Hashable, ...], int], PassPlan]
+# By the keys of the tape, what was wished to be kept for operators, what they missed of that, and what was taken.
+_Known = OrderedDict[tuple[tuple[Hashable, ...], int, int, int], PassPlan]
+_Taken = OrderedDict[tuple[Hashable, ...], int]  # by the keys of the tape
 # The budget, the plans, what was taken by passes, and the room for operators.
-PlansState = tuple[int, _Known, dict[tuple[Hashable, ...], int], RoomState]
+PlansState = tuple[int, _Known, _Taken, RoomState]
 
 
 class PassPlans:
@@ -122,7 +123,7 @@ class PassPlans:
         self._budget_bytes = budget_bytes
         self._graph_bytes = graph_bytes
         self._known: _Known = OrderedDict()
-        self._taken: dict[tuple[Hashable, ...], int] = {}  # by the keys of the tape
+        self._taken: _Taken = OrderedDict()
         self.gathers = True
 
     @property
@@ -136,7 +137,7 @@ class PassPlans:
 
     def set_budget(self, budget_bytes: int) -> None:
         """Plans for another budget from now on."""
-        self._budget_bytes, self._known, self._taken = budget_bytes, OrderedDict(), {}
+        self._budget_bytes, self._known, self._taken = budget_bytes, OrderedDict(), OrderedDict()
         self._room.set_budget(budget_bytes)
 
     def restore(self, state: PlansState) -> None:
@@ -178,7 +179,8 @@ class PassPlans:
         """
         operators = any(isinstance(segment, OperatorSegment) for segment in segments)
         needed, wished = (self._room.needed_bytes, self._room.wished_bytes) if operators else (0, 0)
-        key = tuple(segment.key for segment in segments), wished
+        keys = tuple(segment.key for segment in segments)
+        key = keys, wished, self._room.missed_bytes if operators else 0, self.taken_bytes(keys)
         found = self._known.get(key)
         if found is None or found.reserve < needed:
             found = self._known[key] = self._make(weights, segments, previous, operators)
@@ -199,9 +201,10 @@ class PassPlans:
     def forget(self, keys: Collection[Hashable]) -> None:
         """Forgets the plans of passes with these segments, of which more is known now."""
         self._correction.forget(keys)
-        for tape, wished in [plan for plan in self._known if not set(plan[0]).isdisjoint(keys)]:
-            del self._known[tape, wished]
-        self._taken = {tape: size for tape, size in self._taken.items() if set(tape).isdisjoint(keys)}
+        for known in [known for known in self._known if not set(known[0]).isdisjoint(keys)]:
+            del self._known[known]
+        for tape in [tape for tape in self._taken if not set(tape).isdisjoint(keys)]:
+            del self._taken[tape]
 
     def clear(self) -> None:
         """Forgets all plans."""
@@ -212,9 +215,12 @@ class PassPlans:
         return self._taken.get(keys, 0)
 
     def note_taken(self, keys: tuple[Hashable, ...], num_bytes: int) -> None:
-        """Says how much that is: plans leave it from now on."""
-        self._taken[keys] = num_bytes
-        self.clear()
+        """Says how much that is: plans leave it from now on. Of passes that took some the last ones are remembered."""
+        self._taken.pop(keys, None)
+        if num_bytes:
+            self._taken[keys] = num_bytes
+        while len(self._taken) > MAX_PLANS:
+            self._taken.popitem(last=False)
 
     def _make(
         self, weights: tuple[Tensor, ...], segments: Sequence[Segment], previous: Plan | None, operators: bool
@@ -250,17 +256,21 @@ class PassPlans:
     ) -> tuple[Tape, Plan, _Fit]:
         """Returns a tape of these segments, its plan, and what that leaves for others.
 
-        What is only wished for, measured or guessed yields: recorded steps first, then room to grow, then capture and
-        what the allocator keeps, then workspace. What was taken, and may not be again, goes before all of them.
+        What is only wished for, measured or guessed yields: room to grow first, then what operators missed, then
+        recorded steps, then capture and what the allocator keeps, then workspace. What was taken, and may not be again,
+        goes before all of them.
         """
         name, budget = f"pass of {len(segments)} segments", self._budget_bytes
         without_capture = budget - self._capture.share_of(budget) - self._allocator.share_of(budget)
         needed, wished = (self._room.needed_bytes, self._room.wished_bytes) if operators else (0, 0)
         keys = tuple(segment.key for segment in segments)
         slower = self._correction.slower(keys)
-        graphs = self._graph_bytes()
-        attempts = [_Fit(wished, without_capture, True, graphs), _Fit(needed, without_capture, True, graphs)]
-        attempts += [_Fit(wished, without_capture, True, 0), _Fit(needed, without_capture, True, 0)]
+        missed = needed + self._room.missed_bytes if operators else 0
+        attempts = [
+            _Fit(reserve, without_capture, True, graph_bytes)
+            for graph_bytes in (self._graph_bytes(), 0)
+            for reserve in (wished, missed, needed)
+        ]
         attempts += [_Fit(needed, budget, True, 0), _Fit(needed, budget, False, 0)]
         if taken := self.taken_bytes(keys):
             attempts = [fit._replace(limit=fit.limit - taken, taken_bytes=taken) for fit in attempts] + attempts

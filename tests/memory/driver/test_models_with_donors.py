@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import mball
-from mball.errors import DeviceError, MballError
+from mball.errors import BudgetError, DeviceError, MballError
 from mball.memory import Device, Event, Kind, cuda_segments
 from mball.memory.allocator.segment_allocator import SegmentAllocator
 from mball.memory.cuda_donors import CudaDonors
@@ -31,6 +31,7 @@ from mball.run.engine import Engine
 from mball.run.execution import Execution
 from mball.run.idle import IdleExtents
 from mball.run.more_room import MoreRoom
+from mball.run.pass_plans import MAX_PLANS, PassPlan
 from mball.run.slots import Occupant
 from mball.units import format_bytes
 from tests.adaptors import DeviceAdaptor, PoisonedDevice
@@ -79,9 +80,32 @@ class Surprised(nn.Module):
         return x
 
 
+class Turning(Surprised):
+    """Two graphs, of which the second is another one by `turns`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number in range(NUM_LAYERS // 2):
+            x = surprise(x + self.layers[number](x), number)
+        torch._dynamo.graph_break()
+        if self.turns:
+            x = -x
+        for number in range(NUM_LAYERS // 2, NUM_LAYERS):
+            x = surprise(x + self.layers[number](x), number)
+        return x
+
+
+def take(num_bytes: int) -> torch.Tensor:
+    """Returns memory in one piece."""
+    return torch.full((num_bytes // 4,), 7.0, device=PLACE)
+
+
 def gulp(num_bytes: int) -> None:
     """Takes memory in one piece, and lets it go."""
-    torch.full((num_bytes // 4,), 7.0, device=PLACE)
+    take(num_bytes)
 
 
 class WatchError(AssertionError):
@@ -89,7 +113,7 @@ class WatchError(AssertionError):
 
 
 class Watch:
-    """Looks at all that one model's engine does with the arena, and at the budget whenever a step is over."""
+    """Looks at all that one model's engine does with the arena, and at the budget when a step is over or a plan new."""
 
     def __init__(self, standin: StandIn) -> None:
         self._standin = standin
@@ -100,8 +124,13 @@ class Watch:
         return _Watched(PoisonedDevice(device), self)
 
     def attach(self, model: Any, patch: pytest.MonkeyPatch) -> None:
-        execution = self._execution = engine_of(model).execution
-        enter, release = execution.enter, execution.release
+        engine = engine_of(model)
+        execution = self._execution = engine.execution
+        adopt, enter, release = engine._adopt, execution.enter, execution.release
+
+        def adopted(planned: object) -> None:
+            adopt(planned)
+            self.note_bytes()
 
         def entered(step: int) -> Any:
             bound = enter(step)
@@ -118,8 +147,12 @@ class Watch:
                 if not each.planned:  # the plan may want it elsewhere before it hears that it was taken
                     self.check_own(each.offset_bytes, each.end_bytes, "no plan placed")
 
+        patch.setattr(engine, "_adopt", adopted)
         patch.setattr(execution, "enter", entered)
         patch.setattr(execution, "release", released)
+
+    def note_bytes(self) -> None:
+        self.most_bytes = max(self.most_bytes, self._standin.handle_bytes)
 
     def check_own(self, first: int, end: int, what: str) -> None:
         if self._execution is None:
@@ -145,7 +178,7 @@ class _Watched(DeviceAdaptor):
         self._watch = watch
 
     def record(self) -> Event:
-        self._watch.most_bytes = max(self._watch.most_bytes, self._watch._standin.handle_bytes)
+        self._watch.note_bytes()
         return self.device.record()
 
     def discard(self, offset: int, size: int) -> None:
@@ -180,8 +213,14 @@ class Scene:
 
 
 @contextlib.contextmanager
-def scene(standin: StandIn, patch: pytest.MonkeyPatch, folder: Path, capture: str) -> Iterator[Scene]:
-    model, plain = make(Surprised), make(Surprised)
+def scene(
+    standin: StandIn,
+    patch: pytest.MonkeyPatch,
+    folder: Path,
+    capture: str,
+    kind: Callable[[], nn.Module] = Surprised,
+) -> Iterator[Scene]:
+    model, plain = make(kind), make(kind)
     watch = Watch(standin)
     with wrapped_over_the_driver(
         model, BUDGET_BYTES, watch.around, swap_dir=folder, capture=capture, allocator="mball"
@@ -246,6 +285,147 @@ def test_the_same_pass_ends_well(
         assert it.engine.ledger.account(Kind.ARENA).current_bytes <= arena_bytes - now.taken_bytes
         it.call(2)
         assert LAYER_BYTES < it.watch.most_bytes <= BUDGET_BYTES
+
+
+@both
+@pytest.mark.parametrize("ends", ["well", "in an error"])
+def test_what_a_pass_lost_is_noted_once(
+    capture: str, ends: str, standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind its last step no plan is adopted any more; passes of another kind that come next lost nothing."""
+
+    def act() -> None:
+        gulp(2 * LAYER_BYTES)
+        if ends != "well":
+            raise RuntimeError("of the user's")
+
+    with scene(standin, monkeypatch, tmp_path, capture) as it:
+        engine = it.engine
+        needed_bytes = engine.room.needed_bytes
+        with contextlib.suppress(RuntimeError):
+            it.call_with(NUM_LAYERS - 1, act)
+        if capture == "operators":
+            noted_bytes = engine.room.needed_bytes - needed_bytes + engine.room.missed_bytes
+        else:
+            noted_bytes = engine.plans.taken_bytes(engine._active.tape.keys)
+        assert noted_bytes == it.taken_bytes > 0
+
+        def noted() -> list[tuple[object, int]]:
+            return [*engine.room._missed.items(), *engine.plans._taken.items()]
+
+        before = noted()
+        if capture == "operators":
+            it.x = noise(4, 256).to(PLACE)
+        it.call()
+        assert noted() == before
+        it.x = noise(8, 256).to(PLACE)
+        it.call(2)
+        assert noted() == before
+
+
+def test_an_operator_finds_no_memory_after_some_was_taken(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Residents make what room they can, and the arena does not grow back over what operators hold."""
+    with scene(standin, monkeypatch, tmp_path, "operators") as it:
+        held: list[torch.Tensor] = []
+
+        def act() -> None:
+            if not held:
+                held.append(take(3 * LAYER_BYTES))
+            take(4 * LAYER_BYTES)
+
+        surprises[4] = act
+        with pytest.raises(DeviceError, match="an operator found no memory"):
+            it.call()
+        held.clear()
+        surprises.clear()
+        assert it.taken_bytes >= 2 * LAYER_BYTES
+        assert it.watch.most_bytes <= BUDGET_BYTES + room_of(it.model)._base_bytes  # which is the caller's
+        it.call(2)
+
+
+def test_a_graph_that_was_not_expected_after_some_was_taken(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan for it leaves what operators hold."""
+    with scene(standin, monkeypatch, tmp_path, "graphs", Turning) as it:
+
+        def turn(turns: bool) -> None:
+            it.model.turns = it.plain.turns = turns
+
+        monkeypatch.setattr(it.engine.meter, "calls_for_another_plan", lambda _: False)  # by what was timed
+        for turns in (True, False):
+            turn(turns)
+            it.call(5)
+        held: list[torch.Tensor] = []
+        turn(True)
+        it.watch.most_bytes = 0
+        it.call_with(3, lambda: held.append(take(2 * LAYER_BYTES)))
+        held.clear()
+        assert it.taken_bytes > 0
+        assert it.watch.most_bytes <= BUDGET_BYTES + room_of(it.model)._base_bytes
+        it.call(2)
+
+
+def test_what_was_taken_is_booked_once(standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what the allocator keeps has no room beside it, and is on top."""
+    with scene(standin, monkeypatch, tmp_path, "graphs") as it:
+        engine = it.engine
+        engine.allocator.kept_bytes = 2 * LAYER_BYTES
+        seen = set()
+        for taken_bytes in range(LAYER_BYTES, 8 * LAYER_BYTES, LAYER_BYTES):
+            engine.plans.note_taken(engine._active.tape.keys, taken_bytes)
+            engine._stale = True
+            it.call()
+            active, booked = engine._active, {kind: engine.ledger.account(kind).current_bytes for kind in Kind}
+            beside_bytes = BUDGET_BYTES - active.graph_bytes - active.plan.budget_bytes
+            assert booked[Kind.SCRATCH] + booked[Kind.CAPTURE] == beside_bytes >= active.taken_bytes
+            assert active.taken_bytes == taken_bytes
+            seen.add(booked[Kind.SCRATCH] - taken_bytes)
+        assert seen == {2 * LAYER_BYTES, 0}, "not all cases were there"
+
+
+def test_the_smallest_plan_is_found_for_what_is_left(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte, without room to grow; and where there is none nothing is changed."""
+    with scene(standin, monkeypatch, tmp_path, "operators") as it:
+        engine = it.engine
+        keys, before = engine._active.tape.keys, engine._planned(engine._active.tape.keys)
+        with pytest.raises(BudgetError) as refused:
+            engine.set_budget(LAYER_BYTES)
+        spare_bytes = before.plan.budget_bytes - refused.value.smallest_bytes
+        spare_bytes -= engine.room.needed_bytes - engine.room.largest_bytes
+
+        def arena_bytes_without(more_bytes: int) -> int:
+            engine.room.missed_bytes = more_bytes
+            planned: PassPlan = engine._planned(keys)
+            return planned.plan.arena_bytes
+
+        smallest = arena_bytes_without(spare_bytes)
+        assert smallest < before.plan.arena_bytes / 3 < arena_bytes_without(spare_bytes + 1), "no more room is left"
+        for arena_bytes in range(smallest, before.plan.arena_bytes, LAYER_BYTES // 2 + 1):
+            assert arena_bytes_without(0) == before.plan.arena_bytes
+            planned = engine._more_room.at_most(keys, arena_bytes, True)
+            assert planned is not None
+            assert planned.plan.arena_bytes <= arena_bytes
+        assert arena_bytes_without(0) == before.plan.arena_bytes
+        assert engine._more_room.at_most(keys, smallest - 1, True) is None
+        assert engine.room.missed_bytes == 0
+        assert engine._planned(keys) is before, "plans were forgotten"
+
+
+def test_no_more_passes_are_remembered_than_plans(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with scene(standin, monkeypatch, tmp_path, "graphs") as it:
+        plans, keys = it.engine.plans, it.engine._active.tape.keys
+        known = it.engine._planned(keys)
+        for number in range(2 * MAX_PLANS):
+            plans.note_taken((number,), 1)
+        assert [plans.taken_bytes((number,)) for number in range(2 * MAX_PLANS)] == [0] * MAX_PLANS + [1] * MAX_PLANS
+        assert it.engine._planned(keys) is known, "other passes lost it"
 
 
 @at_length
@@ -397,7 +577,7 @@ def test_a_driver_that_fails_while_memory_is_taken(
 STRUCK = (
     *(IdleExtents.offer, IdleExtents.claim, IdleExtents.withdraw),
     *(CudaDonors.offer, CudaDonors.withdraw, CudaDonors._end, CudaMemory.lose),
-    *(Execution.claim, Execution._have_all_back, Engine._note_taken, Engine._heed_taken, MoreRoom.without),
+    *(Execution.claim, Execution._have_all_back, Engine._note_taken, Engine._heed_taken, MoreRoom.at_most),
 )
 
 
