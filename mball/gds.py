@@ -164,7 +164,10 @@ def _opened(compute: Compute, files: FileTable, file: str) -> GdsRing:
     try:
         if not ring.takes(file):
             raise DeviceError(f"cuFile does not take {file}: {ring.refused[file]}")
-        ring.bytes_per_s(file, min(files[file].size_bytes(), PAGE_BYTES))  # that it takes a file is no promise
+        try:
+            ring.bytes_per_s(file, min(files[file].size_bytes(), PAGE_BYTES))
+        except CuFileError as error:
+            raise DeviceError(f"cuFile takes {file}, and does not read it: {error}") from error
     except BaseException:
         ring.close()
         raise

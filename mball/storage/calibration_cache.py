@@ -78,7 +78,7 @@ def load_calibration(directory: Path | None, place: FileSystem) -> Calibration |
 
 
 def why_stale(measured_at: datetime) -> str:
-    """Returns why what was measured then, in UTC, says nothing of today; an empty string where it does."""
+    """Returns why what was measured then says nothing of today; an empty string where it does."""
     age = datetime.now(UTC) - measured_at
     if age > _MOST_AGE:
         return f"it is {age.days} days old, more than {_MOST_AGE.days}"

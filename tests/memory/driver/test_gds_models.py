@@ -206,7 +206,7 @@ def test_a_file_that_cufile_takes_and_does_not_read_is_an_error(standin: StandIn
     plain = make(CHAIN.make)
     path = saved(plain, tmp_path)
     standin.fail(1, 99, code=5008, function=READ)
-    with pytest.raises(DeviceError, match=r"io='gds' cannot be had: cuFile's read failed: IO_NOT.*leave io out"):
+    with pytest.raises(DeviceError, match=rf"cannot be had: cuFile takes {path}, and does.*IO_NOT.*leave io out"):
         wrapped(make(CHAIN.make), 0.9, path, io="gds").__enter__()
     assert standin.has_no_files()
 

@@ -64,7 +64,7 @@ def test_without_gds_the_rest_is_measured(standin: StandIn, path: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "why"),
     [
-        (1, "io='gds' cannot be had: cuFile's read failed"),
+        (1, "io='gds' cannot be had: cuFile takes "),
         (5, "it did not come straight after all"),
         (80, "it did not come straight after all"),
     ],
