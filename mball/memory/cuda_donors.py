@@ -39,6 +39,7 @@ class CudaDonors:
         self._donors: dict[Extent, _Donor] = {}
         self._generation = segments.generation
         self._taken_bytes = 0
+        self._taken_before_bytes = 0  # before what is on offer was
 
     @property
     def taken_bytes(self) -> int:
@@ -61,7 +62,7 @@ class CudaDonors:
         if event is None and not after.done():
             return
         if not self._donors:
-            self._generation = self._segments.generation
+            self._generation, self._taken_before_bytes = self._segments.generation, self._taken_bytes
         for extent in extents:
             piece = self._pieces[extent]
             donor = self._donors[extent] = _Donor(piece=piece, after=after)
@@ -83,9 +84,9 @@ class CudaDonors:
         if taken:
             self._memory.lose(self._arena.reservation, taken)
             self._arena.lose(min(piece.offset for piece in taken))
-            self._taken_bytes += sum(piece.size_bytes for piece in taken)
-        for extent in chosen:
-            del self._donors[extent]
+            self._taken_bytes = self._taken_before_bytes + sum(piece.size_bytes for piece in taken)
+        # At once: what is done again is done for all of them.
+        self._donors = {extent: donor for extent, donor in self._donors.items() if extent not in chosen}
 
     def _end(self, donors: Iterable[_Donor]) -> bool:
         """Ends these offers, or those that an interrupt left; returns whether one was taken."""

@@ -53,7 +53,7 @@ class IdleExtents:
         if not there:
             return
         streamed = _joined((t.offset_bytes, t.offset_bytes + plan.bundles[t.bundle].size_bytes) for t in plan.transfers)
-        most_bytes = max((sum(plan.bundles[b].size_bytes for b in used) for used in uses), default=0)
+        most_bytes = max((sum(plan.bundles[b].size_bytes for b in step.reads) for step in plan.steps), default=0)
         left_bytes = min(plan.arena_bytes - most_bytes, MOST_BYTES)
         for extent in reversed(there):
             size_bytes = extent.end - extent.first

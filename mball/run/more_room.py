@@ -50,6 +50,9 @@ class MoreRoom:
                 plan = planned.plan
                 if plan.arena_bytes <= arena_bytes:
                     return planned
+                left_bytes = planned.reserve - room.needed_bytes if has_operators else planned.taken_bytes
+                if more_bytes and left_bytes < before_bytes + more_bytes:  # no plan leaves that, nor more
+                    break
                 if plan.arena_bytes == last_bytes:  # first goes what the plan leaves of the budget for nothing
                     more_bytes += plan.budget_bytes - plan.fixed_bytes - plan.activation_bytes - plan.arena_bytes
                 more_bytes += plan.arena_bytes - arena_bytes

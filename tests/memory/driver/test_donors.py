@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -269,6 +271,38 @@ def test_a_forked_child_takes_nothing_back(pair: Pair) -> None:
     pair.donors.withdraw()
     assert pair.donors.taken_bytes == EXTENT_BYTES
     pair.arena.resize(pair.arena.backed_bytes)
+
+
+def test_an_interrupt_counts_nothing_twice(standin: StandIn) -> None:
+    """Ctrl-C at any line of a withdrawal, which the next one ends."""
+    code = CudaDonors.withdraw.__code__
+    lines = sorted({line for _, _, line in code.co_lines() if line and line > code.co_firstlineno})
+    num_struck = 0
+    for struck in lines:
+
+        def local(frame: FrameType, event: str, _: object, struck: int = struck) -> Any:
+            if event == "line" and frame.f_lineno == struck:
+                raise KeyboardInterrupt
+            return local
+
+        with made(standin) as pair:
+            for num_extents in (2, 1):
+                extents = pair.donors.extents()
+                pair.donors.offer(extents[:0:-1], COMPLETE)
+                pair.allocate(num_extents)
+                sys.settrace(lambda frame, _, __, local=local: local if frame.f_code is code else None)
+                try:
+                    pair.donors.withdraw()
+                except KeyboardInterrupt:
+                    num_struck += 1
+                finally:
+                    sys.settrace(None)
+                pair.donors.withdraw()
+                assert pair.donors.taken_bytes == pair.segments.statistics().taken_bytes, struck
+                pair.arena.resize(pair.arena.backed_bytes)
+                pair.check()
+            assert pair.donors.taken_bytes == 3 * EXTENT_BYTES
+    assert num_struck > len(lines), "few lines were struck"
 
 
 def test_a_limit_fits_what_is_in_use(pair: Pair, standin: StandIn) -> None:
