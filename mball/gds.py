@@ -16,7 +16,7 @@ from mball.config import Config, Io, calibration_directory
 from mball.errors import BudgetError, DeviceError, SchemaError, StorageError
 from mball.memory.cufile import CuFileError
 from mball.memory.gds_ring import GdsRing, StraightFile
-from mball.run.homes import PAGE_BYTES
+from mball.memory.libc import PAGE_BYTES
 from mball.schema.document import Document
 from mball.storage import FileTable, measure_link
 from mball.storage.calibration import place_of
