@@ -132,7 +132,7 @@ class Config:
         swap_limit: the largest size of the swap file; default as much as the disk takes.
         swap_check: when what is read from the swap file is held against its checksum.
         swap_writers: threads that write to it.
-        swap_depth: requests (of up to 2 MiB) that may wait to be written.
+        swap_depth: requests (of up to 4 MiB) that may wait to be written.
         swap_high: bytes that wait to be written when who writes has to wait, until there are no more than `swap_low`.
         swap_share: the part of the time that writes get of the disk while somebody reads, unless they are waited for.
     """

@@ -17,7 +17,7 @@ from mball.storage.extents import BLOCK_BYTES, PAGE_BYTES, SwapExtent
 from mball.storage.pending import PendingChunks
 from mball.units import MIB
 
-CHUNK_BYTES = 2 * MIB
+CHUNK_BYTES = 4 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +125,6 @@ class Target:
         ):
             placed = [(chunk.offset, bounce[: chunk.size])]
             chunk.copy(chunk.offset, chunk.end, bounce)
-        # Here, where other threads write meanwhile. No block is in two views.
-        sums = array("Q", _sums(chunk.extent, placed)) if self._with_sums else None
         done = direct_bytes = num_requests = 0
         while done < chunk.size:
             fd = self.direct if may_pass and done % PAGE_BYTES == 0 else None
@@ -146,6 +144,9 @@ class Target:
                 raise OSError(errno.EIO, "the file system wrote nothing")
             direct_bytes += 0 if fd is None else got
             done += got
+        # Here, where other threads write meanwhile. Not before it: a disk of a virtual machine takes bytes more slowly
+        # that a core has just read. No block is in two views.
+        sums = array("Q", _sums(chunk.extent, placed)) if self._with_sums else None
         return Written(direct_bytes, num_requests, sums)
 
 

@@ -52,9 +52,12 @@ SPECIMENS = {
 }
 # Dynamo captures the gate alone of a loop over experts: one step.
 LONG = {name: ZOO[name] for name in ZOO if name not in SPECIMENS and ZOO[name].graphs and name != "experts"}
+# Graphs of half a layer, whose two weights of 16 KiB fit at a time.
+SMALL_GRAPHS = {"breaks-in-layers"}
 
 
-def check(specimen: Specimen, directory: Path) -> None:
+def check(specimen: Specimen, directory: Path) -> list[int]:
+    """Passes of both models agree. Returns the steps in which each graph of the streamed one was compiled."""
     streamed, resident = wrap_both(specimen.make, specimen.budget, directory)
     plain = make(specimen.make)
     for attempt in range(2):
@@ -65,7 +68,7 @@ def check(specimen: Specimen, directory: Path) -> None:
         assert_streamed(streamed)
         assert mball.report(resident).unplanned_fetches == 0
     assert steps_compiled(streamed) == steps_compiled(resident)
-    assert max(steps_compiled(streamed)) > 1
+    return steps_compiled(streamed)
 
 
 def assert_near(got: Any, expected: Any) -> None:
@@ -76,13 +79,14 @@ def assert_near(got: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("name", SPECIMENS)
 def test_streamed_equals_resident(name: str, tmp_path: Path) -> None:
-    check(SPECIMENS[name], tmp_path)
+    assert max(check(SPECIMENS[name], tmp_path)) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_streamed_equals_resident_for_more_models(name: str, tmp_path: Path) -> None:
-    check(LONG[name], tmp_path)
+    steps = check(LONG[name], tmp_path)
+    assert max(steps) > 1 or name in SMALL_GRAPHS
 
 
 class Gathers(nn.Module):

@@ -22,9 +22,7 @@ from tests.streams import CORNERS, Pace
 CALLS = [on(4, 64, seed=seed) for seed in range(2)]
 
 
-def train(
-    directory: Path, capture: str, orders: Sequence[Pace], *, frozen: Sequence[int] = (0, 2, 3)
-) -> DeferringMode:
+def train(directory: Path, capture: str, orders: Sequence[Pace], *, frozen: Sequence[int] = (0, 2, 3)) -> DeferringMode:
     """Adds up the gradients of two passes, has an optimizer write the homes, and does so again, in each order.
 
     Some layers are frozen, and some are computed again in the backward pass. Returns the mode of the last order.

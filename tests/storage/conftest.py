@@ -85,7 +85,7 @@ def held_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldWrites]:
 
     def slow(*arguments: Any) -> int:
         held.begun.release()
-        held.let_go.wait()
+        held.let_go.wait(60)  # a test that fails closes its file, which waits for its writes
         return real(*arguments)
 
     monkeypatch.setattr(os, "pwritev", slow)

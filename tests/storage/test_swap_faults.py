@@ -153,7 +153,7 @@ def test_a_write_that_fails(number: int, at: int, tmp_path: Path, monkeypatch: p
         swap.write(start, content(4 * CHUNK_BYTES))
         monkeypatch.setattr(os, "pwritev", fail)
         where = rf"at offset {at * CHUNK_BYTES} B of {swap.name} in .*{ERRORS[number]}"
-        message = rf"(?i)writing 2\.00 MiB \({CHUNK_BYTES} B\) {where}"
+        message = rf"(?i)writing 4\.00 MiB \({CHUNK_BYTES} B\) {where}"
         with pytest.raises(StorageError, match=message) as caught:
             swap.write(start, content(4 * CHUNK_BYTES, seed=1))
         assert isinstance(caught.value.__cause__, OSError)

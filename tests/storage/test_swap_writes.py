@@ -18,6 +18,7 @@ from mball.errors import StorageError
 from mball.storage import DirectIO, Read, SwapFile
 from mball.storage.scratch import huge_page_memory
 from mball.storage.write_queue import QueueLimits
+from mball.storage.writes import CHUNK_BYTES
 from mball.units import MIB
 from tests.storage.reads import memory
 from tests.storage.swaps import HeldWrites, content, opened, read_back, write
@@ -119,8 +120,8 @@ def test_the_depth_bounds_the_queue(tmp_path: Path, held_writes: HeldWrites) -> 
 
 def test_no_more_threads_write_than_were_asked_for(tmp_path: Path, held_writes: HeldWrites) -> None:
     with opened(tmp_path, num_threads=3) as (swap, _):
-        start = swap.allocate(8 * MIB)
-        handle = swap.submit([write(start, content(8 * MIB))])
+        start = swap.allocate(4 * CHUNK_BYTES)
+        handle = swap.submit([write(start, content(4 * CHUNK_BYTES))])
         for _ in range(3):
             held_writes.begun.acquire()
         assert not held_writes.begun.acquire(timeout=0.05)
@@ -160,10 +161,10 @@ def test_writes_have_their_share_while_others_read(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "pwritev", slow)
     with opened(tmp_path, num_threads=4, share=0.25) as (swap, _):
-        start = swap.allocate(32 * MIB)
+        start = swap.allocate(16 * CHUNK_BYTES)
         reading = Reading()
         swap.give_way_to(reading)
-        handle = swap.submit([write(start, content(32 * MIB))])
+        handle = swap.submit([write(start, content(16 * CHUNK_BYTES))])
         while len(spans) < 6:
             time.sleep(0.001)
         busy_s = sum(end - begin for begin, end in spans[:6])
@@ -238,13 +239,13 @@ def test_the_limit_is_held_beforehand(tmp_path: Path) -> None:
 
 def test_large_blocks_go_past_the_page_cache(tmp_path: Path) -> None:
     with opened(tmp_path) as (swap, _):
-        start = swap.allocate(4 * MIB)
-        swap.write(start, content(4 * MIB))
+        start = swap.allocate(2 * CHUNK_BYTES)
+        swap.write(start, content(2 * CHUNK_BYTES))
         if swap.statistics.direct_bytes == 0:
             pytest.skip("this file system has no direct writes")
-        odd = memory(4 * MIB + 64)[64:]  # as torch allocates
+        odd = memory(2 * CHUNK_BYTES + 64)[64:]  # as torch allocates
         swap.write(start, odd)
-        assert swap.statistics.direct_bytes == 8 * MIB
+        assert swap.statistics.direct_bytes == 4 * CHUNK_BYTES
         assert swap.statistics.num_writes == 4
         # Neighbours are one request.
         before = swap.statistics
