@@ -16,7 +16,8 @@ HEADING = Heading(
     name="speed-swap",
     topic=Topic.SWAP,
     device=Device.CPU,
-    headline="{swap_rate} checked, {swap_write} of a bare writer's time; with reads beside {swap_both}",
+    headline="{swap_rate} checked, {swap_write} of a bare writer's time, unchecked {swap_unchecked}; with reads beside "
+    "{swap_both}",
 )
 
 

@@ -15,8 +15,8 @@ from bench.speed.preadv import huge_pages
 from bench.speed.pwritev import SETTINGS, WriteYardstick
 from bench.speed.ratios import Target, ratio, ratio_measurements
 from bench.speed.rounds import Sample, Say, interleave, smaller
-from mball.config import own_cache
-from mball.storage import CheckedReader, FileTable, Read, SwapFile, Write, choose_reader
+from mball.config import SwapCheck, own_cache
+from mball.storage import CheckedReader, FileTable, Read, SwapFile, SwapSettings, Write, choose_reader
 from mball.storage.checksum import NAME as CHECKSUM
 
 
@@ -134,6 +134,14 @@ def swap(directory: Path, scale: SwapScale, say: Say) -> list[Measurement]:
             if name.endswith(f"_{act}"):
                 measurements.append(Measurement.of(f"swap_{name}_s", found[name], unit="s", description=size))
         say(f"{act}: {times.median:.3g}× {compared}; {bound.verdict(times.median)}")
+    yardstick = smaller(found, yardsticks["write"])
+    measurements += ratio_measurements(
+        "swap_unchecked",
+        ratio(found["mball_unchecked"], found[yardstick]),
+        f"{scale.size_bytes / 1e9:.2f} GB written to swap, without checksums",
+        "fio" if yardstick.startswith("fio") else "a bare loop",
+        Target(limit=1 / 0.9),
+    )
     beside = ratio(found["mball_unhurried"], found["mball_read"])
     measurements += ratio_measurements(
         "swap_reads_beside", beside, "reads while swap writes that nobody waits for", "the same reads alone"
@@ -181,9 +189,13 @@ def _contenders(directory: Path, scale: SwapScale, say: Say) -> Iterator[dict[st
         reader = CheckedReader(choose_reader(cache=own_cache()).open(files), files)
         stack.callback(reader.close)
         mball = _Swap(file_swap, reader, source, files.add_path(read_path), destination)
-        mball.write()  # blocks of a file that were never written take longer
+        unchecked_swap = stack.enter_context(SwapFile.create(directory, SwapSettings(check=SwapCheck.OFF)))
+        unchecked = _Swap(unchecked_swap, reader, source, files.add_path(read_path), destination)
+        for each in (mball, unchecked):
+            each.write()  # blocks of a file that were never written take longer
         sources: dict[str, Sample] = {
             "mball_write": mball.write,
+            "mball_unchecked": unchecked.write,
             "bare_write": lambda: bare.write(best["write"]),
             "mball_both": mball.both,
             "bare_both": lambda: bare.both(best["both"]),

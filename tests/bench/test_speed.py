@@ -303,7 +303,7 @@ def test_page_says_what_the_files_say() -> None:
 
 def test_a_small_session_of_swap(tmp_path: Path) -> None:
     found = swap(tmp_path, SMOKE, quiet)
-    assert {"swap_write", "swap_both", "swap_reads_beside"} <= {each.name for each in found}
+    assert {"swap_write", "swap_unchecked", "swap_both", "swap_reads_beside"} <= {each.name for each in found}
     record(
         name="speed-swap", topic=Topic.SWAP, device=Device.CPU, headline="{swap_write}", measurements=found,
         directory=tmp_path,
