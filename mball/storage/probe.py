@@ -124,7 +124,7 @@ def measure_link(
     *names: str,
     choice: ReaderChoice | None = None,
     size_limit_bytes: int = 256 * MIB,
-    time_limit_s: float = 0.1,
+    time_limit_s: float = 0.05,
 ) -> Link:
     """Returns the speed at which the reader of `choice` brings files of the table, `names` or all of them, to memory.
 
