@@ -12,6 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mball.storage.extents import PAGE_BYTES
+from mball.units import round_down
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -52,7 +55,8 @@ def mixed(path: Path, size_bytes: int, job: Job) -> float:
 
 
 def _run(path: Path, size_bytes: int, job: Job, rw: str, *more: str) -> dict[str, Any]:
-    share = -(-size_bytes // job.num_jobs)
+    # Past the page cache only whole pages are read: of a file that ends inside one the end is left out.
+    share = round_down(size_bytes // job.num_jobs, PAGE_BYTES)
     command = [
         "fio", "--name=yardstick", f"--filename={path}", f"--rw={rw}", "--direct=1", "--thread",
         f"--ioengine={job.engine}", f"--bs={job.block}", f"--iodepth={job.depth}", f"--numjobs={job.num_jobs}",

@@ -10,6 +10,7 @@ import numpy
 import pytest
 
 from bench.results import Device, Topic, read_result, read_results, record
+from bench.speed import fio
 from bench.speed.contender import CHECKOUT, Contender, ContenderError
 from bench.speed.field import Field
 from bench.speed.gate import GateError, Logits, allowance, close, distance, same_bits
@@ -296,6 +297,17 @@ def test_plans_of_a_small_model(tmp_path: Path) -> None:
 
 def test_page_says_what_the_files_say() -> None:
     assert PAGE.read_text(encoding="utf-8") == table(read_results()), "run `make status`; it is not written by hand"
+
+
+# -- fio -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not fio.is_there(), reason="needs fio")
+@pytest.mark.parametrize("job", fio.JOBS, ids=lambda job: f"{job.engine}-{job.block}-{job.depth}")
+def test_fio_reads_a_file_that_ends_inside_a_page(job: fio.Job, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(48 * MIB + 1000))
+    assert fio.read(path, 48 * MIB + 1000, job) > 0.0
 
 
 # -- swap ----------------------------------------------------------------------------------------------------------
