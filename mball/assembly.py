@@ -19,12 +19,12 @@ from mball.plan.simulate import trace_times
 from mball.run.correction import Correction
 from mball.run.engine import Engine
 from mball.run.execution import Execution
-from mball.run.homes import PAGE_BYTES, Homes
+from mball.run.homes import Homes
 from mball.run.segments import OperatorReads
 from mball.schema import Machine, Plan, Trace
 from mball.storage import DirectIO, FileTable, QueueLimits, SwapFile, SwapSettings
 from mball.torch_private.inductor import inductor_settings
-from mball.units import format_bytes, round_up
+from mball.units import PAGE_BYTES, format_bytes, round_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

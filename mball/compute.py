@@ -24,11 +24,10 @@ from mball.memory.cuda_virtual import EXTENT_BYTES, CudaMemory
 from mball.memory.gds_ring import GdsRing
 from mball.memory.page_pool import PagePool
 from mball.memory.region import Region
-from mball.run.homes import PAGE_BYTES
 from mball.schema import Link, Tier
 from mball.storage import CheckedReader, FileTable, Reader, ReaderChoice, Threads, calibrated_choice, choose_reader
 from mball.trace.graph import ASSUMED_MEMORY_BYTES_PER_S
-from mball.units import MIB
+from mball.units import MIB, PAGE_BYTES
 
 _log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from mball.errors import BudgetError
 from mball.lookups import gathered_bytes, is_table
 from mball.plan import smallest_budget, smallest_host_budget
 from mball.run.census import Census
-from mball.run.homes import PAGE_BYTES, Home
+from mball.run.homes import Home
 from mball.run.segments import OperatorReads
 from mball.schema import Gather, Link, Machine, Step, Tier, Trace
 from mball.storage import FileTable, ReaderChoice, find_calibrated_link, measure_link
-from mball.units import format_bytes
+from mball.units import PAGE_BYTES, format_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mball.units import KIB
+from mball.units import KIB, PAGE_BYTES
 
 # Below this a table is brought whole: that costs little more than its rows, and each page that is read at home is
 # waited for.
 SMALLEST_TABLE_BYTES = 64 * KIB
 # And where so much of it is asked for: large reads are faster.
 LARGEST_SHARE = 1 / 4
-# Storage is read by pages. A row that begins anywhere touches about one more than it fills.
-_PAGE_BYTES = 4096
 
 
 class Lookup(NamedTuple):
@@ -48,7 +46,8 @@ def lookup_of(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Lo
 
 def gathered_bytes(num_rows: int, row_bytes: int, table_bytes: int) -> int | None:
     """Returns about how much looking up rows reads; None where the table is better read as a whole."""
-    size_bytes = num_rows * (row_bytes + _PAGE_BYTES)
+    # Storage is read by pages: a row that begins anywhere touches about one more than it fills.
+    size_bytes = num_rows * (row_bytes + PAGE_BYTES)
     if table_bytes < SMALLEST_TABLE_BYTES or size_bytes > LARGEST_SHARE * table_bytes:
         return None
     return size_bytes

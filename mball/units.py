@@ -11,6 +11,9 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
+# What homes, plans and swap are in whole multiples of. A machine may have larger pages: `mball.memory.libc` says.
+PAGE_BYTES = 4 * KIB
+
 _FACTORS = {
     "": 1,
     "b": 1,

@@ -12,8 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mball.storage.extents import PAGE_BYTES
-from mball.units import round_down
+from mball.units import PAGE_BYTES, round_down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

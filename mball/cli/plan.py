@@ -20,9 +20,8 @@ from mball.errors import CheckpointError, ConfigError, StorageError
 from mball.plan import Explanation, UtilityPoint, explain, make_plan, smallest_budget, utility_curve
 from mball.schema import Lane, Link, Machine, Plan, Prediction, Tier, Trace
 from mball.storage import FileTable, calibrated_choice, choose_reader, find_calibrated_link, measure_link
-from mball.units import GIB, format_bytes, format_names, parse_bytes
+from mball.units import GIB, PAGE_BYTES, format_bytes, format_names, parse_bytes
 
-PAGE_BYTES = 4096
 # Where nothing was measured: a fast SATA or a slow NVMe disk.
 ASSUMED_BYTES_PER_S = 2e9
 ASSUMED_LATENCY_S = 1e-4

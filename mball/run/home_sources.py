@@ -11,9 +11,9 @@ import torch
 from mball.errors import WrapError
 from mball.memory.mapping import PrivateMapping
 from mball.run.census import Census, OwnedWeight, span_bytes
-from mball.run.homes import PAGE_BYTES, Home, HomeFile, Homes
+from mball.run.homes import Home, HomeFile, Homes
 from mball.storage import SwapFile, TensorEntry, Write
-from mball.units import format_bytes, round_down, round_up
+from mball.units import PAGE_BYTES, format_bytes, round_down, round_up
 
 logger = logging.getLogger(__name__)
 

@@ -23,11 +23,9 @@ from mball.memory.mapping import PrivateMapping
 from mball.schema import Extent, Tensor, Treatment
 from mball.storage import SwapFile, Write
 from mball.torch_private.tensors import storage_key
-from mball.units import round_down, round_up
+from mball.units import PAGE_BYTES, round_down, round_up
 
 logger = logging.getLogger(__name__)
-
-PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

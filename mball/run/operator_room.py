@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from mball.run.homes import PAGE_BYTES
-from mball.units import round_up
+from mball.units import PAGE_BYTES, round_up
 
 # What part of the budget is kept for operators whose tensors were never measured.
 UNKNOWN_SHARE = 8

@@ -7,9 +7,8 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
-from mball.units import round_up
+from mball.units import PAGE_BYTES, round_up
 
-PAGE_BYTES = 4096
 # What has one checksum: long enough that hashing is fast, short enough that a read of some pages drags little along.
 BLOCK_BYTES = 16 * PAGE_BYTES
 

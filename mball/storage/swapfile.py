@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mball.config import SwapCheck
 from mball.errors import DeviceError, StorageError
-from mball.storage.extents import PAGE_BYTES, ExtentMap, SwapExtent, whole_pages
+from mball.storage.extents import ExtentMap, SwapExtent, whole_pages
 from mball.storage.files import DirectIO
 from mball.storage.pending import PendingChunks
 from mball.storage.reader import Read, ReadHandle
 from mball.storage.swap_content import BlockSum, SwapContent
 from mball.storage.write_queue import QueueLimits, WriteQueue
 from mball.storage.writes import CHUNK_BYTES, Target, Write, WriteChunk, cut
-from mball.units import format_bytes
+from mball.units import PAGE_BYTES, format_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy
 
 from mball.storage.checksum import checksum
-from mball.storage.extents import BLOCK_BYTES, PAGE_BYTES, SwapExtent
+from mball.storage.extents import BLOCK_BYTES, SwapExtent
 from mball.storage.pending import PendingChunks
-from mball.units import MIB
+from mball.units import MIB, PAGE_BYTES
 
 CHUNK_BYTES = 4 * MIB
 

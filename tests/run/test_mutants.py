@@ -19,7 +19,8 @@ import torch
 import mball
 from mball.memory import CpuDevice
 from mball.run.execution import Execution
-from mball.run.homes import PAGE_BYTES, HomeFile, Homes
+from mball.run.homes import HomeFile, Homes
+from mball.units import PAGE_BYTES
 from tests.adaptors import GuardError
 from tests.run.harness import (
     DifferentError,

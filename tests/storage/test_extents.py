@@ -8,7 +8,8 @@ import random
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mball.storage.extents import BLOCK_BYTES, PAGE_BYTES, ExtentMap, SwapExtent
+from mball.storage.extents import BLOCK_BYTES, ExtentMap, SwapExtent
+from mball.units import PAGE_BYTES
 from tests.storage.interrupts import interrupted_at_each_call
 
 
