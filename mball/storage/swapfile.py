@@ -18,6 +18,7 @@ from mball.config import SwapCheck
 from mball.errors import DeviceError, StorageError
 from mball.storage.extents import ExtentMap, SwapExtent, whole_pages
 from mball.storage.files import DirectIO
+from mball.storage.mounts import IN_MEMORY, file_system_of
 from mball.storage.pending import PendingChunks
 from mball.storage.reader import Read, ReadHandle
 from mball.storage.swap_content import BlockSum, SwapContent
@@ -85,7 +86,7 @@ class SwapFile:
     The descriptor is the only thing that keeps the bytes: `close`, or the end of the process however it
     comes, gives the disk space back. May be used by several threads; not in a forked child, which shares the file.
 
-    What is written has a checksum for each 64 KiB, made right before that. Reads through a `CheckedReader` are held
+    What is written has a checksum for each 64 KiB, made right after that. Reads through a `CheckedReader` are held
     against it; mappings of the file are not, but by `verify`.
     """
 
@@ -204,7 +205,19 @@ class SwapFile:
                     os.ftruncate(self.fd, end)
                     raise self._failure("allocating", size_bytes, error) from error
             start = self._extents.allocate(length).start if length else end
+        if length and not end:
+            self._warn_of_memory()
         return start + lead
+
+    def _warn_of_memory(self) -> None:
+        kind = file_system_of(self._directory).kind
+        if kind in IN_MEMORY:
+            _logger.warning(
+                "swap goes to %s, which is memory (%s) and in no budget: choose a directory on a disk, by swap_dir or "
+                "by the variable MBALL_SWAP_DIR",
+                self._directory,
+                kind,
+            )
 
     def free(self, offset_bytes: int) -> None:
         """Gives back the extent that `allocate` returned this offset of. Nothing may use it any more.

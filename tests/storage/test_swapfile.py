@@ -14,7 +14,8 @@ import torch
 
 from mball.errors import StorageError
 from mball.storage import SwapFile
-from mball.units import MIB
+from mball.storage.mounts import IN_MEMORY, file_system_of
+from mball.units import MIB, PAGE_BYTES
 
 
 @pytest.fixture
@@ -32,6 +33,27 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def free_bytes(directory: Path) -> int:
     facts = os.statvfs(directory)
     return facts.f_bfree * facts.f_frsize
+
+
+def test_swap_that_is_memory_is_said_once(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with SwapFile.create(small_disk) as swap:
+        assert not caplog.records, "nothing is swapped yet"
+        for _ in range(2):
+            swap.allocate(PAGE_BYTES)
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING"
+    assert warning.getMessage() == (
+        f"swap goes to {small_disk}, which is memory (tmpfs) and in no budget: choose a directory on a disk, by "
+        "swap_dir or by the variable MBALL_SWAP_DIR"
+    )
+
+
+def test_swap_on_a_disk_is_not_worth_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    if file_system_of(str(tmp_path)).kind in IN_MEMORY:
+        pytest.skip("files of tests are in memory here")
+    with SwapFile.create(tmp_path) as swap:
+        swap.allocate(PAGE_BYTES)
+    assert not caplog.records
 
 
 def test_private_unlinked_and_given_back(tmp_path: Path) -> None:
