@@ -154,7 +154,8 @@ def _measured(
             "a step over max(compute, bare read of the weights that exceed the budget)",
             "the bound",
         )
-        predicted = [(r["pass_s"], r["predicted_s"]) for r in entry.reports if r["predicted_s"]]
+        # An older checkout may not say what it predicts.
+        predicted = [(r["pass_s"], r["predicted_s"]) for r in entry.reports if r.get("predicted_s")]
         if predicted:
             against = ratio(*(list(column) for column in zip(*predicted, strict=True)))
             found += ratio_measurements(f"{title}_predicted", against, "the last step over its prediction", "predicted")
