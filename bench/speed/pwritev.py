@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 
 from bench.speed.preadv import Setting
 
@@ -45,10 +46,10 @@ class WriteYardstick:
         return _timed([(setting, len(self._source), self._write), (setting, len(self._destination), self._read)])
 
     def best(
-        self, act: Callable[[Setting], float], settings: Sequence[Setting] = SETTINGS, repeats: int = 2
+        self, act: Callable[[Setting], float], settings: Sequence[Setting] = SETTINGS, repeats: int = 3
     ) -> Setting:
-        """Returns the setting with which `act`, one of the above, was fastest, by its best time of `repeats`."""
-        return min(settings, key=lambda setting: min(act(setting) for _ in range(repeats)))
+        """Returns the setting with which `act`, one of the above, is fastest, by the median of `repeats` times."""
+        return min(settings, key=lambda setting: median(act(setting) for _ in range(repeats)))
 
     def _write(self, first: int, end: int) -> None:
         if os.pwritev(self._descriptor, [self._source[first:end]], first) != end - first:

@@ -150,7 +150,7 @@ def swap(directory: Path, scale: SwapScale, say: Say) -> list[Measurement]:
         Measurement.of(
             f"swap_{name}_s", found[f"mball_{name}"], unit="s", description=f"{scale.size_bytes / 1e9:.2f} GB"
         )
-        for name in ("read", "unhurried", "small")
+        for name in ("unchecked", "read", "unhurried", "small")
     ]
     handed_s = [seconds * (1 << 30) / min(scale.size_bytes, _HANDED_BYTES) for seconds in found["mball_handed"]]
     measurements.append(

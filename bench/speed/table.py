@@ -210,10 +210,14 @@ def _swap(results: Sequence[Result]) -> list[str]:
     rows = [
         [what, *(figures.show(f"swap_{who}_{act}_s") for who in ("mball", "bare", "fio")),
          figures.interval(f"swap_{act}"), figures.verdict(f"swap_{act}")]
-        for act, what in (("write", "writes"), ("both", "writes, and as many reads"))
+        for act, what in (("write", "writes, with checksums"), ("both", "the same, and as many reads"))
         if figures.has(f"swap_{act}")
     ]  # fmt: skip
-    head = ["", "mball, with checksums", "bare loop", "fio", "over the yardstick", "target"]
+    if figures.has("swap_unchecked"):
+        seconds = [figures.show(f"swap_{who}_s") for who in ("unchecked", "bare_write", "fio_write")]
+        ratios = [figures.interval("swap_unchecked"), figures.verdict("swap_unchecked")]
+        rows.insert(1, ["writes, without checksums", *seconds, *ratios])
+    head = ["", "mball", "bare loop", "fio", "over the yardstick", "target"]
     parts = ["## Swap", figures.source(), markdown_table(head, rows)]
     if figures.has("swap_reads_beside"):
         parts.append(

@@ -85,7 +85,7 @@ def _calibration(section: str, directory: str) -> Finding:
     found = load_calibration(calibration_directory(), file_system_of(directory))
     link = None if found is None else found.find_link(Tier.DISK, Tier.DEVICE)
     value = "none" if found is None or link is None else f"{found.day}: {figures(link)}"
-    advice = f"each start measures the disk for 0.1 s: mball doctor --calibrate {directory} measures it well, once"
+    advice = f"each start measures the disk for 0.05 s: mball doctor --calibrate {directory} measures it well, once"
     return check(section, "calibration", link is not None, value, advice)
 
 

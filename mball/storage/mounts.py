@@ -30,12 +30,13 @@ def file_system_of(path: str) -> FileSystem:
     """Returns the file system that `path` is on; ``/proc/self/fd/<n>`` for an open file, which may be unlinked."""
     unknown = FileSystem(device="?", mount_point="?", kind="?")
     try:
-        lines = Path("/proc/self/mounts").read_text().splitlines()
+        # Names may hold any byte, also those that end a line for Unicode.
+        lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError:
         return unknown
     real = os.path.realpath(path)
     best = unknown
-    for line in lines:
+    for line in filter(None, lines):
         device, point, kind, *_ = (_unescaped(word) for word in line.split(" "))
         inside = real == point or real.startswith(point.rstrip("/") + "/")
         # A later mount hides an earlier one on the same point.

@@ -18,7 +18,7 @@ from mball.config import SwapCheck
 from mball.errors import DeviceError, StorageError
 from mball.storage.extents import ExtentMap, SwapExtent, whole_pages
 from mball.storage.files import DirectIO
-from mball.storage.mounts import IN_MEMORY, file_system_of
+from mball.storage.mounts import IN_MEMORY, file_system_of, page_cache_reason
 from mball.storage.pending import PendingChunks
 from mball.storage.reader import Read, ReadHandle
 from mball.storage.swap_content import BlockSum, SwapContent
@@ -95,10 +95,13 @@ class SwapFile:
         self._directory = directory
         self._settings = settings
         self._preallocates = True
+        self._kind = file_system_of(directory).kind
+        self._is_memory_told = False
         self._name = f"swap-{next(_numbers)}"
         self._extents = ExtentMap()
         self._descriptors = [descriptor]
-        if settings.direct is not DirectIO.OFF:
+        is_cached = settings.direct is not DirectIO.ALWAYS and page_cache_reason(self._kind) is not None
+        if settings.direct is not DirectIO.OFF and not is_cached:
             # Where the file system has no direct writes, its files are written through the page cache.
             with contextlib.suppress(OSError):
                 flags = os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC
@@ -205,18 +208,18 @@ class SwapFile:
                     os.ftruncate(self.fd, end)
                     raise self._failure("allocating", size_bytes, error) from error
             start = self._extents.allocate(length).start if length else end
-        if length and not end:
+        if length:
             self._warn_of_memory()
         return start + lead
 
     def _warn_of_memory(self) -> None:
-        kind = file_system_of(self._directory).kind
-        if kind in IN_MEMORY:
+        if self._kind in IN_MEMORY and not self._is_memory_told:
+            self._is_memory_told = True
             _logger.warning(
                 "swap goes to %s, which is memory (%s) and in no budget: choose a directory on a disk, by swap_dir or "
                 "by the variable MBALL_SWAP_DIR",
                 self._directory,
-                kind,
+                self._kind,
             )
 
     def free(self, offset_bytes: int) -> None:

@@ -179,16 +179,16 @@ def test_writes_have_their_share_while_others_read(tmp_path: Path, monkeypatch: 
 
 def test_what_is_waited_for_gives_way_to_nobody(tmp_path: Path) -> None:
     with opened(tmp_path, num_threads=1, share=1e-6) as (swap, _):
-        start = swap.allocate(4 * MIB)
+        start = swap.allocate(4 * CHUNK_BYTES)
         swap.give_way_to(Reading())
-        swap.submit([write(start, content(4 * MIB))]).wait()  # a chunk a minute, otherwise
+        swap.submit([write(start, content(4 * CHUNK_BYTES))]).wait()  # a chunk an hour, otherwise
 
 
 def test_what_waits_for_room_in_the_queue_gives_way_to_nobody(tmp_path: Path) -> None:
-    with opened(tmp_path, num_threads=1, share=1e-6, high_bytes=MIB, low_bytes=MIB // 2) as (swap, _):
-        start = swap.allocate(24 * MIB)
+    with opened(tmp_path, num_threads=1, share=1e-6, depth=2) as (swap, _):
+        start = swap.allocate(6 * CHUNK_BYTES)
         swap.give_way_to(Reading())
-        swap.write(start, content(24 * MIB))
+        swap.write(start, content(6 * CHUNK_BYTES))  # a chunk at one time finds room
 
 
 def test_extents_are_used_again_and_the_end_is_given_back(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from mball.errors import StorageError
-from mball.storage import SwapFile
-from mball.storage.mounts import IN_MEMORY, file_system_of
+from mball.storage import DirectIO, SwapFile, SwapSettings, swapfile
+from mball.storage.mounts import IN_MEMORY, FileSystem, file_system_of
 from mball.units import MIB, PAGE_BYTES
+from tests.storage.reads import memory
 
 
 @pytest.fixture
@@ -39,13 +40,32 @@ def test_swap_that_is_memory_is_said_once(small_disk: Path, caplog: pytest.LogCa
     with SwapFile.create(small_disk) as swap:
         assert not caplog.records, "nothing is swapped yet"
         for _ in range(2):
-            swap.allocate(PAGE_BYTES)
+            swap.free(swap.allocate(PAGE_BYTES))
+            swap.trim()
     (warning,) = caplog.records
     assert warning.levelname == "WARNING"
     assert warning.getMessage() == (
         f"swap goes to {small_disk}, which is memory (tmpfs) and in no budget: choose a directory on a disk, by "
         "swap_dir or by the variable MBALL_SWAP_DIR"
     )
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [(DirectIO.AUTO, False), (DirectIO.UNCACHED, False), (DirectIO.ALWAYS, True)]
+)
+def test_swap_on_a_network_is_written_through_its_cache(
+    mode: DirectIO, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(kind: str) -> bool:
+        there = FileSystem(device="server:/export", mount_point=str(tmp_path), kind=kind)
+        monkeypatch.setattr(swapfile, "file_system_of", lambda path: there)
+        with SwapFile.create(tmp_path, SwapSettings(direct=mode)) as swap:
+            swap.write(swap.allocate(MIB), memory(MIB))
+            return swap.statistics.direct_bytes > 0
+
+    if not write("ext4"):
+        pytest.skip("this file system has no direct writes")
+    assert write("nfs4") is expected
 
 
 def test_swap_on_a_disk_is_not_worth_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
