@@ -321,5 +321,6 @@ def test_a_small_session_of_swap(tmp_path: Path) -> None:
         directory=tmp_path,
     )  # fmt: skip
     page = table(read_results(tmp_path))
-    assert "| writes, and as many reads |" in page
+    assert "| writes, without checksums |" in page
+    assert "| the same, and as many reads |" in page
     assert not list(tmp_path.glob("written"))
