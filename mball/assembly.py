@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from mball.compute import Compute
-from mball.config import Allocator, Compile, Config, Io, Policy
+from mball.config import Allocator, Compile, Config, Policy
 from mball.errors import ConfigError, DeviceError
 from mball.memory import Arena, Device, Kind, Ledger, LedgerPage
 from mball.plan import make_plan, simulate
@@ -37,13 +37,7 @@ class Storage:
     @classmethod
     def open(cls, config: Config) -> Self:
         """Makes an empty swap file. Raises StorageError when that cannot be done."""
-        modes = {
-            Io.BUFFERED: DirectIO.OFF,
-            Io.DIRECT: DirectIO.ALWAYS,
-            Io.GDS: DirectIO.ALWAYS,
-            Io.CACHED: DirectIO.UNCACHED,
-        }
-        files = FileTable(direct=modes.get(config.io, DirectIO.AUTO))
+        files = FileTable(direct=DirectIO.of(config.io))
         swap = SwapFile.create(config.swap_dir, _swap_settings(config, files.mode))
         files.add_swap(swap)
         return cls(files=files, swap=swap)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mball.config import Allocator, Config, Io, calibration_directory, own_cache
+from mball.config import Allocator, Config, calibration_directory, own_cache
 from mball.errors import DeviceError
 from mball.memory import CpuDevice, Device
 from mball.memory.allocator.library import load_library
@@ -100,7 +100,7 @@ OpenCompute = Callable[[Config, FileTable], Compute]
 
 
 def _choice(config: Config, files: FileTable) -> ReaderChoice:
-    threads = {Io.NATIVE: Threads.C, Io.THREADS: Threads.PYTHON}.get(config.io, Threads.AUTO)
+    threads = Threads.of(config.io)
     if config.io_threads is not None:
         return choose_reader(threads, num_threads=config.io_threads, cache=own_cache())
     return calibrated_choice(calibration_directory(), files, choose_reader(threads, cache=own_cache()))

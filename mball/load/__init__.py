@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 
+from mball.config import Io
 from mball.errors import CheckpointError, ConfigError
 from mball.load.formats import open_source
 from mball.load.progress import Report, shown
@@ -28,19 +29,22 @@ def load_file(
     *,
     copy: bool | None = None,
     in_flight_bytes: int | str = _IN_FLIGHT,
+    io: str = "auto",
     progress: bool | Report = False,
 ) -> dict[str, torch.Tensor]:
     """Returns all tensors of a checkpoint, by name.
 
     Args:
-        path, device, copy, in_flight_bytes: as for `mball.open`.
+        path, device, copy, in_flight_bytes, io: as for `mball.open`.
         progress: a function that is called with the bytes that are there and those that will be, from time to time;
             True draws a bar on stderr.
+
+    Tensors that are mapped need their file as long as they are used: see `mball.open` for what happens without it.
 
     Raises:
         As `mball.open`; and DeviceError where there is not enough memory. Nothing is left behind then, or by Ctrl-C.
     """
-    with open(path, device=device, copy=copy, in_flight_bytes=in_flight_bytes) as checkpoint:
+    with open(path, device=device, copy=copy, in_flight_bytes=in_flight_bytes, io=io) as checkpoint:
         return checkpoint.get_tensors(progress=progress)
 
 
@@ -51,6 +55,7 @@ def open(
     *,
     copy: bool | None = None,
     in_flight_bytes: int | str = _IN_FLIGHT,
+    io: str = "auto",
 ) -> Checkpoint:
     """Opens a checkpoint as safetensors' ``safe_open`` does: ``with mball.open(path) as f``. Only headers are read.
 
@@ -66,7 +71,13 @@ def open(
             the page cache, and copies the rest, unless that does not fit into memory: the bytes are in memory once.
             PyTorch's files are mapped unless it is True; GGUF is always copied.
         in_flight_bytes: at most so many are being read at one time (one piece of 32 MiB always may); to another device
-            that is what host memory is taken meanwhile. A number or text such as ``"256MiB"``.
+            that is what host memory is taken meanwhile. A number or text such as ``"256MiB"``. For safetensors alone:
+            the packages that read PyTorch's files and GGUF take what they take.
+        io: how safetensors are read that are not mapped, by the names of `mball.wrap` without ``"gds"``. ``"auto"``
+            takes what is in the page cache from there and reads the rest past it, by threads of C where they can be
+            had; ``"direct"`` always goes past it, ``"buffered"`` never, ``"cached"`` looks for each request;
+            ``"native"`` insists on threads of C, ``"threads"`` on Python's. The logger ``mball`` tells the way that
+            was taken, at the level DEBUG. PyTorch's files and GGUF have one way only.
 
     Memory of their own is one allocation for all tensors of a file that are loaded together. A tensor that is dropped
     gives its pages back, but for those at its two ends that it shares with its neighbours; tensors below 64 KiB go with
@@ -74,16 +85,25 @@ def open(
     file that tensors are mapped from, and do not truncate it: rename another one over it. What is open goes on with
     the old one, if it is safetensors; files of other formats are refused from then on.
 
+    While this package reads safetensors, a file that is cut short and a disk that fails are errors. Later, when a
+    mapped tensor that is in use touches a page that is not in memory, nobody can raise one: where the file was
+    truncated or its disk fails the kernel ends the process with SIGBUS, as with any mapping, that of safetensors'
+    ``safe_open`` too. Of PyTorch's files and GGUF that holds while they are loaded as well. With ``copy=True`` loaded
+    tensors need no file.
+
     Raises:
         CheckpointError: the checkpoint is missing, damaged, contradicts itself, or is of a kind that nobody here reads.
         StorageError: a read failed.
         ConfigError: an argument cannot be read, or a package is missing.
-        DeviceError: the device is not there.
+        DeviceError: the device is not there; or, from the first read on, threads of C that `io` insists on are not.
     """
     if framework not in ("pt", "torch", "pytorch"):
         raise ConfigError(f"framework is {framework!r}; tensors are PyTorch's here, so give 'pt' or nothing")
     settings = Settings(
-        device=_device(device), copy=copy, in_flight_bytes=parse_bytes(in_flight_bytes, what="in_flight_bytes")
+        device=_device(device),
+        copy=copy,
+        in_flight_bytes=parse_bytes(in_flight_bytes, what="in_flight_bytes"),
+        io=_io(io),
     )
     return Checkpoint(os.fspath(path), open_source(path, settings))
 
@@ -185,10 +205,19 @@ class Slice:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Returns a part, in memory of its own; indices are torch's. Only pages that it touches are read, but for GGUF.
+        Of positions or a mask whole rows are.
 
         Raises as `Checkpoint.get_tensor`, and what torch raises for an index that does not fit.
         """
         return self._checkpoint._open().part(self._name, index)
+
+
+def _io(io: str) -> Io:
+    # Straight to a GPU only homes are read.
+    ways = {way.value: way for way in Io if way is not Io.GDS}
+    if io not in ways:
+        raise ConfigError(f"io is {io!r}; choose one of {', '.join(map(repr, ways))}")
+    return ways[io]
 
 
 def _device(device: str | int | torch.device) -> torch.device:

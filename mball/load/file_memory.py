@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from mball.errors import DeviceError
+from mball.errors import DeviceError, StorageError
 from mball.memory import HostMemory, PrivateMapping
 from mball.memory.libc import PAGE_BYTES
 from mball.memory.region import Region
@@ -22,6 +23,8 @@ from mball.units import MIB, round_down, round_up
 PIECE_BYTES = 32 * MIB
 # Below that pages are not worth a call.
 _WORTH_BYTES = 64 << 10
+# About what the kernel reads around a page that is touched: a gap of so much comes anyway.
+_NEAR_BYTES = 64 << 10
 
 _logger = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ class OwnMemory:
         """
         for begin in range(0, self.size_bytes, piece_bytes):
             size_bytes = min(piece_bytes, self.size_bytes - begin)
-            if mode is DirectIO.AUTO:
+            if mode is not DirectIO.OFF:
                 self._memory.populate(self._reservation, begin, begin + size_bytes)
             yield Read(
                 file=self._file,
@@ -104,9 +107,11 @@ class MappedMemory:
 
     Raises:
         DeviceError: the file is shorter, or the kernel refuses.
+        StorageError: of methods: pages that they touch cannot be read. Touched without asking they end the process.
     """
 
-    def __init__(self, descriptor: int, first: int, end: int) -> None:
+    def __init__(self, file: str, descriptor: int, first: int, end: int) -> None:
+        self._file = file
         self._first = round_down(first, PAGE_BYTES)
         self._mapping = PrivateMapping(descriptor, self._first, end - self._first)
 
@@ -114,7 +119,7 @@ class MappedMemory:
         """Maps the pages that are in the page cache, and reads others; yields the bytes of a piece as it is there."""
         for begin in range(0, self._mapping.size_bytes, piece_bytes):
             end = min(begin + piece_bytes, self._mapping.size_bytes)
-            self._mapping.populate(begin, round_up(end, PAGE_BYTES))
+            self._populate(begin, end)
             yield end - begin
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
@@ -122,12 +127,73 @@ class MappedMemory:
         begin = entry.offset_bytes - self._first
         if begin % dtype.itemsize == 0:
             return self._mapping.tensor(begin, dtype, entry.shape)
+        self._populate(begin, begin + entry.size_bytes)
         flat = self._mapping.tensor(begin, torch.uint8, (entry.size_bytes,))
         with torch.inference_mode(False):
             return _aligned(flat, begin, dtype).view(entry.shape)
 
+    def part(self, entry: TensorEntry, index: Any) -> torch.Tensor:
+        """Returns a copy of `tensor(entry)[index]`: kept, it holds neither the mapping nor the rest of the tensor.
+
+        Reads the pages that it touches; of positions or a mask those of the rows that the first of them selects.
+        """
+        begin, whole = entry.offset_bytes - self._first, self.tensor(entry)
+        for part in _touched(whole, index) if begin % whole.element_size() == 0 else ():
+            for first, end in _stretches(part):
+                self._populate(begin + first, begin + end)
+        return whole[index].clone()
+
     def close(self) -> None:
         self._mapping.close()
+
+    def _populate(self, begin: int, end: int) -> None:
+        try:
+            self._mapping.populate(round_down(begin, PAGE_BYTES), round_up(end, PAGE_BYTES))
+        except DeviceError as error:
+            first = self._first + begin
+            raise StorageError(
+                f"{end - begin} B at offset {first} of {self._file}, which is mapped, cannot be read: {error}"
+            ) from error
+
+
+def _touched(whole: torch.Tensor, index: Any) -> Iterator[torch.Tensor]:
+    """Yields views of all that `whole[index]` reads, and reads nothing. Raises as torch for indices that do not fit."""
+    places = index if isinstance(index, tuple) else (index,)
+    first = places[0] if places else ...
+    if all(place is None or place is Ellipsis or type(place) in (int, slice) for place in places):
+        yield whole[index]
+    elif first is None or first is Ellipsis or type(first) in (int, slice):
+        yield whole[first]
+    elif isinstance(first, list | tuple) and not all(isinstance(row, int) for row in first):
+        # torch may take a list for a tuple of indices.
+        yield whole
+    else:
+        try:
+            rows = torch.arange(len(whole), device="cpu")[first].unique().tolist()
+        except (IndexError, TypeError, RuntimeError):
+            # A mask of more dimensions, or no index at all: torch says that of the tensor itself.
+            yield whole
+        else:
+            for row in rows:
+                yield whole[row]
+
+
+def _stretches(part: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Yields the bytes `[first, end)` of its storage that a tensor lies on; what is near together as one."""
+    if not part.numel():
+        return
+    length = item_bytes = part.element_size()
+    steps: list[range] = []
+    for stride, size in sorted(zip(part.stride(), part.shape, strict=True)):
+        step_bytes = stride * item_bytes
+        if not steps and step_bytes - length <= _NEAR_BYTES:
+            length += (size - 1) * step_bytes
+        elif size > 1:
+            steps.append(range(0, size * step_bytes, step_bytes))
+    start = int(part.storage_offset()) * item_bytes
+    for offsets in itertools.product(*reversed(steps)):
+        first = start + sum(offsets)
+        yield first, first + length
 
 
 def _aligned(flat: torch.Tensor, offset: int, dtype: torch.dtype) -> torch.Tensor:

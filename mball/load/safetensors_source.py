@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from mball.storage import (
     Reader,
     ReadHandle,
     TensorEntry,
+    Threads,
     calibrated_choice,
     choose_reader,
 )
@@ -34,6 +36,8 @@ from mball.units import MIB, format_bytes
 
 # What lies between two tensors is read with them, up to here.
 _GAP_BYTES = MIB
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +58,6 @@ class Stretch:
     def size_bytes(self) -> int:
         """What it takes in memory."""
         return self.end - self.first
-
-    @property
-    def mode(self) -> DirectIO:
-        """How it is read fastest."""
-        return DirectIO.OFF if self.is_cached else DirectIO.AUTO
 
 
 class SafetensorsSource:
@@ -107,7 +106,7 @@ class SafetensorsSource:
                         tensors |= {entry.name: memory.tensor(entry) for entry in stretch.entries}
             else:
                 for stretch in stretches:
-                    reader = self._reader(stretch.mode)
+                    reader = self._reader(self._mode(stretch))
                     tensors |= load_to_device(stretch.entries, reader, self._settings, advance)
         except (DeviceError, StorageError):
             # Where the file was cut short meanwhile, that is the error to tell.
@@ -122,12 +121,15 @@ class SafetensorsSource:
         if not entry.size_bytes:
             return _empty(entry, self._settings.device)[index]
         self._check_unchanged()
-        memory = MappedMemory(self._descriptor(entry.file), entry.offset_bytes, entry.offset_bytes + entry.size_bytes)
         try:
-            # Nothing is read yet. A copy, so that the slice keeps neither the file mapped nor the rest in memory.
-            found = memory.tensor(entry)[index].clone()
-        finally:
-            memory.close()
+            memory = MappedMemory(entry.file, self._descriptor(entry.file), entry.offset_bytes, _end(entry))
+            try:
+                found = memory.part(entry, index)
+            finally:
+                memory.close()
+        except (DeviceError, StorageError):
+            self._check_unchanged()
+            raise
         self._check_unchanged()
         return found.to(self._settings.device)
 
@@ -165,10 +167,12 @@ class SafetensorsSource:
             if copied:
                 memory = OwnMemory(stretch.file, stretch.first, stretch.end)
                 stack.callback(memory.close)
-                own[stretch.mode].append(memory)
+                own[self._mode(stretch)].append(memory)
                 memories.append(memory)
             else:
-                mapped = MappedMemory(self._descriptor(stretch.file), stretch.first, stretch.end)
+                descriptor = self._descriptor(stretch.file)
+                mapped = MappedMemory(stretch.file, descriptor, stretch.first, stretch.end)
+                _logger.debug("%s of %s are mapped", format_bytes(stretch.size_bytes), stretch.file)
                 stack.callback(mapped.close)
                 # What is not there yet is read when somebody touches it: all of it may not fit.
                 for size_bytes in mapped.fill() if stretch.is_cached else (stretch.size_bytes,):
@@ -198,23 +202,31 @@ class SafetensorsSource:
     def _descriptor(self, file: str) -> int:
         return self._files[file].buffered
 
+    def _mode(self, stretch: Stretch) -> DirectIO:
+        """Returns how a stretch is read: as asked for, else the fastest way."""
+        asked = DirectIO.of(self._settings.io)
+        return DirectIO.OFF if asked is DirectIO.AUTO and stretch.is_cached else asked
+
     def _reader(self, mode: DirectIO) -> Reader:
         """Returns a reader that is kept until `close`."""
         if mode not in self._readers:
             # Through the page cache reading is copying: more threads than cores only take turns.
             num_cores = len(os.sched_getaffinity(0))
-            num_threads = DEFAULT_NUM_THREADS if mode is DirectIO.AUTO else min(DEFAULT_NUM_THREADS, num_cores)
+            num_threads = min(DEFAULT_NUM_THREADS, num_cores) if mode is DirectIO.OFF else DEFAULT_NUM_THREADS
             files = FileTable(direct=mode)
             self._closing.callback(files.close)
             for file in self._index.files:
                 # The same open file: by its path another one may be found by now.
                 files.add_descriptor(file.path, self._descriptor(file.path))
-            choice = choose_reader(num_threads=num_threads, cache=own_cache())
-            if mode is DirectIO.AUTO:
+            threads = Threads.of(self._settings.io)
+            choice = choose_reader(threads=threads, num_threads=num_threads, cache=own_cache())
+            if mode is not DirectIO.OFF:
                 choice = calibrated_choice(calibration_directory(), files, choice)
             reader = choice.open(files)
             self._closing.callback(reader.close)
             self._readers[mode] = reader
+            way = "past the page cache" if files.any_direct else "through the page cache"
+            _logger.debug("%s is read %s (%s), by %s", self._index.path, way, mode.value, choice)
         return self._readers[mode]
 
     def _check_unchanged(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mball.config import Io
 from mball.errors import CheckpointError
 from mball.storage import FileIdentity
 
@@ -23,6 +24,7 @@ class Settings:
     device: torch.device
     copy: bool | None
     in_flight_bytes: int
+    io: Io = Io.AUTO
 
 
 class Facts(Protocol):

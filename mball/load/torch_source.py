@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import struct
@@ -98,7 +99,8 @@ class TorchSource:
     def _read_ahead(self) -> None:
         """Has the kernel bring the files: touching pages one after another would wait for each."""
         for file in self._files:
-            with open(file.path, "rb") as opened:
+            # A hint: what cannot be read is told where it is.
+            with contextlib.suppress(OSError), open(file.path, "rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def _moved(self, tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]) -> torch.Tensor:

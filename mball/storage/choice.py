@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from mball.config import Io
 from mball.errors import DeviceError
 from mball.storage.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_NUM_THREADS
 from mball.storage.files import FileTable
@@ -26,6 +27,11 @@ class Threads(Enum):
     AUTO = "auto"
     C = "C"
     PYTHON = "Python"
+
+    @classmethod
+    def of(cls, io: Io) -> Threads:
+        """Returns whose a user asks for by `io`."""
+        return {Io.NATIVE: cls.C, Io.THREADS: cls.PYTHON}.get(io, cls.AUTO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

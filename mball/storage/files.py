@@ -9,6 +9,7 @@ import weakref
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from mball.config import Io
 from mball.errors import StorageError
 from mball.storage.alignment import COARSE_ALIGNMENT_BYTES, Alignment, alignment_of
 from mball.storage.mounts import file_system_of, page_cache_reason
@@ -35,6 +36,14 @@ class DirectIO(Enum):
 
     OFF = "off"
     """Never: for files that others read too, and that stay in the page cache."""
+
+    @classmethod
+    def of(cls, io: Io) -> DirectIO:
+        """Returns what a user asks for by `io`."""
+        modes = {
+            Io.BUFFERED: cls.OFF, Io.DIRECT: cls.ALWAYS, Io.GDS: cls.ALWAYS, Io.CACHED: cls.UNCACHED,
+        }  # fmt: skip
+        return modes.get(io, cls.AUTO)
 
 
 class OpenFile:
