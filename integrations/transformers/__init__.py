@@ -17,7 +17,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 import mball
 from mball.errors import CheckpointError, ConfigError
-from mball.integrations.transformers.checkpoint import Entry, KeyMap, map_keys, read_entries
+from mball.integrations.transformers.checkpoint import Entry, KeyMap, check_readable, list_names, map_keys, read_entries
 from mball.integrations.transformers.meta import build, load_buffers
 
 __all__ = ["from_pretrained"]
@@ -44,16 +44,18 @@ def from_pretrained(
     `architectures`, else AutoModelForCausalLM. `budget` and `settings` are those of `mball.wrap`.
 
     Raises:
-        CheckpointError: `path` is no model directory, or the checkpoint lacks weights, is damaged or does not fit.
+        CheckpointError: `path` is no model directory, or the checkpoint cannot be read, lacks weights, is damaged,
+            contradicts itself or does not fit.
         ConfigError: the checkpoint is quantised, or a setting cannot be read.
         BudgetError: the budget is too small.
     """
     directory = Path(path)
-    if (gguf := _find_gguf(directory)) is not None:
+    names = list_names(directory)
+    if (gguf := _find_gguf(directory, names)) is not None:
         return _from_gguf(gguf, budget, dtype, model_class, settings)
-    if not (directory / "config.json").is_file():
+    if names is None or "config.json" not in names:
         raise CheckpointError(f"{directory} is no directory with a config.json; give a local directory of a model")
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = _read_config(directory)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{directory} is quantised ({config.quantization_config}); give the unquantised checkpoint")
     model_class = model_class or _default_class(config)
@@ -91,16 +93,28 @@ def _load_whole(model_class: Any, directory: Path, dtype: torch.dtype) -> PreTra
     return model
 
 
-def _find_gguf(path: Path) -> Path | None:
-    if path.suffix == ".gguf" and path.is_file():
-        return path
-    if not path.is_dir() or (path / "config.json").is_file():
+def _read_config(directory: Path) -> PretrainedConfig:
+    file = directory / "config.json"
+    check_readable(file)
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    # What transformers says of text that is no JSON, and of a model that it does not know.
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; correct it, or fetch it again") from error
+
+
+def _find_gguf(path: Path, names: list[str] | None) -> Path | None:
+    """Returns the GGUF file to load; `names` are those in the directory `path`, None where it is none."""
+    if names is None:
+        return path if path.suffix == ".gguf" and path.is_file() else None
+    if "config.json" in names:
         return None
-    found = sorted(path.glob("*.gguf"))
+    found = [name for name in names if name.endswith(".gguf")]
     if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise CheckpointError(f"{path} has no config.json and {len(found)} GGUF files ({names}); give the path of one")
-    return found[0] if found else None
+        raise CheckpointError(
+            f"{path} has no config.json and {len(found)} GGUF files ({', '.join(found)}); give the path of one"
+        )
+    return path / found[0] if found else None
 
 
 def _from_gguf(

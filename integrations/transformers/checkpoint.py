@@ -7,21 +7,25 @@ tensors (Mixtral's experts are fused). The renaming is asked of transformers its
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+import mball
 from mball.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_TORCH_SINGLE_FILE = "pytorch_model.bin"
+_TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
 
 _DTYPES = {
     "F64": torch.float64,
@@ -63,33 +67,74 @@ class KeyMap:
     extra: tuple[str, ...]
 
 
+def list_names(directory: Path) -> list[str] | None:
+    """Returns the sorted names in `directory`; None where there is no directory.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} cannot be read ({error.strerror}); give a local directory that this user may read"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{str(directory)!r} cannot be read ({error}); give a local directory") from error
+
+
+def check_readable(file: Path) -> None:
+    """Raises CheckpointError unless `file` is a regular file that can be read."""
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise CheckpointError(f"{file} is not a regular file; fetch the checkpoint again")
+        file.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error.strerror}); check its rights, or fetch the checkpoint again"
+        ) from error
+
+
 def read_entries(directory: Path) -> dict[str, Entry]:
     """Returns the tensors of the safetensors checkpoint in `directory` by name; empty where there is none.
 
+    Without one an index of PyTorch's own files is only checked: transformers opens whatever it names.
+
     Raises:
-        CheckpointError: the index names a file that is not there, or a file is damaged.
+        CheckpointError: an index is wrong, names a file that is not there, or disagrees with one, or a file is damaged.
     """
-    index = directory / INDEX_FILE
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is no checkpoint index: {error!r}; fetch the checkpoint again") from error
-    elif (directory / SINGLE_FILE).is_file():
-        files = [SINGLE_FILE]
-    else:
-        return {}
-    entries: dict[str, Entry] = {}
-    for path in (directory / name for name in files):
-        try:
-            with safe_open(path, framework="pt") as checkpoint:
-                for name in checkpoint.keys():  # noqa: SIM118 - safe_open is no mapping
-                    part = checkpoint.get_slice(name)
-                    dtype = _DTYPES.get(part.get_dtype())
-                    entries[name] = Entry(file=path, shape=tuple(part.get_shape()), dtype=dtype)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; fetch the checkpoint again") from error
+    names = list_names(directory) or []
+    # The same order of preference as transformers'. By name: what is there and cannot be read is no reason to go on.
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if name in names:
+            return _read_entries(directory / name)
+    if _TORCH_INDEX_FILE in names and _TORCH_SINGLE_FILE not in names:
+        with mball.open(directory / _TORCH_INDEX_FILE) as checkpoint:
+            _check_any(directory / _TORCH_INDEX_FILE, checkpoint.keys())
+    return {}
+
+
+def _read_entries(path: Path) -> dict[str, Entry]:
+    # Strict: whatever the index says is true of the shards, and it names no file elsewhere.
+    with mball.open(path) as checkpoint:
+        names = checkpoint.keys()
+        _check_any(path, names)
+        files = dict.fromkeys(names, path.name)
+        if path.name == INDEX_FILE:
+            files = json.loads(path.read_bytes())["weight_map"]
+        entries = {}
+        for name in sorted(names, key=lambda name: (files[name], name)):
+            part = checkpoint.get_slice(name)
+            dtype = _DTYPES.get(part.get_dtype())
+            entries[name] = Entry(file=path.parent / files[name], shape=tuple(part.get_shape()), dtype=dtype)
     return entries
+
+
+def _check_any(path: Path, names: list[str]) -> None:
+    if not names:
+        raise CheckpointError(f"{path} has no tensors; download or save the checkpoint again")
 
 
 def map_keys(model: PreTrainedModel, entries: Mapping[str, Entry]) -> KeyMap:

@@ -3,8 +3,12 @@ told to, so a wrong name, a missing alias or a buffer left behind shows as a wro
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +316,12 @@ def test_pytorchs_own_files_that_are_damaged_are_named(damage: str, tmp_path: Pa
     if damage == "none at all":
         (tmp_path / "pytorch_model.bin.index.json").unlink()
         (tmp_path / "pytorch_model-00001-of-00002.bin").unlink()
-    with pytest.raises(CheckpointError, match=rf"{tmp_path} cannot be loaded whole: .*"):
+    messages = {
+        "cut short": f"{shard} is damaged",
+        "missing": f"{shard} is missing",
+        "none at all": f"{tmp_path} cannot be loaded whole: ",
+    }
+    with pytest.raises(CheckpointError, match=messages[damage]):
         from_pretrained(tmp_path, budget="1MiB")
     assert not wrap.calls
 
@@ -321,6 +330,183 @@ def test_an_index_with_a_wrong_total_is_read_all_the_same(tmp_path: Path, wrap: 
     save(CASES["llama"](), tmp_path, max_shard_size="20KB")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": {"total_size": 7}}))
+    found = from_pretrained(tmp_path, budget="1MiB")
+    assert wrap.in_place
+    assert_same(found, type(found).from_pretrained(tmp_path))
+
+
+INDICES = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}
+
+
+def save_shards(kind: str, directory: Path) -> Path:
+    """Saves a model in several files, and returns their index."""
+    if kind == "bin":
+        save_bin(CASES["llama"](), directory)
+    else:
+        save(CASES["llama"](), directory, max_shard_size="20KB")
+    return directory / INDICES[kind]
+
+
+def change_map(index: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Writes an index anew with what `change` makes of its `weight_map`, which it may alter."""
+    weight_map = json.loads(index.read_text())["weight_map"]
+    changed = change(weight_map)
+    index.write_text(json.dumps({"weight_map": weight_map if changed is None else changed}))
+
+
+def first_shard(index: Path) -> Path:
+    return index.parent / min(json.loads(index.read_text())["weight_map"].values())
+
+
+def loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def copy_a_tensor(index: Path) -> None:
+    """Puts a tensor of the last shard into the first one too."""
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shard, last = first_shard(index), max(weight_map.values())
+    name = next(name for name, place in weight_map.items() if place == last)
+    if shard.suffix == ".bin":
+        torch.save(torch.load(shard) | {name: torch.ones(2)}, shard)
+    else:
+        save_file(load_file(shard) | {name: torch.ones(2)}, shard, metadata={"format": "pt"})
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a list": (lambda index: change_map(index, list), "{index} is corrupt: it has no 'weight_map'"),
+    "mixed types": (
+        lambda index: change_map(index, lambda found: found | {"a": 1, "b": ["c"]}),
+        "{index} is corrupt: it has no 'weight_map'",
+    ),
+    "no map": (lambda index: index.write_text("{}"), "{index} is corrupt: it has no 'weight_map'"),
+    "no object": (lambda index: index.write_text("[]"), "{index} is corrupt: it is not a JSON object"),
+    "no JSON": (lambda index: index.write_text('{"weight_map": '), "{index} is corrupt: "),
+    "no text": (lambda index: index.write_bytes(b"\xff\xfe"), "{index} is corrupt: "),
+    "nested deeply": (lambda index: index.write_text("[" * 100_000), "{index} is corrupt: it is nested too deeply"),
+    "no tensors": (lambda index: change_map(index, lambda _: {}), "{index} has no tensors"),
+    "an absolute name": (
+        lambda index: change_map(index, lambda found: found | dict.fromkeys(found, str(first_shard(index)))),
+        "{index} places tensor .* outside its own directory",
+    ),
+    "a name with ..": (
+        lambda index: change_map(
+            index, lambda found: {name: f"../{index.parent.name}/{shard}" for name, shard in found.items()}
+        ),
+        "{index} places tensor .* outside its own directory",
+    ),
+    "an empty name": (lambda index: change_map(index, lambda found: found | {"a": ""}), "{index} is corrupt: ''"),
+    "a NUL in a name": (lambda index: change_map(index, lambda found: found | {"a": "\0"}), "{index} is corrupt: "),
+    "a shard that is missing": (
+        lambda index: first_shard(index).unlink(),
+        "{shard} is missing; index {index.name} places .* again",
+    ),
+    "a tensor that its shard lacks": (
+        lambda index: change_map(index, lambda found: found | {"stranger": first_shard(index).name}),
+        "'stranger' is not in {shard} .* where index {index.name} places it",
+    ),
+    "a tensor in two shards": (
+        copy_a_tensor,
+        "{shard} holds 1 tensors that index {index.name} does not place there",
+    ),
+    "a tensor that is not in it": (
+        lambda index: change_map(
+            index, lambda found: found.pop(min(found, key=lambda name: (found[name], name))) and None
+        ),
+        "{shard} holds 1 tensors that index {index.name} does not place there",
+    ),
+    "a shard that is a directory": (
+        lambda index: (shard := first_shard(index)).unlink() or shard.mkdir(),
+        "{shard} is not a regular file",
+    ),
+    "a shard that links to itself": (
+        lambda index: loop(first_shard(index)),
+        "{shard} cannot be opened .*symbolic links",
+    ),
+    "an index that links to itself": (loop, "{index} cannot be opened .*symbolic links"),
+}
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("safetensors", None), ("safetensors", "bfloat16"), ("bin", None)])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_index_that_is_wrong_is_named_before_anything_is_loaded(
+    fault: str, kind: str, dtype: str | None, tmp_path: Path, wrap: Wrap, no_loading: None
+) -> None:
+    index = save_shards(kind, tmp_path)
+    shard = first_shard(index)
+    damage, message = FAULTS[fault]
+    damage(index)
+    with pytest.raises(CheckpointError, match=message.format(index=index, shard=shard)):
+        from_pretrained(tmp_path, budget="1MiB", dtype=dtype)
+    assert not wrap.calls
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("transformers was asked to load it")
+
+    monkeypatch.setattr("mball.integrations.transformers._load_whole", refuse)
+
+
+def deny(path: Path, below: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the system refuse to open `path`; with `below` also to look at what lies in it. Root may do all that."""
+
+    def refusing(call: Callable[..., Any], only_below: bool) -> Callable[..., Any]:
+        def refuse(what: Any = ".", *args: Any, **more: Any) -> Any:
+            if isinstance(what, str | Path) and (
+                (below and path in Path(what).parents) or (not only_below and path == Path(what))
+            ):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(what))
+            return call(what, *args, **more)
+
+        return refuse
+
+    for module, name in ((os, "open"), (os, "listdir"), (os, "scandir"), (io, "open")):
+        monkeypatch.setattr(module, name, refusing(getattr(module, name), False))
+    monkeypatch.setattr("builtins.open", io.open)
+    monkeypatch.setattr(os, "stat", refusing(os.stat, True))
+
+
+@pytest.mark.parametrize("kind", INDICES)
+@pytest.mark.parametrize("what", ["directory", "index", "shard", "config"])
+def test_what_may_not_be_read_is_named(
+    what: str, kind: str, tmp_path: Path, wrap: Wrap, no_loading: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = save_shards(kind, tmp_path)
+    paths = {"directory": tmp_path, "index": index, "shard": first_shard(index), "config": tmp_path / "config.json"}
+    with monkeypatch.context() as patch:
+        deny(paths[what], what == "directory", patch)
+        with pytest.raises(CheckpointError, match=rf"{paths[what]} cannot be (read|opened) \(Permission denied\); "):
+            from_pretrained(tmp_path, budget="1MiB")
+    assert not wrap.calls
+
+
+def test_a_file_below_what_may_not_be_read_is_named(
+    tmp_path: Path, wrap: Wrap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("model", "model.gguf"):
+        with monkeypatch.context() as patch:
+            deny(tmp_path, True, patch)
+            with pytest.raises(CheckpointError, match=rf"{name} cannot be read \(Permission denied\)"):
+                from_pretrained(tmp_path / name, budget="1MiB")
+
+
+@pytest.mark.parametrize(
+    "damage", [loop, lambda path: path.unlink() or path.mkdir(), lambda path: path.write_text("{")]
+)
+def test_a_config_that_cannot_be_read_is_named(damage: Callable[[Path], Any], tmp_path: Path, wrap: Wrap) -> None:
+    save(CASES["llama"](), tmp_path)
+    damage(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/config\.json (cannot be read|is not a regular file)"):
+        from_pretrained(tmp_path, budget="1MiB")
+    assert not wrap.calls
+
+
+def test_a_single_file_comes_before_an_index(tmp_path: Path, wrap: Wrap) -> None:
+    save(CASES["llama"](), tmp_path)
+    (tmp_path / INDICES["safetensors"]).write_text("left behind")
     found = from_pretrained(tmp_path, budget="1MiB")
     assert wrap.in_place
     assert_same(found, type(found).from_pretrained(tmp_path))
@@ -340,6 +526,6 @@ def test_bad_input_is_named(tmp_path: Path, wrap: Wrap) -> None:
     with pytest.raises(CheckpointError, match=r"lacks 1 of \d+ weights .*model\.norm\.weight"):
         from_pretrained(tmp_path, budget="1MiB")
     checkpoint.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
         from_pretrained(tmp_path, budget="1MiB")
     assert not wrap.calls
