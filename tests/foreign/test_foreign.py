@@ -597,8 +597,11 @@ def test_a_llama_says_the_very_tokens(do_sample: bool, cache: str | None) -> Non
     assert_equal(*said)
 
 
-IN_A_PROCESS_OF_ITS_OWN = """
+IN_A_PROCESS_OF_ITS_OWN = '''
 import ctypes
+import os
+import time
+from pathlib import Path
 import torch
 torch.ones(3, requires_grad=True).sum().backward()  # autograd has started its threads
 from tests.foreign import device
@@ -610,8 +613,24 @@ assert x.grad.tolist() == [2.0, 2.0, 2.0]
 # Lives longer than the interpreter.
 memory = ctypes.create_string_buffer(8)
 torch.kept = [device.foreign_tensor(ctypes.addressof(memory), 8, memory)]
+
+
+def others():
+    """What each other thread does, and how often it has slept."""
+    told = [task.joinpath("status").read_text().splitlines() for task in Path("/proc/self/task").iterdir()]
+    told = [dict(line.split(":", 1) for line in lines) for lines in told]
+    return [(each["State"], each["voluntary_ctxt_switches"]) for each in told if int(each["Pid"]) != os.getpid()]
+
+
+# Autograd's thread lets go of what the pass knew of Python after it has told that the pass is over. Where the
+# interpreter ends just then, torch ends the process, whichever device it is. So the thread is waited for: asleep, and
+# still so after a moment in which anyone might have had the interpreter.
+before = None
+while (now := others()) != before or not all("S" in state for state, _ in now):
+    before = now
+    time.sleep(0.001)
 print("done")
-"""
+'''
 
 
 def test_it_may_be_loaded_when_autograd_has_begun_and_be_there_at_the_end_of_the_process() -> None:
