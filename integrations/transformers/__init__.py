@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
@@ -46,6 +45,7 @@ def from_pretrained(
     Raises:
         CheckpointError: `path` is no model directory, or the checkpoint cannot be read, lacks weights, is damaged,
             contradicts itself or does not fit.
+        StorageError: a read failed.
         ConfigError: the checkpoint is quantised, or a setting cannot be read.
         BudgetError: the budget is too small.
     """
@@ -193,8 +193,8 @@ def _tied_names(model: PreTrainedModel) -> list[list[str]]:
 
 def _same(entries: Mapping[str, Entry], first: str, second: str) -> bool:
     with (
-        safe_open(entries[first].file, framework="pt") as first_file,
-        safe_open(entries[second].file, framework="pt") as second_file,
+        mball.open(entries[first].file) as first_file,
+        mball.open(entries[second].file) as second_file,
     ):
         return torch.equal(first_file.get_tensor(first), second_file.get_tensor(second))
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers import initialization as transformers_init
 from transformers.configuration_utils import PretrainedConfig
 
+import mball
 from mball.errors import CheckpointError
 from mball.integrations.transformers.checkpoint import Entry, KeyMap
 
@@ -46,16 +47,22 @@ def load_buffers(model: PreTrainedModel, keys: KeyMap, entries: Mapping[str, Ent
 
     Raises:
         CheckpointError: a buffer is missing or has another shape.
+        StorageError: a read failed.
     """
-    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
-        if buffer.device.type != "meta":
-            continue
-        key = keys.sources.get(name)
-        if key is None:
-            raise CheckpointError(f"the checkpoint lacks the buffer {name!r} of {type(model).__name__}")
-        with safe_open(entries[key].file, framework="pt") as checkpoint:
-            # A copy, or the buffer would keep the whole file mapped.
-            value = checkpoint.get_tensor(key).to(buffer.dtype, copy=True)
+    buffers = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if buffer.is_meta}
+    if missing := [name for name in buffers if name not in keys.sources]:
+        raise CheckpointError(f"the checkpoint lacks the buffer {missing[0]!r} of {type(model).__name__}")
+    values: dict[str, torch.Tensor] = {}
+    by_file: dict[Path, list[str]] = {}
+    for key in dict.fromkeys(keys.sources[name] for name in buffers):
+        by_file.setdefault(entries[key].file, []).append(key)
+    for file, wanted in by_file.items():
+        with mball.open(file, copy=True) as checkpoint:
+            values |= checkpoint.get_tensors(wanted)
+    for name, buffer in buffers.items():
+        key = keys.sources[name]
+        # A copy: what was read together shares memory with what lies between.
+        value = values[key].to(buffer.dtype, copy=True)
         if value.shape != buffer.shape:
             raise CheckpointError(
                 f"buffer {name!r} has shape {tuple(buffer.shape)}, {key!r} in {entries[key].file} {tuple(value.shape)}"

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 transformers = pytest.importorskip("transformers")
 
 import mball  # noqa: E402
-from mball.errors import CheckpointError, ConfigError  # noqa: E402
+from mball.errors import CheckpointError, ConfigError, StorageError  # noqa: E402
 from mball.integrations.transformers import from_pretrained  # noqa: E402
 from mball.integrations.transformers.checkpoint import read_entries  # noqa: E402
+from tests.preads import preadv_is  # noqa: E402
 
 Model = torch.nn.Module
 
@@ -132,6 +133,25 @@ def test_loads_what_transformers_loads(case: str, tmp_path: Path, wrap: Wrap) ->
     found = from_pretrained(tmp_path, budget="1MiB")
     assert wrap.in_place
     assert_same(found, type(found).from_pretrained(tmp_path))
+
+
+def test_buffers_come_from_all_shards(tmp_path: Path, wrap: Wrap) -> None:
+    save(CASES["resnet, with running statistics"](), tmp_path, max_shard_size="5KB")
+    assert len({entry.file for name, entry in read_entries(tmp_path).items() if "running" in name}) > 1
+    found = from_pretrained(tmp_path, budget="1MiB")
+    assert wrap.in_place
+    assert_same(found, type(found).from_pretrained(tmp_path))
+
+
+def test_a_disk_that_fails_below_buffers_is_named(tmp_path: Path, wrap: Wrap) -> None:
+    save(CASES["resnet, with running statistics"](), tmp_path)
+
+    def fails(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with preadv_is(fails), pytest.raises(StorageError, match=r"model\.safetensors.*Input/output error"):
+        from_pretrained(tmp_path, budget="1MiB")
+    assert not wrap.calls
 
 
 def test_bfloat16_keeps_rotary_buffers_in_float32(tmp_path: Path, wrap: Wrap) -> None:
