@@ -11,6 +11,7 @@ from mball.errors import StorageError
 from mball.gds import NVIDIA_FS, kept_speeds
 from mball.schema import Tier
 from mball.storage import (
+    LINK_TIME_LIMIT_S,
     DirectoryFacts,
     choose_reader,
     file_system_of,
@@ -85,7 +86,8 @@ def _calibration(section: str, directory: str) -> Finding:
     found = load_calibration(calibration_directory(), file_system_of(directory))
     link = None if found is None else found.find_link(Tier.DISK, Tier.DEVICE)
     value = "none" if found is None or link is None else f"{found.day}: {figures(link)}"
-    advice = f"each start measures the disk for 0.05 s: mball doctor --calibrate {directory} measures it well, once"
+    measured = f"each start measures the disk for {LINK_TIME_LIMIT_S:g} s"
+    advice = f"{measured}: mball doctor --calibrate {directory} measures it well, once"
     return check(section, "calibration", link is not None, value, advice)
 
 

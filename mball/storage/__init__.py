@@ -16,7 +16,7 @@ from mball.storage.files import DirectIO, FileTable
 from mball.storage.header import FileIdentity, TensorEntry
 from mball.storage.mounts import FileSystem, file_system_of
 from mball.storage.native import NativeReader, ReadPoolLibrary, load_read_pool
-from mball.storage.probe import DirectoryFacts, measure_link, probe_directory
+from mball.storage.probe import LINK_TIME_LIMIT_S, DirectoryFacts, measure_link, probe_directory
 from mball.storage.reader import Read, Reader, ReadHandle, ReadStatistics
 from mball.storage.swapfile import SwapFile, SwapSettings, SwapStatistics
 from mball.storage.threads import ThreadedReader
@@ -25,6 +25,7 @@ from mball.storage.writes import Write
 
 __all__ = [
     "DIRECT_ALIGNMENT_BYTES",
+    "LINK_TIME_LIMIT_S",
     "CheckedReader",
     "CheckpointIndex",
     "DirectIO",

@@ -40,9 +40,7 @@ class DirectIO(Enum):
     @classmethod
     def of(cls, io: Io) -> DirectIO:
         """Returns what a user asks for by `io`."""
-        modes = {
-            Io.BUFFERED: cls.OFF, Io.DIRECT: cls.ALWAYS, Io.GDS: cls.ALWAYS, Io.CACHED: cls.UNCACHED,
-        }  # fmt: skip
+        modes = {Io.BUFFERED: cls.OFF, Io.DIRECT: cls.ALWAYS, Io.GDS: cls.ALWAYS, Io.CACHED: cls.UNCACHED}
         return modes.get(io, cls.AUTO)
 
 

@@ -21,6 +21,8 @@ from mball.storage.reader import Read, Reader, ReadHandle
 from mball.storage.scratch import fill, huge_page_memory
 from mball.units import GIB, MIB, round_down
 
+# For so long each start reads, where no calibration is kept.
+LINK_TIME_LIMIT_S = 0.05
 _SMALL_READ_BYTES = 4096
 _MOST_ALIGNMENT_BYTES = COARSE_ALIGNMENT_BYTES
 _BLOCK_BYTES = 8 * MIB
@@ -124,7 +126,7 @@ def measure_link(
     *names: str,
     choice: ReaderChoice | None = None,
     size_limit_bytes: int = 256 * MIB,
-    time_limit_s: float = 0.05,
+    time_limit_s: float = LINK_TIME_LIMIT_S,
 ) -> Link:
     """Returns the speed at which the reader of `choice` brings files of the table, `names` or all of them, to memory.
 

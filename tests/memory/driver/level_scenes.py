@@ -57,7 +57,7 @@ def levels(folder: Path, order: Order, seed: int = 0) -> Iterator[Levels]:
         host = level.arena(HOST_PAGES * PAGE)
         stack.callback(host.close)
         host.resize(HOST_PAGES * PAGE)
-        host.populate()  # what is not pinned yet is copied at once, and no copy that is waited for too little is seen
+        host.populate()  # waits until it is pinned: from other memory the driver copies at once, so no copy is late
         host.poison(0, HOST_PAGES * PAGE)
         yield Levels(bench=bench, level=level, host=host)
         bench.device.close()
