@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from bench.speed.rounds import Sample, Say, interleave, smaller
 from mball.config import SwapCheck, own_cache
 from mball.storage import CheckedReader, FileTable, Read, SwapFile, SwapSettings, Write, choose_reader
 from mball.storage.checksum import NAME as CHECKSUM
+from mball.storage.checksum import checksum
+from mball.storage.extents import BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,8 @@ SMOKE = SwapScale(size_bytes=8 << 20, num_rounds=2, with_fio=False)
 # As the bias of a layer, or a row of experts; no multiple of a page.
 _SMALL_BYTES = 100_032
 _HANDED_BYTES = 64 << 20
+_SUMMED_BYTES = 256 << 20
+_NUM_SUMS = 5
 
 
 class _Swap:
@@ -156,9 +161,27 @@ def swap(directory: Path, scale: SwapScale, say: Say) -> list[Measurement]:
     measurements.append(
         Measurement.of("swap_handed_s", handed_s, unit="s/GiB", description="for which `submit` blocks the caller")
     )
+    measurements += _checksums(min(scale.size_bytes, _SUMMED_BYTES))
     rates = [scale.size_bytes / seconds / 1e9 for seconds in found["mball_write"]]
     measurements.append(Measurement.of("swap_rate", rates, unit="GB/s", description="written by mball"))
     return measurements
+
+
+def _checksums(size_bytes: int) -> list[Measurement]:
+    """Returns what a core takes for the checksums of a GB, by each way that is there, in blocks as swap has them."""
+    content = memoryview(os.urandom(size_bytes))
+    blocks = [content[first : first + BLOCK_BYTES] for first in range(0, size_bytes, BLOCK_BYTES)]
+    found = []
+    for name, checksum_of in {"CRC-32": zlib.crc32, CHECKSUM: checksum}.items():
+        samples_s = []
+        for _ in range(_NUM_SUMS):
+            began_s = time.thread_time()
+            for block in blocks:
+                checksum_of(block)
+            samples_s.append((time.thread_time() - began_s) * 1e9 / size_bytes)
+        key = f"swap_{name.lower().replace('-', '')}_s"
+        found.append(Measurement.of(key, samples_s, unit="s", description=f"of a core for a GB, {name}"))
+    return found
 
 
 @contextlib.contextmanager

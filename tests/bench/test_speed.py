@@ -323,4 +323,5 @@ def test_a_small_session_of_swap(tmp_path: Path) -> None:
     page = table(read_results(tmp_path))
     assert "| writes, without checksums |" in page
     assert "| the same, and as many reads |" in page
+    assert "For the checksums of a GB a core takes" in page
     assert not list(tmp_path.glob("written"))
